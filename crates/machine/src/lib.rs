@@ -1,0 +1,130 @@
+//! The machine boundary: *something in which an agent answers*.
+//!
+//! A [`Driver`] starts a [`Machine`] from a [`MachineSpec`]; a machine
+//! connects and stops. What only some machines can do (pause, hot-plug,
+//! snapshot, resize) is a capability trait of its own that a caller asks for,
+//! so that no driver carries a method it cannot honour.
+//!
+//! This crate knows hypervisors and nothing of containers, images or front
+//! ends.
+
+use std::{fmt, path::PathBuf, time::Duration};
+
+use async_trait::async_trait;
+use tokio::net::UnixStream;
+
+/// What a machine is made of. Sizes are bytes, paths are on the host.
+#[derive(Debug, Clone)]
+pub struct MachineSpec {
+    /// Name of the sandbox, for process titles and messages.
+    pub id: String,
+    /// A directory of the sandbox's own, mode 0700: sockets and logs of the
+    /// machine's processes live here and nowhere else.
+    pub run_dir: PathBuf,
+    /// Uncompressed kernel (ELF with a PVH note).
+    pub kernel: PathBuf,
+    /// Initramfs (newc) that holds the agent.
+    pub initramfs: PathBuf,
+    /// Appended to the driver's own kernel command line.
+    pub cmdline: Vec<String>,
+    /// vCPUs online at boot, 1–32.
+    pub vcpus: u32,
+    /// Guest memory in bytes, a multiple of 1 MiB.
+    pub memory: u64,
+    /// Block devices, in order.
+    pub disks: Vec<Disk>,
+    /// virtio-fs devices.
+    pub shares: Vec<Share>,
+}
+
+/// A raw block device. Formats are never detected: raw means raw.
+#[derive(Debug, Clone)]
+pub struct Disk {
+    /// virtio-blk serial by which the guest finds it, 1–20 bytes of [A-Za-z0-9_-].
+    pub serial: String,
+    /// File or block device.
+    pub path: PathBuf,
+    /// Refuse writes.
+    pub read_only: bool,
+}
+
+/// A directory shared over virtio-fs, served by a vhost-user back end.
+#[derive(Debug, Clone)]
+pub struct Share {
+    /// Tag by which the guest mounts it, 1–36 bytes.
+    pub tag: String,
+    /// Socket on which the back end (virtiofsd) listens.
+    pub socket: PathBuf,
+}
+
+/// Why and how a machine ended.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub enum Exit {
+    /// The guest powered off, or was asked to stop.
+    Stopped,
+    /// The guest's kernel panicked; the sentence is the last of its words.
+    Panicked(String),
+    /// A process of the machine died or broke; the sentence says which and how.
+    Failed(String),
+}
+
+/// Starts machines of one kind.
+#[async_trait]
+pub trait Driver: fmt::Debug + Send + Sync {
+    /// Name for people: `qemu-tcg`, `qemu-kvm`.
+    fn name(&self) -> &'static str;
+
+    /// Starts a machine and returns as soon as its processes run; the guest may
+    /// still be booting. Nothing is left behind on failure. Every process it
+    /// starts dies with the caller's process, however that ends.
+    async fn start(&self, spec: MachineSpec) -> Result<Box<dyn Machine>, Error>;
+}
+
+/// A running machine. Dropping it kills its processes and removes its sockets.
+#[async_trait]
+pub trait Machine: fmt::Debug + Send + Sync {
+    /// Returns when the agent has said that it serves, with the protocol it
+    /// speaks. Fails as soon as the machine ends, or when `deadline` has passed.
+    async fn ready(&self, deadline: Duration) -> Result<u32, Error>;
+
+    /// A connection to a vsock port of the guest.
+    async fn connect(&self, port: u32) -> Result<UnixStream, Error>;
+
+    /// Returns when the machine has ended, and says how. May be called by
+    /// several tasks at once and again after the end.
+    async fn wait(&self) -> Exit;
+
+    /// Ends the machine now, as pulling the plug does, and returns when its
+    /// processes are gone. A guest that should sync is asked through its agent
+    /// first. Idempotent.
+    async fn stop(&self);
+
+    /// PIDs of the machine's processes with their roles ("qemu", "vsock").
+    fn processes(&self) -> Vec<(&'static str, u32)>;
+
+    /// What the guest wrote to its console last, at most 64 KiB.
+    fn console_tail(&self) -> String;
+
+    /// The machine's ability to pause, if it has it.
+    fn as_pause(&self) -> Option<&dyn Pause> {
+        None
+    }
+}
+
+/// Stops and continues all vCPUs.
+#[async_trait]
+pub trait Pause: Send + Sync {
+    /// Returns when no vCPU runs.
+    async fn pause(&self) -> Result<(), Error>;
+    /// Returns when the vCPUs run again.
+    async fn resume(&self) -> Result<(), Error>;
+}
+
+/// Why a machine could not do what was asked.
+#[derive(Debug, thiserror::Error)]
+#[non_exhaustive]
+pub enum Error {
+    /// Placeholder until the driver defines its own.
+    #[error("{0}")]
+    Other(String),
+}
