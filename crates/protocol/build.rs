@@ -7,8 +7,7 @@ use ttrpc_codegen::{Codegen, Customize, ProtobufCustomize};
 fn main() -> Result<(), Box<dyn Error>> {
     let proto = "../../proto/agent.proto";
     println!("cargo:rerun-if-changed={proto}");
-    let out = PathBuf::from(env::var("OUT_DIR")?).join("agent");
-    fs::create_dir_all(&out)?;
+    let out = PathBuf::from(env::var("OUT_DIR")?);
     Codegen::new()
         .out_dir(&out)
         .input(proto)
@@ -16,10 +15,19 @@ fn main() -> Result<(), Box<dyn Error>> {
         .rust_protobuf()
         .customize(Customize {
             async_all: true,
-            gen_mod: true,
             ..Default::default()
         })
-        .rust_protobuf_customize(ProtobufCustomize::default().gen_mod_rs(true))
+        .rust_protobuf_customize(ProtobufCustomize::default().lite_runtime(true))
         .run()?;
+    // `include!` takes no inner attributes; lib.rs sets them from outside.
+    for file in ["agent.rs", "agent_ttrpc.rs"] {
+        let path = out.join(file);
+        let code: String = fs::read_to_string(&path)?
+            .lines()
+            .filter(|line| !line.starts_with("#![") && !line.starts_with("//!"))
+            .flat_map(|line| [line, "\n"])
+            .collect();
+        fs::write(path, code)?;
+    }
     Ok(())
 }

@@ -24,19 +24,31 @@ pub const READY_PORT: u32 = 1024;
 pub const GUEST_ROOT: &str = "/run/walnut";
 
 #[allow(
+    dead_code,
+    missing_docs,
     missing_debug_implementations,
+    non_camel_case_types,
+    non_snake_case,
+    non_upper_case_globals,
+    trivial_casts,
+    unknown_lints,
     unreachable_pub,
     unused_imports,
+    unused_mut,
+    unused_results,
     clippy::all,
     clippy::pedantic,
-    clippy::unwrap_used,
-    clippy::panic,
-    clippy::cast_possible_truncation,
-    clippy::cast_possible_wrap,
-    clippy::cast_sign_loss
+    clippy::restriction
 )]
 mod generated {
-    include!(concat!(env!("OUT_DIR"), "/agent/mod.rs"));
+    /// Messages.
+    pub mod agent {
+        include!(concat!(env!("OUT_DIR"), "/agent.rs"));
+    }
+    /// Service: `Agent` (server), `AgentClient`, `create_agent`.
+    pub mod agent_ttrpc {
+        include!(concat!(env!("OUT_DIR"), "/agent_ttrpc.rs"));
+    }
 }
 
 pub use generated::{agent, agent_ttrpc};
