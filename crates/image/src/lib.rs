@@ -11,10 +11,15 @@
 //! capabilities go from its tar into the image. This crate prints nothing, and
 //! knows nothing of sandboxes, machines, containers or front ends.
 
+mod convert;
 mod digest;
+mod erofs;
 mod error;
+mod layer;
+mod manifest;
 mod progress;
 mod reference;
+mod registry;
 mod store;
 
 pub use digest::Digest;

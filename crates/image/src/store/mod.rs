@@ -8,19 +8,34 @@
 //! locks/, tmp/         per-digest locks; files that are not yet complete
 //! ```
 
+mod files;
+mod image;
+mod pull;
+mod refs;
+mod sweep;
+
 use std::{
-    fs::File,
+    fs::{DirBuilder, File},
+    os::unix::fs::{DirBuilderExt, MetadataExt},
     path::{Path, PathBuf},
 };
 
 use oci_spec::image::ImageConfiguration;
 
-use crate::{Digest, Error, Progress, Reference};
+use crate::{
+    Digest, Error, Progress, Reference,
+    error::IoAt,
+    store::{
+        files::{Layout, lock_shared_now},
+        image::{Found, find, to_images},
+        refs::Refs,
+    },
+};
 
 /// A content store under one directory, shared by any number of processes.
 #[derive(Debug, Clone)]
 pub struct Store {
-    root: PathBuf,
+    layout: Layout,
 }
 
 /// An image of the store.
@@ -100,44 +115,71 @@ pub struct Removed {
 }
 
 impl Store {
-    /// Opens the store under `root`, creating it if need be (mode 0700).
+    /// Opens the store under `root`, creating it if need be (mode 0700, as
+    /// images may hold files that only their root may read).
     pub fn open(root: impl AsRef<Path>) -> Result<Self, Error> {
-        Ok(Self {
-            root: root.as_ref().to_owned(),
-        })
+        let root = std::path::absolute(root.as_ref()).at("find", root.as_ref())?;
+        let layout = Layout::new(root);
+        for dir in layout.dirs() {
+            DirBuilder::new()
+                .recursive(true)
+                .mode(0o700)
+                .create(&dir)
+                .at("create", &dir)?;
+        }
+        Ok(Self { layout })
     }
 
     /// Fetches, verifies and converts `reference`; quick if nothing changed.
     /// Must be called within a tokio runtime with I/O and time enabled.
+    /// Dropping the future leaves nothing but files the next command sweeps.
     pub async fn pull(
         &self,
         reference: &Reference,
         options: &PullOptions,
         progress: &dyn Progress,
     ) -> Result<Image, Error> {
-        let _ = (options, progress);
-        Err(Error::NoSuchImage(reference.to_string()))
+        pull::pull(&self.layout, reference, options, progress).await
     }
 
     /// Finds an image by name, `name@digest`, ID, or a prefix of an ID.
     pub fn resolve(&self, name: &str) -> Result<Image, Error> {
-        Err(Error::NoSuchImage(name.to_owned()))
+        let refs = Refs::read(&self.layout)?;
+        match find(&refs, name)? {
+            Found::Name(key) => image::by_key(&self.layout, &refs, &key),
+            Found::Id(id) => image::by_id(&self.layout, &refs, &id),
+        }
     }
 
-    /// Every image, newest pull first.
+    /// Every image, newest pull first. One that is damaged is left out with a
+    /// warning in the log.
     pub fn list(&self) -> Result<Vec<Image>, Error> {
-        Ok(Vec::new())
+        let refs = Refs::read(&self.layout)?;
+        Ok(to_images(&self.layout, &refs))
     }
 
-    /// Removes a name (or, given an ID, all its names), then what nothing refers to.
+    /// Removes a name (or, given an ID, all its names), then what nothing
+    /// refers to. What is leased, or being pulled by others, stays until a
+    /// later command sweeps.
     pub fn remove(&self, name: &str) -> Result<Removed, Error> {
-        Err(Error::NoSuchImage(name.to_owned()))
+        let names = Refs::update(&self.layout, |refs| {
+            let keys = match find(refs, name)? {
+                Found::Name(key) => vec![key],
+                Found::Id(id) => refs.keys_of(&id),
+            };
+            for key in &keys {
+                refs.images.remove(key);
+            }
+            Ok(keys)
+        })?;
+        let freed = sweep::sweep(&self.layout)?;
+        Ok(Removed { names, freed })
     }
 
     /// The directory of this store.
     #[must_use]
     pub fn root(&self) -> &Path {
-        &self.root
+        self.layout.root()
     }
 }
 
@@ -145,7 +187,23 @@ impl Image {
     /// Opens the root file system and locks it against removal. Fails if it
     /// was removed meanwhile.
     pub fn lease(&self) -> Result<Lease, Error> {
-        Err(Error::NoSuchImage(self.id.to_string()))
+        let gone = || Error::NoSuchImage(self.id.to_string());
+        let file = match File::open(&self.rootfs) {
+            Err(e) if e.kind() == std::io::ErrorKind::NotFound => return Err(gone()),
+            other => other.at("open", &self.rootfs)?,
+        };
+        // A sweep holds the lock for a moment before it removes the file.
+        if !lock_shared_now(&file, &self.rootfs)? {
+            return Err(gone());
+        }
+        let held = file.metadata().at("examine", &self.rootfs)?;
+        match std::fs::symlink_metadata(&self.rootfs) {
+            Ok(now) if (now.dev(), now.ino()) == (held.dev(), held.ino()) => Ok(Lease {
+                file,
+                path: self.rootfs.clone(),
+            }),
+            _ => Err(gone()),
+        }
     }
 }
 
@@ -181,6 +239,16 @@ impl Default for Platform {
             os: "linux".to_owned(),
             architecture: architecture.to_owned(),
             variant: None,
+        }
+    }
+}
+
+impl std::fmt::Display for Platform {
+    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
+        write!(f, "{}/{}", self.os, self.architecture)?;
+        match &self.variant {
+            Some(variant) => write!(f, "/{variant}"),
+            None => Ok(()),
         }
     }
 }

@@ -1,0 +1,448 @@
+//! Pulling: resolve the name, fetch what is missing, convert, record.
+
+use std::{
+    fs::File,
+    future::Future,
+    io::Write as _,
+    path::Path,
+    sync::Arc,
+    time::{Duration, SystemTime},
+};
+
+use futures::{StreamExt as _, TryStreamExt as _};
+use rustix::fs::{FlockOperation, flock};
+use sha2::{Digest as _, Sha256};
+
+use crate::{
+    Digest, Error, Event, Image, Progress, PullOptions, PullPolicy, Reference, convert,
+    error::IoAt,
+    manifest::{self, Blob, Document, MAX_MANIFEST, Manifest},
+    registry::{Failure, Registry},
+    store::{
+        files::{self, Layout, has_size, lock_making, read_blob},
+        image,
+        refs::{Record, Refs},
+        sweep,
+    },
+};
+
+/// Tries of one transfer.
+const ATTEMPTS: u32 = 5;
+const FIRST_PAUSE: Duration = Duration::from_millis(250);
+/// Disk left free for everything else.
+const DISK_RESERVE: u64 = 32 << 20;
+
+struct Pull<'a> {
+    layout: &'a Layout,
+    reference: &'a Reference,
+    options: &'a PullOptions,
+    progress: &'a dyn Progress,
+    registry: Registry,
+    /// Shared: keeps sweeps away from what no name leads to yet.
+    adding: Arc<File>,
+}
+
+pub(crate) async fn pull(
+    layout: &Layout,
+    reference: &Reference,
+    options: &PullOptions,
+    progress: &dyn Progress,
+) -> Result<Image, Error> {
+    let key = reference.to_string();
+    if options.policy == PullPolicy::IfMissing {
+        let refs = Refs::read(layout)?;
+        if let Ok(image) = image::by_key(layout, &refs, &key) {
+            return Ok(image);
+        }
+    }
+    let pull = Pull {
+        layout,
+        reference,
+        options,
+        progress,
+        registry: Registry::new(reference, options)?,
+        adding: Arc::new(begin_adding(layout).await?),
+    };
+    let record = pull.run().await?;
+    Refs::update(layout, |refs| {
+        refs.images.insert(key.clone(), record);
+        Ok(())
+    })?;
+    let refs = Refs::read(layout)?;
+    image::by_key(layout, &refs, &key)
+}
+
+/// Takes the shared lock of everyone who adds; sweeps first if no one else is
+/// at it.
+async fn begin_adding(layout: &Layout) -> Result<File, Error> {
+    let path = layout.root().join("gc.lock");
+    let lock = layout.lock_file("gc.lock")?;
+    if files::lock_exclusive_now(&lock, &path)? {
+        sweep::sweep_locked(layout)?;
+        // Converting a lock may let another sweep in between: harmless, as
+        // nothing was added yet.
+        flock(&lock, FlockOperation::Unlock).at("unlock", &path)?;
+    }
+    files::lock_shared_async(&lock, &path).await?;
+    Ok(lock)
+}
+
+impl Pull<'_> {
+    async fn run(&self) -> Result<Record, Error> {
+        let name = self.reference.familiar();
+        let (mut document, top) = self.top().await?;
+        let mut digest = top;
+        if let Document::Index(entry) = &document {
+            digest = entry.digest;
+            document = self.document(&digest).await?;
+        }
+        let Document::Image(image) = document else {
+            return Err(Error::Manifest {
+                what: "index",
+                reference: name,
+                reason: "it leads to another index".to_owned(),
+            });
+        };
+        self.check_bounds(&image)?;
+        let config = self.config(&image).await?;
+        let (_, diff_ids) =
+            manifest::config(&config, image.layers.len(), &name, &self.options.platform)?;
+        self.fetch_layers(&image, &top).await?;
+        let rootfs = self.convert(&image, &diff_ids).await?;
+        let pulled = SystemTime::now()
+            .duration_since(SystemTime::UNIX_EPOCH)
+            .map_or(0, |d| u64::try_from(d.as_nanos()).unwrap_or(u64::MAX));
+        Ok(Record {
+            digest: top,
+            manifest: digest,
+            config: image.config.digest,
+            rootfs,
+            pulled,
+        })
+    }
+
+    /// What the name stands for. A digest that the store has needs no
+    /// registry; a tag that did not move costs one HEAD.
+    async fn top(&self) -> Result<(Document, Digest), Error> {
+        if let Some(digest) = self.reference.digest() {
+            return Ok((self.document(digest).await?, *digest));
+        }
+        let tag = self.reference.tag().unwrap_or("latest");
+        let told = self.retry(None, || self.registry.head(tag)).await?;
+        if let Some(digest) = told
+            && let Some(bytes) = read_blob(self.layout, &digest, MAX_MANIFEST)
+        {
+            return Ok((self.parse(&bytes)?, digest));
+        }
+        let (bytes, digest) = self
+            .retry(None, || self.registry.manifest(tag, None))
+            .await?;
+        let document = self.parse(&bytes)?;
+        files::write_whole(self.layout, &self.layout.blob(&digest), &bytes)?;
+        Ok((document, digest))
+    }
+
+    fn parse(&self, bytes: &[u8]) -> Result<Document, Error> {
+        manifest::parse(bytes, &self.reference.familiar(), &self.options.platform)
+    }
+
+    /// A manifest or index by digest.
+    async fn document(&self, digest: &Digest) -> Result<Document, Error> {
+        if let Some(bytes) = read_blob(self.layout, digest, MAX_MANIFEST) {
+            return self.parse(&bytes);
+        }
+        let name = digest.to_string();
+        let (bytes, _) = self
+            .retry(Some(digest), || self.registry.manifest(&name, Some(digest)))
+            .await?;
+        let document = self.parse(&bytes)?;
+        files::write_whole(self.layout, &self.layout.blob(digest), &bytes)?;
+        Ok(document)
+    }
+
+    fn check_bounds(&self, image: &Manifest) -> Result<(), Error> {
+        let limit = self.options.max_image_size;
+        let total = image
+            .layers
+            .iter()
+            .fold(0u64, |sum, layer| sum.saturating_add(layer.size));
+        if total > limit {
+            return Err(Error::TooLarge {
+                what: format!("the layers of {}, together,", self.reference.familiar()),
+                size: total,
+                limit,
+            });
+        }
+        let missing: u64 = self.missing(image).map(|layer| layer.size).sum();
+        let root = self.layout.root();
+        let disk = rustix::fs::statvfs(root).at("examine", root)?;
+        let free = disk.f_bavail.saturating_mul(disk.f_frsize);
+        let needed = missing.saturating_add(DISK_RESERVE);
+        if missing > 0 && free < needed {
+            return Err(Error::NoSpace {
+                path: root.to_owned(),
+                needed: needed - free,
+            });
+        }
+        Ok(())
+    }
+
+    fn missing<'i>(&self, image: &'i Manifest) -> impl Iterator<Item = &'i Blob> {
+        let layout = self.layout.clone();
+        image
+            .layers
+            .iter()
+            .filter(move |layer| !has_size(&layout.blob(&layer.digest), layer.size))
+    }
+
+    async fn config(&self, image: &Manifest) -> Result<Vec<u8>, Error> {
+        let blob = &image.config;
+        if let Some(bytes) = read_blob(self.layout, &blob.digest, manifest::MAX_CONFIG) {
+            return Ok(bytes);
+        }
+        remove_damaged(&self.layout.blob(&blob.digest))?;
+        self.fetch(blob, false).await?;
+        read_blob(self.layout, &blob.digest, manifest::MAX_CONFIG).ok_or_else(|| Error::Damaged {
+            path: self.layout.blob(&blob.digest),
+            reason: "it changed while it was being read".to_owned(),
+        })
+    }
+
+    async fn fetch_layers(&self, image: &Manifest, top: &Digest) -> Result<(), Error> {
+        let mut missing: Vec<Blob> = Vec::new();
+        for layer in self.missing(image) {
+            if !missing.contains(layer) {
+                missing.push(*layer);
+            }
+        }
+        self.progress.event(Event::Resolved {
+            digest: top,
+            layers: missing.len(),
+            bytes: missing.iter().map(|layer| layer.size).sum(),
+        });
+        for layer in image.layers.iter().filter(|layer| !missing.contains(layer)) {
+            self.progress.event(Event::LayerExists {
+                digest: &layer.digest,
+                total: layer.size,
+            });
+        }
+        futures::stream::iter(missing.iter().map(|layer| self.fetch(layer, true)))
+            .buffer_unordered(self.options.concurrency.clamp(1, 16))
+            .try_collect::<Vec<()>>()
+            .await?;
+        Ok(())
+    }
+
+    /// Fetches a blob that the store lacks, one process at a time.
+    async fn fetch(&self, blob: &Blob, is_layer: bool) -> Result<(), Error> {
+        let path = self.layout.blob(&blob.digest);
+        let _making = lock_making(self.layout, &blob.digest.hex()).await?;
+        if !has_size(&path, blob.size) {
+            self.retry(Some(&blob.digest), || self.transfer(blob, &path, is_layer))
+                .await?;
+        }
+        if is_layer {
+            self.progress.event(Event::LayerDone {
+                digest: &blob.digest,
+                total: blob.size,
+            });
+        }
+        Ok(())
+    }
+
+    /// One try at a blob: to a temporary file, hashed and counted on the way.
+    async fn transfer(&self, blob: &Blob, to: &Path, is_layer: bool) -> Result<(), Failure> {
+        let fatal = |error| Failure {
+            error,
+            transient: false,
+        };
+        let mismatch = |reason: String| Failure {
+            error: Error::Mismatch {
+                what: "blob",
+                expected: blob.digest,
+                reason,
+            },
+            transient: true,
+        };
+        let mut stream = self.registry.blob(blob).await?;
+        let mut temp = self.layout.temp().map_err(fatal)?;
+        let (mut hasher, mut done) = (Sha256::new(), 0u64);
+        while let Some(chunk) = stream.next().await {
+            let chunk = chunk.map_err(|reason| self.registry.broken(blob, reason))?;
+            done += chunk.len() as u64;
+            if done > blob.size {
+                let reason = format!("the registry gives more than its {} bytes", blob.size);
+                return Err(mismatch(reason));
+            }
+            hasher.update(&chunk);
+            temp.write_all(&chunk)
+                .at("write", temp.path())
+                .map_err(fatal)?;
+            if is_layer {
+                self.progress.event(Event::LayerBytes {
+                    digest: &blob.digest,
+                    done,
+                    total: blob.size,
+                });
+            }
+        }
+        let digest = Digest::from_hasher(hasher);
+        if done != blob.size || digest != blob.digest {
+            let reason = format!("the registry gave {done} of {} bytes, {digest}", blob.size);
+            return Err(mismatch(reason));
+        }
+        // Syncing may take long; the other transfers go on meanwhile.
+        let to = to.to_owned();
+        tokio::task::spawn_blocking(move || files::keep(temp, &to))
+            .await
+            .map_err(|e| fatal(Error::Internal(e.to_string())))?
+            .map_err(fatal)
+    }
+
+    /// Runs `operation` until it succeeds, fails for good, or tries run out.
+    async fn retry<T, F: Future<Output = Result<T, Failure>>>(
+        &self,
+        digest: Option<&Digest>,
+        operation: impl Fn() -> F,
+    ) -> Result<T, Error> {
+        let mut pause = FIRST_PAUSE;
+        for attempt in 1.. {
+            match operation().await {
+                Ok(value) => return Ok(value),
+                Err(failure) if !failure.transient || attempt >= ATTEMPTS => {
+                    return Err(failure.error);
+                }
+                Err(failure) => {
+                    let reason = failure.error.to_string();
+                    tracing::debug!(attempt, %reason, "trying again");
+                    if let Some(digest) = digest {
+                        self.progress.event(Event::Retry {
+                            digest,
+                            attempt,
+                            reason: &reason,
+                        });
+                    }
+                    tokio::time::sleep(pause).await;
+                    pause *= 2;
+                }
+            }
+        }
+        Err(Error::Internal("tries ran out".to_owned()))
+    }
+
+    /// Makes the root file system if it is not there. A blob that turns out to
+    /// be damaged is fetched anew, once each.
+    async fn convert(&self, image: &Manifest, diff_ids: &[Digest]) -> Result<Digest, Error> {
+        let key = convert::chain_key(diff_ids);
+        let path = self.layout.rootfs(&key);
+        let mut repaired = Vec::new();
+        loop {
+            let making = lock_making(self.layout, &format!("{}.erofs", key.hex())).await?;
+            if image::whole_rootfs(&path).is_some() {
+                return Ok(key);
+            }
+            match self.convert_once(image, diff_ids, &path, making).await {
+                Err(Error::Mismatch {
+                    what: "blob",
+                    expected,
+                    reason,
+                }) if !repaired.contains(&expected) => {
+                    tracing::warn!(blob = %expected, %reason, "fetching a damaged blob again");
+                    repaired.push(expected);
+                    let Some(blob) = image.layers.iter().find(|l| l.digest == expected) else {
+                        return Err(Error::Internal("a blob of no layer".to_owned()));
+                    };
+                    remove_damaged(&self.layout.blob(&expected))?;
+                    self.fetch(blob, true).await?;
+                }
+                Err(error) => return Err(error),
+                Ok(size) => {
+                    self.progress.event(Event::Converted { size });
+                    return Ok(key);
+                }
+            }
+        }
+    }
+
+    /// Converts on a thread of its own, which holds the locks until it ends,
+    /// even if no one waits for it any more.
+    async fn convert_once(
+        &self,
+        image: &Manifest,
+        diff_ids: &[Digest],
+        path: &Path,
+        making: File,
+    ) -> Result<u64, Error> {
+        let layers: Vec<convert::Layer> = image
+            .layers
+            .iter()
+            .zip(diff_ids)
+            .map(|(blob, diff_id)| convert::Layer {
+                blob: self.layout.blob(&blob.digest),
+                digest: blob.digest,
+                size: blob.size,
+                diff_id: *diff_id,
+            })
+            .collect();
+        let total = layers.iter().map(|layer| layer.size).sum();
+        let limits = convert::Limits {
+            bytes: self.options.max_image_size,
+            entries: self.options.max_entries,
+        };
+        let (layout, path) = (self.layout.clone(), path.to_owned());
+        let locks = (making, Arc::clone(&self.adding));
+        let (sender, mut done) = tokio::sync::watch::channel(0u64);
+        let mut task = tokio::task::spawn_blocking(move || {
+            let _locks = locks;
+            let report = |bytes: u64| {
+                // Some 2 MiB apart: bars need no more.
+                sender.send_if_modified(|last| {
+                    let news = bytes.abs_diff(*last) > 2 << 20;
+                    if news {
+                        *last = bytes;
+                    }
+                    news
+                });
+            };
+            convert_to(&layout, &layers, &path, limits, &report)
+        });
+        loop {
+            tokio::select! {
+                result = &mut task => {
+                    return result.map_err(|e| Error::Internal(e.to_string()))?;
+                }
+                Ok(()) = done.changed() => {
+                    let done = *done.borrow_and_update();
+                    self.progress.event(Event::Converting { done, total });
+                }
+            }
+        }
+    }
+}
+
+fn convert_to(
+    layout: &Layout,
+    layers: &[convert::Layer],
+    path: &Path,
+    limits: convert::Limits,
+    report: &dyn Fn(u64),
+) -> Result<u64, Error> {
+    let temp = layout.temp()?;
+    let tails = tempfile::tempfile_in(layout.tmp()).at("create a file in", layout.tmp())?;
+    let out = temp.reopen().at("open", temp.path())?;
+    let size = convert::convert(layers, (out, temp.path()), tails, limits, report)?;
+    let read_only = std::os::unix::fs::PermissionsExt::from_mode(0o444);
+    temp.as_file()
+        .set_permissions(read_only)
+        .at("change the mode of", temp.path())?;
+    // An old damaged one may be there; the rename replaces it.
+    files::keep_synced(temp, path)?;
+    Ok(size)
+}
+
+fn remove_damaged(path: &Path) -> Result<(), Error> {
+    match std::fs::remove_file(path) {
+        Err(e) if e.kind() != std::io::ErrorKind::NotFound => Err(e).at("remove", path),
+        _ => Ok(()),
+    }
+}
