@@ -5,13 +5,28 @@
 //! snapshot, resize) is a capability trait of its own that a caller asks for,
 //! so that no driver carries a method it cannot honour.
 //!
+//! [`driver`] makes the driver a caller chose, [`choose`] answers `auto` after
+//! [`kvm_probe`] has tried KVM, and [`HostReport`] says what the host can do.
+//! [`process`] is how every helper process of a sandbox is spawned.
+//!
 //! This crate knows hypervisors and nothing of containers, images or front
 //! ends.
+
+mod error;
+mod host;
+pub mod kvm_probe;
+pub mod process;
+pub mod qemu;
+mod select;
 
 use std::{fmt, path::PathBuf, time::Duration};
 
 use async_trait::async_trait;
 use tokio::net::UnixStream;
+
+pub use error::Error;
+pub use host::{Assets, HostItem, HostReport, Level};
+pub use select::{Chosen, DriverChoice, DriverKind, Programs, choose, driver};
 
 /// What a machine is made of. Sizes are bytes, paths are on the host.
 #[derive(Debug, Clone)]
@@ -68,6 +83,16 @@ pub enum Exit {
     Failed(String),
 }
 
+impl fmt::Display for Exit {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        match self {
+            Self::Stopped => f.write_str("the guest stopped"),
+            Self::Panicked(words) => write!(f, "the guest's kernel panicked: {words}"),
+            Self::Failed(sentence) => f.write_str(sentence),
+        }
+    }
+}
+
 /// Starts machines of one kind.
 #[async_trait]
 pub trait Driver: fmt::Debug + Send + Sync {
@@ -92,6 +117,8 @@ pub trait Machine: fmt::Debug + Send + Sync {
 
     /// Returns when the machine has ended, and says how. May be called by
     /// several tasks at once and again after the end.
+    ///
+    /// What a guest says about itself (a panic's words) is the guest's claim.
     async fn wait(&self) -> Exit;
 
     /// Ends the machine now, as pulling the plug does, and returns when its
@@ -118,13 +145,4 @@ pub trait Pause: Send + Sync {
     async fn pause(&self) -> Result<(), Error>;
     /// Returns when the vCPUs run again.
     async fn resume(&self) -> Result<(), Error>;
-}
-
-/// Why a machine could not do what was asked.
-#[derive(Debug, thiserror::Error)]
-#[non_exhaustive]
-pub enum Error {
-    /// Placeholder until the driver defines its own.
-    #[error("{0}")]
-    Other(String),
 }

@@ -1,0 +1,287 @@
+//! QEMU's command line, from a specification and the numbers of inherited
+//! descriptors. Nothing a user names appears in it but checked identifiers.
+
+use std::os::fd::RawFd;
+
+use super::Accel;
+use crate::{Error, MachineSpec};
+
+/// virtio-mmio transports of a microvm without ACPI, whose one I/O APIC has
+/// eight free lines; with ACPI there are two and 24 transports.
+const SLOTS_PLAIN: usize = 8;
+const SLOTS_ACPI: usize = 24;
+/// Devices every machine has: vsock, rng, balloon.
+const SLOTS_OWN: usize = 3;
+/// QEMU's device lookups and the kernel's command line bound these.
+const ID_MAX: usize = 128;
+const CMDLINE_MAX: usize = 2048;
+
+/// Numbers of the descriptors QEMU inherits.
+#[derive(Debug, Default)]
+pub(super) struct Fds {
+    pub(super) kernel: RawFd,
+    pub(super) initramfs: RawFd,
+    pub(super) qmp: RawFd,
+    pub(super) vsock: RawFd,
+    pub(super) disks: Vec<RawFd>,
+    pub(super) shares: Vec<RawFd>,
+}
+
+/// Refuses what cannot be turned into a machine, with a sentence.
+pub(super) fn check(spec: &MachineSpec) -> Result<(), Error> {
+    match problem(spec) {
+        None => Ok(()),
+        Some(problem) => Err(Error::Spec {
+            id: spec.id.chars().take(ID_MAX).collect(),
+            problem,
+        }),
+    }
+}
+
+fn problem(spec: &MachineSpec) -> Option<String> {
+    let word = |s: &str, max: usize| {
+        (1..=max).contains(&s.len())
+            && s.bytes()
+                .all(|b| b.is_ascii_alphanumeric() || b"_.-".contains(&b))
+    };
+    if !word(&spec.id, ID_MAX) {
+        return Some(format!("the name must be 1–{ID_MAX} of A-Z a-z 0-9 _ . -"));
+    }
+    if !(1..=32).contains(&spec.vcpus) {
+        return Some(format!(
+            "{} vCPUs were asked for; 1 to 32 can be had",
+            spec.vcpus
+        ));
+    }
+    if spec.memory == 0 || !spec.memory.is_multiple_of(1 << 20) {
+        return Some(format!(
+            "{} bytes of memory are not a multiple of 1 MiB",
+            spec.memory
+        ));
+    }
+    if let Some(disk) = spec.disks.iter().find(|d| !word(&d.serial, 20)) {
+        return Some(format!(
+            "disk serial {:?} is not 1–20 of A-Z a-z 0-9 _ . -",
+            disk.serial
+        ));
+    }
+    if let Some(share) = spec.shares.iter().find(|s| !word(&s.tag, 36)) {
+        return Some(format!(
+            "share tag {:?} is not 1–36 of A-Z a-z 0-9 _ . -",
+            share.tag
+        ));
+    }
+    let devices = SLOTS_OWN + spec.disks.len() + spec.shares.len();
+    if devices > SLOTS_ACPI {
+        return Some(format!(
+            "{} disks and shares were asked for; a microvm has room for {}",
+            devices - SLOTS_OWN,
+            SLOTS_ACPI - SLOTS_OWN
+        ));
+    }
+    if kernel_cmdline(spec).len() > CMDLINE_MAX {
+        return Some(format!(
+            "the kernel command line is longer than {CMDLINE_MAX} bytes"
+        ));
+    }
+    None
+}
+
+/// Whether the machine has more devices than fit without ACPI.
+fn needs_acpi(spec: &MachineSpec) -> bool {
+    SLOTS_OWN + spec.disks.len() + spec.shares.len() > SLOTS_PLAIN
+}
+
+/// `panic=-1 reboot=t` and QEMU's `-no-reboot`: a guest that panics or restarts
+/// ends its QEMU at once. A microvm without ACPI cannot power off, so the agent
+/// ends a guest by a restart.
+fn kernel_cmdline(spec: &MachineSpec) -> String {
+    let mut words = vec![
+        "console=ttyS0",
+        "quiet",
+        "panic=-1",
+        "reboot=t",
+        "no_timer_check",
+        "tsc=reliable",
+    ];
+    words.extend(spec.cmdline.iter().map(String::as_str));
+    words.join(" ")
+}
+
+/// QEMU's arguments. `spec` has passed [`check`].
+pub(super) fn arguments(accel: Accel, spec: &MachineSpec, fds: &Fds) -> Vec<String> {
+    let mut args = Args::default();
+    args.base(accel, spec, fds);
+    args.add(
+        "-device",
+        "virtio-rng-device,rng=rng,max-bytes=4096,period=1000",
+    );
+    args.add("-device", "virtio-balloon-device,free-page-reporting=on");
+    args.add("-chardev", format!("socket,id=vsock,fd={}", fds.vsock));
+    args.add("-device", "vhost-user-vsock-device,chardev=vsock");
+    for (n, (share, fd)) in spec.shares.iter().zip(&fds.shares).enumerate() {
+        args.add("-chardev", format!("socket,id=fs{n},fd={fd}"));
+        args.add(
+            "-device",
+            format!(
+                "vhost-user-fs-device,chardev=fs{n},tag={},queue-size=1024",
+                share.tag
+            ),
+        );
+    }
+    for (n, (disk, fd)) in spec.disks.iter().zip(&fds.disks).enumerate() {
+        // A read-only image is shared by many machines and written by none: no
+        // locks. A writable one is locked against a second machine.
+        let (ro, locking) = match disk.read_only {
+            true => ("on", "off"),
+            false => ("off", "on"),
+        };
+        args.add("-add-fd", format!("fd={fd},set={n}"));
+        args.add(
+            "-blockdev",
+            format!(
+                "driver=raw,node-name=disk{n},read-only={ro},file.driver=file,\
+                 file.filename=/dev/fdset/{n},file.read-only={ro},file.locking={locking},\
+                 discard=unmap"
+            ),
+        );
+        args.add(
+            "-device",
+            format!("virtio-blk-device,drive=disk{n},serial={}", disk.serial),
+        );
+    }
+    args.0
+}
+
+#[derive(Default)]
+struct Args(Vec<String>);
+
+impl Args {
+    fn add(&mut self, option: &str, value: impl Into<String>) {
+        self.0.extend([option.to_owned(), value.into()]);
+    }
+
+    fn base(&mut self, accel: Accel, spec: &MachineSpec, fds: &Fds) {
+        let acpi = if needs_acpi(spec) { "on" } else { "off" };
+        self.0
+            .extend(["-nodefaults", "-no-user-config", "-no-reboot"].map(str::to_owned));
+        self.add("-name", format!("walnut-{}", spec.id));
+        self.add("-display", "none");
+        self.add(
+            "-sandbox",
+            "on,obsolete=deny,elevateprivileges=deny,spawn=deny,resourcecontrol=deny",
+        );
+        self.add(
+            "-machine",
+            format!(
+                "microvm,acpi={acpi},pit=off,pic=off,rtc=off,usb=off,isa-serial=on,\
+                 x-option-roms=off,auto-kernel-cmdline=on,dump-guest-core=off,\
+                 memory-backend=mem"
+            ),
+        );
+        let (accel, cpu) = match accel {
+            Accel::Kvm => ("kvm", "host"),
+            Accel::Tcg => ("tcg,thread=multi", "max"),
+        };
+        self.add("-accel", accel);
+        self.add("-cpu", cpu);
+        self.add("-smp", spec.vcpus.to_string());
+        self.add("-m", format!("{}M", spec.memory >> 20));
+        // Shared, because vhost-user back ends map it.
+        self.add(
+            "-object",
+            format!("memory-backend-memfd,id=mem,size={},share=on", spec.memory),
+        );
+        self.add("-object", "rng-builtin,id=rng");
+        self.add("-global", "virtio-mmio.force-legacy=false");
+        self.add("-bios", "qboot.rom");
+        self.add("-kernel", format!("/proc/self/fd/{}", fds.kernel));
+        self.add("-initrd", format!("/proc/self/fd/{}", fds.initramfs));
+        self.add("-append", kernel_cmdline(spec));
+        // The console is QEMU's standard output, a pipe whose reader keeps the
+        // tail: a guest that prints for ever is slowed by it, not stored.
+        self.add("-chardev", "stdio,id=console,signal=off,mux=off");
+        self.add("-serial", "chardev:console");
+        self.add("-chardev", format!("socket,id=qmp,fd={}", fds.qmp));
+        self.add("-mon", "chardev=qmp,mode=control");
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::{Disk, Share};
+
+    fn spec() -> MachineSpec {
+        MachineSpec {
+            id: "pod-1".into(),
+            run_dir: "/run".into(),
+            kernel: "/k".into(),
+            initramfs: "/i".into(),
+            cmdline: vec!["a=b".into()],
+            vcpus: 1,
+            memory: 128 << 20,
+            disks: vec![],
+            shares: vec![],
+        }
+    }
+
+    fn disks(n: usize) -> Vec<Disk> {
+        (0..n)
+            .map(|n| Disk {
+                serial: format!("disk-{n}"),
+                path: "/d".into(),
+                read_only: n == 0,
+            })
+            .collect()
+    }
+
+    #[test]
+    fn odd_specifications_are_refused_with_a_sentence() {
+        let refused = |change: fn(&mut MachineSpec)| {
+            let mut spec = spec();
+            change(&mut spec);
+            check(&spec).unwrap_err().to_string()
+        };
+        assert!(check(&spec()).is_ok());
+        assert!(refused(|s| s.id = "a,b".into()).contains("the name must be"));
+        assert!(refused(|s| s.vcpus = 0).contains("0 vCPUs"));
+        assert!(refused(|s| s.memory = 1000).contains("multiple of 1 MiB"));
+        assert!(refused(|s| s.disks = disks(22)).contains("room for 21"));
+        assert!(refused(|s| s.cmdline = vec!["x".repeat(4096)]).contains("longer than"));
+        let error = refused(|s| {
+            s.shares = vec![Share {
+                tag: "a,readonly".into(),
+                socket: "/s".into(),
+            }];
+        });
+        assert!(error.contains("share tag"), "{error}");
+        let error = refused(|s| {
+            s.disks = disks(1);
+            s.disks[0].serial = "x".repeat(21);
+        });
+        assert!(error.contains("disk serial"), "{error}");
+    }
+
+    #[test]
+    fn many_devices_need_acpi() {
+        let mut spec = spec();
+        spec.disks = disks(5);
+        assert!(!needs_acpi(&spec));
+        spec.disks = disks(6);
+        assert!(needs_acpi(&spec));
+        let fds = Fds {
+            disks: (20..26).collect(),
+            ..Fds::default()
+        };
+        let line = arguments(Accel::Tcg, &spec, &fds).join(" ");
+        assert!(line.contains("acpi=on"));
+        assert!(line.contains("-add-fd fd=25,set=5"));
+        assert_eq!(
+            line.matches("read-only=on").count(),
+            2,
+            "the first disk's two layers"
+        );
+        assert!(line.contains("serial=disk-5"));
+    }
+}

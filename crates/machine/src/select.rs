@@ -1,0 +1,200 @@
+//! Which driver runs a sandbox, and why.
+
+use std::path::{Path, PathBuf};
+
+use serde::{Deserialize, Serialize};
+
+use crate::{
+    Driver, Error,
+    kvm_probe::{self, KvmStatus},
+    qemu::{Accel, Qemu},
+};
+
+/// Programs the drivers start.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct Programs {
+    /// QEMU; `None` searches `PATH` for `qemu-system-x86_64`.
+    pub qemu: Option<PathBuf>,
+    /// Walnut's own `walnut-vsock`.
+    pub vsock: PathBuf,
+    /// A directory in which the KVM probe's verdict is kept, if anywhere.
+    pub cache: Option<PathBuf>,
+}
+
+/// What a person or a configuration asks for.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Default, Serialize, Deserialize)]
+#[serde(rename_all = "kebab-case")]
+pub enum DriverChoice {
+    /// KVM where it works, software emulation where not.
+    #[default]
+    Auto,
+    /// QEMU on KVM, or nothing.
+    QemuKvm,
+    /// QEMU's software emulation.
+    QemuTcg,
+}
+
+impl std::str::FromStr for DriverChoice {
+    type Err = Error;
+
+    fn from_str(name: &str) -> Result<Self, Error> {
+        match name {
+            "auto" => Ok(Self::Auto),
+            "qemu-kvm" => Ok(Self::QemuKvm),
+            "qemu-tcg" => Ok(Self::QemuTcg),
+            _ => Err(Error::Other(format!(
+                "driver {name:?} is unknown; use auto, qemu-kvm or qemu-tcg"
+            ))),
+        }
+    }
+}
+
+/// A driver of this crate.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(rename_all = "kebab-case")]
+pub enum DriverKind {
+    /// QEMU on KVM.
+    QemuKvm,
+    /// QEMU's software emulation.
+    QemuTcg,
+}
+
+impl DriverKind {
+    /// Its name for people.
+    pub fn name(self) -> &'static str {
+        match self {
+            Self::QemuKvm => "qemu-kvm",
+            Self::QemuTcg => "qemu-tcg",
+        }
+    }
+}
+
+/// The driver a choice leads to.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+pub struct Chosen {
+    /// The driver.
+    pub driver: DriverKind,
+    /// One sentence for people: why this one.
+    pub reason: String,
+}
+
+/// What `choice` leads to on a host whose KVM is `kvm`. Fails only for
+/// [`DriverChoice::QemuKvm`] where KVM does not work.
+pub fn choose(choice: DriverChoice, kvm: &KvmStatus) -> Result<Chosen, Error> {
+    let usable = matches!(kvm, KvmStatus::Usable { .. });
+    let (driver, reason) = match choice {
+        DriverChoice::QemuTcg => (
+            DriverKind::QemuTcg,
+            "software emulation was asked for".to_owned(),
+        ),
+        DriverChoice::Auto if !usable => (
+            DriverKind::QemuTcg,
+            format!("software emulation, because {kvm}"),
+        ),
+        DriverChoice::QemuKvm if !usable => {
+            return Err(Error::Unusable {
+                driver: "qemu-kvm",
+                reason: kvm.to_string(),
+            });
+        }
+        DriverChoice::Auto | DriverChoice::QemuKvm => (DriverKind::QemuKvm, kvm.to_string()),
+    };
+    Ok(Chosen { driver, reason })
+}
+
+/// The driver for `choice` on this host. Probes KVM where the choice depends on
+/// it, which takes up to half a second once per boot of the host if
+/// `programs.cache` is set, else each time.
+pub fn driver(choice: DriverChoice, programs: &Programs) -> Result<Box<dyn Driver>, Error> {
+    let kvm = match (choice, &programs.cache) {
+        (DriverChoice::QemuTcg, _) => KvmStatus::Absent,
+        (_, Some(dir)) => kvm_probe::probe_cached(dir),
+        (_, None) => kvm_probe::probe(),
+    };
+    let chosen = choose(choice, &kvm)?;
+    tracing::debug!(
+        driver = chosen.driver.name(),
+        reason = chosen.reason,
+        "driver chosen"
+    );
+    let accel = match chosen.driver {
+        DriverKind::QemuKvm => Accel::Kvm,
+        DriverKind::QemuTcg => Accel::Tcg,
+    };
+    let qemu = match &programs.qemu {
+        Some(path) => path.clone(),
+        None => find_qemu()?,
+    };
+    Ok(Box::new(Qemu::new(accel, qemu, programs.vsock.clone())))
+}
+
+/// QEMU in the usual places.
+pub(crate) fn find_qemu() -> Result<PathBuf, Error> {
+    const NAME: &str = "qemu-system-x86_64";
+    find_program(NAME, &["/usr/bin", "/usr/local/bin", "/usr/libexec"]).ok_or_else(|| {
+        Error::MissingProgram {
+            program: NAME,
+            tried: "PATH, /usr/bin, /usr/local/bin, /usr/libexec".to_owned(),
+            advice: "on Debian: apt-get install qemu-system-x86",
+        }
+    })
+}
+
+/// The first executable file `name` in `PATH`, then in `more`.
+pub(crate) fn find_program(name: &str, more: &[&str]) -> Option<PathBuf> {
+    let path = std::env::var_os("PATH").unwrap_or_default();
+    std::env::split_paths(&path)
+        .filter(|dir| dir.is_absolute())
+        .chain(more.iter().map(PathBuf::from))
+        .map(|dir| dir.join(name))
+        .find(|file| is_executable(file))
+}
+
+pub(crate) fn is_executable(file: &Path) -> bool {
+    use std::os::unix::fs::PermissionsExt;
+    std::fs::metadata(file).is_ok_and(|m| m.is_file() && m.permissions().mode() & 0o111 != 0)
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn auto_follows_the_probe_and_says_why() {
+        let broken = KvmStatus::Unusable {
+            reason: "its guest hung".into(),
+        };
+        let chosen = choose(DriverChoice::Auto, &broken).unwrap();
+        assert_eq!(chosen.driver, DriverKind::QemuTcg);
+        assert!(
+            chosen.reason.contains("its guest hung"),
+            "{}",
+            chosen.reason
+        );
+        let usable = KvmStatus::Usable {
+            slowdown: 1.1,
+            micros: 4000,
+        };
+        let chosen = choose(DriverChoice::Auto, &usable).unwrap();
+        assert_eq!(chosen.driver, DriverKind::QemuKvm);
+    }
+
+    #[test]
+    fn kvm_by_name_never_falls_back() {
+        let error = choose(DriverChoice::QemuKvm, &KvmStatus::Absent).unwrap_err();
+        assert!(
+            error
+                .to_string()
+                .starts_with("driver qemu-kvm cannot run here")
+        );
+    }
+
+    #[test]
+    fn choices_are_parsed() {
+        assert_eq!(
+            "qemu-tcg".parse::<DriverChoice>().unwrap(),
+            DriverChoice::QemuTcg
+        );
+        assert!("tcg".parse::<DriverChoice>().is_err());
+    }
+}
