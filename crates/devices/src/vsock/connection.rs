@@ -86,8 +86,9 @@ pub(super) struct Connection {
     pub(super) readable: bool,
     /// Everything that the host will ever send has been read.
     eof: bool,
-    /// The peer has hung up: read to the end, whatever the counts suggest.
-    hung_up: bool,
+    /// The end has been announced and will not be again: read up to it, whatever
+    /// the counts suggest.
+    ending: bool,
     /// The last read was as long as it could be.
     pub(super) bulk: bool,
 
@@ -126,7 +127,7 @@ impl Connection {
             peer_forwarded: Wrapping(0),
             readable: true,
             eof: false,
-            hung_up: false,
+            ending: false,
             bulk: false,
             guest_shut: 0,
             shut_told: 0,
@@ -335,9 +336,14 @@ impl Connection {
         self.is_established() && self.readable && !self.eof
     }
 
+    /// The host will send no more than what can be read now.
+    pub(super) fn expect_end(&mut self) {
+        self.ending = true;
+    }
+
     /// The host has hung up both directions.
     pub(super) fn hang_up(&mut self) {
-        self.hung_up = true;
+        self.expect_end();
         if self.is_established() {
             self.close_write();
         }
@@ -361,7 +367,7 @@ impl Connection {
             }
             Ok((n, cut)) => {
                 // A short read has emptied the socket; more will be an edge.
-                self.readable = n == wanted || cut || self.hung_up;
+                self.readable = n == wanted || cut || self.ending;
                 self.bulk = n == wanted;
                 self.sent += u32::try_from(n).unwrap_or(0);
                 Read::Data(n)

@@ -26,9 +26,6 @@ mod poller;
 mod ring;
 mod sys;
 
-#[cfg(test)]
-mod tests;
-
 pub use device::{Device, EVENT_QUEUE, FEATURES, QUEUE_SIZE, QUEUES, RX_QUEUE, Signals, TX_QUEUE};
 pub use host::SocketDir;
 pub use log::Log;

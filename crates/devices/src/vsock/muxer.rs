@@ -58,11 +58,12 @@ struct Slot {
 pub(super) struct Muxer {
     cid: u64,
     name: String,
+    // Before the directory: dropped first, it removes its file there.
+    listener: Listener,
     dir: SocketDir,
     limit: usize,
     timeouts: Timeouts,
     pub(super) poller: Poller,
-    listener: Listener,
     accept_again: Option<Instant>,
     slots: Vec<Slot>,
     free: Vec<u32>,
@@ -312,6 +313,9 @@ impl Muxer {
             return;
         };
         conn.readable = true;
+        if flags.contains(EpollFlags::EPOLLRDHUP) {
+            conn.expect_end();
+        }
         if flags.intersects(EpollFlags::EPOLLHUP | EpollFlags::EPOLLERR) {
             conn.hang_up();
         }
