@@ -1,0 +1,300 @@
+//! A container's log: one JSON object a line, as Docker's `json-file` driver
+//! writes them (`{"log":"…\n","stream":"stdout","time":"…"}`).
+//!
+//! A guest may print for ever, so a log is rotated once: at 16 MiB the file
+//! becomes `<file>.1`, and the one before it goes.
+
+use std::{
+    fs::{self, File, OpenOptions},
+    io::{self, BufRead, BufReader, Read, Seek, SeekFrom, Write},
+    os::unix::fs::{MetadataExt, OpenOptionsExt},
+    path::{Path, PathBuf},
+};
+
+use chrono::{SecondsFormat, Utc};
+use serde::{Deserialize, Serialize};
+
+use crate::{Error, Result};
+
+/// Size at which a log is rotated, bytes.
+const ROTATE_AT: u64 = 16 << 20;
+/// Longest piece of output in one line; a longer one is split, as Docker does.
+const PIECE_MAX: usize = 16 << 10;
+/// Longest line that is read back: a piece, every byte of it escaped.
+const LINE_MAX: u64 = (PIECE_MAX * 6 + 256) as u64;
+
+/// One line of a log.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+pub struct LogLine {
+    /// Output, with its newline unless the line was split.
+    pub log: String,
+    /// `stdout` or `stderr`.
+    pub stream: String,
+    /// RFC 3339, UTC, nanoseconds.
+    pub time: String,
+}
+
+/// Writes both streams of a container.
+#[derive(Debug)]
+pub(crate) struct LogWriter {
+    path: PathBuf,
+    file: File,
+    size: u64,
+    partial: [Vec<u8>; 2],
+}
+
+/// Which stream a piece of output belongs to.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub(crate) enum Stream {
+    Stdout = 0,
+    Stderr = 1,
+}
+
+impl LogWriter {
+    pub(crate) fn open(path: &Path) -> Result<Self> {
+        let file = append(path).map_err(Error::io("open log", path))?;
+        let size = file
+            .metadata()
+            .map_err(Error::io("examine log", path))?
+            .len();
+        Ok(Self {
+            path: path.to_path_buf(),
+            file,
+            size,
+            partial: [Vec::new(), Vec::new()],
+        })
+    }
+
+    /// Adds output; whole lines are written at once.
+    pub(crate) fn write(&mut self, stream: Stream, mut bytes: &[u8]) -> io::Result<()> {
+        let mut out = Vec::new();
+        while !bytes.is_empty() {
+            let partial = &mut self.partial[stream as usize];
+            let room = PIECE_MAX - partial.len();
+            let (take, whole) = match bytes.iter().take(room).position(|&b| b == b'\n') {
+                Some(at) => (at + 1, true),
+                None => (bytes.len().min(room), bytes.len() >= room),
+            };
+            let (piece, rest) = bytes.split_at(take);
+            partial.extend_from_slice(piece);
+            bytes = rest;
+            if whole {
+                encode(&mut out, stream, partial)?;
+                partial.clear();
+            }
+        }
+        self.append(&out)
+    }
+
+    /// Writes what has no newline yet. Called at the end of a stream.
+    pub(crate) fn flush(&mut self, stream: Stream) -> io::Result<()> {
+        let partial = std::mem::take(&mut self.partial[stream as usize]);
+        if partial.is_empty() {
+            return Ok(());
+        }
+        let mut out = Vec::new();
+        encode(&mut out, stream, &partial)?;
+        self.append(&out)
+    }
+
+    fn append(&mut self, bytes: &[u8]) -> io::Result<()> {
+        if bytes.is_empty() {
+            return Ok(());
+        }
+        let len = bytes.len() as u64;
+        if self.size + len > ROTATE_AT && self.size > 0 {
+            fs::rename(&self.path, rotated(&self.path))?;
+            self.file = append(&self.path)?;
+            self.size = 0;
+        }
+        self.size += len;
+        self.file.write_all(bytes)
+    }
+}
+
+fn append(path: &Path) -> io::Result<File> {
+    OpenOptions::new()
+        .append(true)
+        .create(true)
+        .mode(0o600)
+        .custom_flags(libc::O_NOFOLLOW)
+        .open(path)
+}
+
+fn rotated(path: &Path) -> PathBuf {
+    let mut name = path.as_os_str().to_owned();
+    name.push(".1");
+    name.into()
+}
+
+fn encode(out: &mut Vec<u8>, stream: Stream, piece: &[u8]) -> io::Result<()> {
+    let line = LogLine {
+        log: String::from_utf8_lossy(piece).into_owned(),
+        stream: match stream {
+            Stream::Stdout => "stdout",
+            Stream::Stderr => "stderr",
+        }
+        .into(),
+        time: Utc::now().to_rfc3339_opts(SecondsFormat::Nanos, true),
+    };
+    serde_json::to_writer(&mut *out, &line)?;
+    out.push(b'\n');
+    Ok(())
+}
+
+/// Reads a log from its oldest line on, across a rotation, and goes on when
+/// asked again after more was written.
+#[derive(Debug)]
+pub struct LogReader {
+    path: PathBuf,
+    file: Option<BufReader<File>>,
+    old_read: bool,
+}
+
+impl LogReader {
+    /// A reader at the start of the log; the file need not exist yet.
+    pub fn new(path: &Path) -> Self {
+        Self {
+            path: path.to_path_buf(),
+            file: None,
+            old_read: false,
+        }
+    }
+
+    /// The next line, or `None` if there is none for now. A line that is still
+    /// being written, or is damaged, is not returned.
+    pub fn next_line(&mut self) -> Result<Option<LogLine>> {
+        loop {
+            if self.file.is_none() && !self.open_next()? {
+                return Ok(None);
+            }
+            let Some(file) = &mut self.file else {
+                return Ok(None);
+            };
+            let mut line = Vec::new();
+            let read = file
+                .by_ref()
+                .take(LINE_MAX)
+                .read_until(b'\n', &mut line)
+                .map_err(Error::io("read log", &self.path))?;
+            if line.ends_with(b"\n") {
+                if let Ok(line) = serde_json::from_slice(&line) {
+                    return Ok(Some(line));
+                }
+                continue;
+            }
+            let back = i64::try_from(read).unwrap_or(0);
+            file.seek_relative(-back)
+                .map_err(Error::io("read log", &self.path))?;
+            if !self.rotated_away() {
+                return Ok(None);
+            }
+            self.file = None;
+        }
+    }
+
+    fn open_next(&mut self) -> Result<bool> {
+        let path = if self.old_read {
+            self.path.clone()
+        } else {
+            self.old_read = true;
+            let old = rotated(&self.path);
+            if old.exists() { old } else { self.path.clone() }
+        };
+        match File::open(&path) {
+            Ok(mut file) => {
+                file.seek(SeekFrom::Start(0))
+                    .map_err(Error::io("read log", &path))?;
+                self.file = Some(BufReader::new(file));
+                Ok(true)
+            }
+            Err(e) if e.kind() == io::ErrorKind::NotFound => Ok(false),
+            Err(e) => Err(Error::io("open log", path)(e)),
+        }
+    }
+
+    /// The file being read is no longer the one that is written.
+    fn rotated_away(&self) -> bool {
+        let (Some(file), Ok(now)) = (&self.file, fs::metadata(&self.path)) else {
+            return false;
+        };
+        file.get_ref()
+            .metadata()
+            .is_ok_and(|then| (then.dev(), then.ino()) != (now.dev(), now.ino()))
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    fn all(reader: &mut LogReader) -> Vec<LogLine> {
+        std::iter::from_fn(|| reader.next_line().unwrap()).collect()
+    }
+
+    #[test]
+    fn lines_are_whole_and_streams_apart() {
+        let dir = tempfile::tempdir().unwrap();
+        let path = dir.path().join("log");
+        let mut log = LogWriter::open(&path).unwrap();
+        let mut reader = LogReader::new(&path);
+        log.write(Stream::Stdout, b"on").unwrap();
+        log.write(Stream::Stderr, b"bad\n").unwrap();
+        log.write(Stream::Stdout, b"e\ntwo\nthr").unwrap();
+        let got: Vec<_> = all(&mut reader)
+            .into_iter()
+            .map(|l| (l.stream, l.log))
+            .collect();
+        let want = [
+            ("stderr", "bad\n"),
+            ("stdout", "one\n"),
+            ("stdout", "two\n"),
+        ];
+        assert_eq!(got, want.map(|(a, b)| (a.to_string(), b.to_string())));
+        log.flush(Stream::Stdout).unwrap();
+        assert_eq!(all(&mut reader)[0].log, "thr");
+    }
+
+    #[test]
+    fn long_lines_are_split_without_loss() {
+        let dir = tempfile::tempdir().unwrap();
+        let path = dir.path().join("log");
+        let mut log = LogWriter::open(&path).unwrap();
+        let text = "\u{1}".repeat(PIECE_MAX * 2 + 7);
+        log.write(Stream::Stdout, text.as_bytes()).unwrap();
+        log.flush(Stream::Stdout).unwrap();
+        let back: String = all(&mut LogReader::new(&path))
+            .into_iter()
+            .map(|l| l.log)
+            .collect();
+        assert_eq!(back, text);
+    }
+
+    #[test]
+    fn an_endless_writer_fills_two_files_at_most() {
+        let dir = tempfile::tempdir().unwrap();
+        let path = dir.path().join("log");
+        let mut log = LogWriter::open(&path).unwrap();
+        let mut reader = LogReader::new(&path);
+        let line = [b"x".repeat(16 << 10).as_slice(), b"\n"].concat();
+        for _ in 0..3000 {
+            log.write(Stream::Stdout, &line).unwrap();
+        }
+        let total: u64 = fs::read_dir(dir.path())
+            .unwrap()
+            .map(|e| e.unwrap().metadata().unwrap().len())
+            .sum();
+        assert!(total <= 2 * ROTATE_AT, "{total}");
+        assert!(!all(&mut reader).is_empty());
+    }
+
+    #[test]
+    fn damaged_lines_are_passed_over() {
+        let dir = tempfile::tempdir().unwrap();
+        let path = dir.path().join("log");
+        fs::write(&path, b"garbage\n{\"log\":1}\n").unwrap();
+        let mut log = LogWriter::open(&path).unwrap();
+        log.write(Stream::Stdout, b"ok\n").unwrap();
+        assert_eq!(all(&mut LogReader::new(&path)).len(), 1);
+    }
+}

@@ -1,0 +1,380 @@
+//! What is known of a container on disk, so that it outlives its supervisor,
+//! and the recovery that relies on it.
+//!
+//! A container is a directory: `container.json` (this record), `config.json`
+//! (the OCI bundle), `container.log`, and `lock`, which its supervisor holds
+//! for as long as it lives. A record that says "running" while nobody holds the
+//! lock tells of a supervisor that was killed.
+
+use std::{
+    fs,
+    io::{self, Write},
+    path::{Path, PathBuf},
+};
+
+use serde::{Deserialize, Serialize};
+
+use crate::{Error, Layout, Lock, Result};
+
+/// Largest record that is read.
+const RECORD_MAX: u64 = 1 << 20;
+const RECORD_FILE: &str = "container.json";
+
+/// Life of a container, as `walnut ps` shows it.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(rename_all = "lowercase")]
+pub enum Status {
+    /// Its sandbox is being started.
+    Creating,
+    /// Built; its program has not been executed.
+    Created,
+    /// Its program runs.
+    Running,
+    /// Its processes are frozen.
+    Paused,
+    /// Its program has ended, or its sandbox has.
+    Exited,
+}
+
+impl Status {
+    /// The word people see.
+    pub fn as_str(self) -> &'static str {
+        match self {
+            Self::Creating => "creating",
+            Self::Created => "created",
+            Self::Running => "running",
+            Self::Paused => "paused",
+            Self::Exited => "exited",
+        }
+    }
+}
+
+/// The image a container was made from.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+pub struct ImageRef {
+    /// As the user named it.
+    pub name: String,
+    /// Digest of the image's configuration.
+    pub id: String,
+}
+
+/// A container on disk. Times are nanoseconds since the epoch.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+pub struct Record {
+    /// Format of this record: 1.
+    pub version: u32,
+    /// 32 hexadecimal digits.
+    pub id: String,
+    /// Unique name.
+    pub name: String,
+    /// The image.
+    pub image: ImageRef,
+    /// Program and arguments.
+    pub command: Vec<String>,
+    /// Where it stands.
+    pub status: Status,
+    /// When `run` was called.
+    pub created_at: i64,
+    /// When the program was executed.
+    #[serde(default)]
+    pub started_at: Option<i64>,
+    /// When it ended.
+    #[serde(default)]
+    pub finished_at: Option<i64>,
+    /// 0–255, once ended.
+    #[serde(default)]
+    pub exit_code: Option<u32>,
+    /// Why the sandbox failed, if it did.
+    #[serde(default)]
+    pub error: Option<String>,
+    /// The guest's OOM killer ended it.
+    #[serde(default)]
+    pub oom_killed: bool,
+    /// Removed as soon as it ends.
+    pub auto_remove: bool,
+    /// Has a terminal.
+    pub terminal: bool,
+    /// Machine driver, once started: `qemu-tcg`, `qemu-kvm`.
+    #[serde(default)]
+    pub driver: Option<String>,
+    /// Guest memory in bytes, once started.
+    #[serde(default)]
+    pub memory: Option<u64>,
+    /// vCPUs, once started.
+    #[serde(default)]
+    pub vcpus: Option<u32>,
+    /// PID of the supervisor, while it lives.
+    #[serde(default)]
+    pub shim_pid: Option<u32>,
+}
+
+impl Record {
+    /// Reads the record of the container in `dir`.
+    pub fn load(dir: &Path) -> Result<Self> {
+        let path = dir.join(RECORD_FILE);
+        let size = fs::metadata(&path).map_err(Error::io("read", &path))?.len();
+        if size > RECORD_MAX {
+            return Err(Error::Invalid(format!(
+                "read {}: larger than {RECORD_MAX} bytes; remove the container",
+                path.display()
+            )));
+        }
+        let bytes = fs::read(&path).map_err(Error::io("read", &path))?;
+        serde_json::from_slice(&bytes).map_err(|e| {
+            Error::Invalid(format!(
+                "read {}: {e}; remove the container",
+                path.display()
+            ))
+        })
+    }
+
+    /// Writes the record into the container's directory, atomically.
+    pub fn store(&self, dir: &Path) -> Result<()> {
+        let path = dir.join(RECORD_FILE);
+        let json = serde_json::to_vec_pretty(self)
+            .map_err(|e| Error::Invalid(format!("write {}: {e}", path.display())))?;
+        write_atomic(&path, &json)
+    }
+
+    /// First twelve digits of the id.
+    pub fn short_id(&self) -> &str {
+        self.id.get(..12).unwrap_or(&self.id)
+    }
+}
+
+/// Writes a file so that a reader, or a crash, meets the old one or the new one.
+pub(crate) fn write_atomic(path: &Path, bytes: &[u8]) -> Result<()> {
+    let mut temp = path.as_os_str().to_owned();
+    temp.push(".new");
+    let temp = PathBuf::from(temp);
+    let write = || -> io::Result<()> {
+        let mut file = fs::File::create(&temp)?;
+        file.write_all(bytes)?;
+        file.sync_data()?;
+        fs::rename(&temp, path)
+    };
+    write().map_err(Error::io("write", path))
+}
+
+/// All containers, oldest first, after [`reconcile`]. Directories that hold no
+/// readable record are passed over.
+pub fn list(layout: &Layout) -> Result<Vec<Record>> {
+    reconcile(layout)?;
+    let mut records: Vec<_> = ids(layout)?
+        .iter()
+        .filter_map(|id| Record::load(&layout.container(id)).ok())
+        .collect();
+    records.sort_by_key(|r| r.created_at);
+    Ok(records)
+}
+
+/// The container with this name, id or unambiguous start of an id.
+pub fn find(layout: &Layout, name: &str) -> Result<Record> {
+    let records = list(layout)?;
+    if let Some(record) = records.iter().find(|r| r.name == name || r.id == name) {
+        return Ok(record.clone());
+    }
+    let mut hits = records
+        .iter()
+        .filter(|r| !name.is_empty() && r.id.starts_with(name));
+    match (hits.next(), hits.next()) {
+        (Some(record), None) => Ok(record.clone()),
+        (Some(_), Some(_)) => Err(Error::Invalid(format!(
+            "find container {name:?}: several ids start so; give more digits"
+        ))),
+        _ => Err(Error::NotFound(format!(
+            "no such container: {name} (`walnut ps -a` lists them)"
+        ))),
+    }
+}
+
+/// Removes an ended container's directory. The caller has made sure that it has
+/// no supervisor.
+pub fn remove(layout: &Layout, id: &str) -> Result<()> {
+    remove_dir(&layout.sandbox(id))?;
+    remove_dir(&layout.container(id))
+}
+
+/// Brings disk and reality together: what a killed supervisor left is removed,
+/// its container is said to have ended. Its processes have died with it.
+pub fn reconcile(layout: &Layout) -> Result<()> {
+    for id in ids(layout)? {
+        let dir = layout.container(&id);
+        if !dir.join("lock").exists() {
+            // Being made this moment, or made by half: without a record it is
+            // nobody's, unless it is fresh.
+            if Record::load(&dir).is_err() && is_stale(&dir) {
+                remove_dir(&dir)?;
+            }
+            continue;
+        }
+        let Some(_lock) = Lock::try_take(&dir.join("lock"))? else {
+            continue;
+        };
+        reconcile_one(layout, &id)?;
+    }
+    for entry in read_dir(&layout.run)? {
+        if !layout.container(&entry).exists() && !layout.sandbox(&entry).join("bundle").exists() {
+            remove_dir(&layout.sandbox(&entry))?;
+        }
+    }
+    Ok(())
+}
+
+fn reconcile_one(layout: &Layout, id: &str) -> Result<()> {
+    let dir = layout.container(id);
+    remove_dir(&layout.sandbox(id))?;
+    let Ok(mut record) = Record::load(&dir) else {
+        return remove_dir(&dir);
+    };
+    if record.status == Status::Exited && !record.auto_remove {
+        return Ok(());
+    }
+    if record.auto_remove {
+        return remove_dir(&dir);
+    }
+    record.status = Status::Exited;
+    record.exit_code = Some(137);
+    record.finished_at = Some(now_ns());
+    record.shim_pid = None;
+    record.error = Some("the sandbox's supervisor was killed".into());
+    record.store(&dir)
+}
+
+fn is_stale(dir: &Path) -> bool {
+    fs::metadata(dir)
+        .and_then(|m| m.modified())
+        .ok()
+        .and_then(|t| t.elapsed().ok())
+        .is_some_and(|age| age.as_secs() > 60)
+}
+
+fn ids(layout: &Layout) -> Result<Vec<String>> {
+    Ok(read_dir(&layout.containers())?
+        .into_iter()
+        .filter(|name| name.len() == 32 && name.bytes().all(|b| b.is_ascii_hexdigit()))
+        .collect())
+}
+
+fn read_dir(path: &Path) -> Result<Vec<String>> {
+    let mut names = Vec::new();
+    for entry in fs::read_dir(path).map_err(Error::io("list", path))? {
+        let entry = entry.map_err(Error::io("list", path))?;
+        if entry.file_type().is_ok_and(|t| t.is_dir())
+            && let Ok(name) = entry.file_name().into_string()
+        {
+            names.push(name);
+        }
+    }
+    Ok(names)
+}
+
+pub(crate) fn remove_dir(path: &Path) -> Result<()> {
+    match fs::remove_dir_all(path) {
+        Err(e) if e.kind() != io::ErrorKind::NotFound => Err(Error::io("remove", path)(e)),
+        _ => Ok(()),
+    }
+}
+
+/// Nanoseconds since the epoch.
+pub fn now_ns() -> i64 {
+    chrono::Utc::now().timestamp_nanos_opt().unwrap_or(i64::MAX)
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    fn layout() -> (tempfile::TempDir, Layout) {
+        let dir = tempfile::tempdir().unwrap();
+        let layout = Layout::new(dir.path().join("s"), dir.path().join("r")).unwrap();
+        (dir, layout)
+    }
+
+    fn record(id: char, name: &str) -> Record {
+        Record {
+            version: 1,
+            id: id.to_string().repeat(32),
+            name: name.into(),
+            image: ImageRef {
+                name: "x".into(),
+                id: "sha256:0".into(),
+            },
+            command: vec!["true".into()],
+            status: Status::Running,
+            created_at: 1,
+            started_at: None,
+            finished_at: None,
+            exit_code: None,
+            error: None,
+            oom_killed: false,
+            auto_remove: false,
+            terminal: false,
+            driver: None,
+            memory: None,
+            vcpus: None,
+            shim_pid: Some(1),
+        }
+    }
+
+    fn make(layout: &Layout, record: &Record) -> Lock {
+        let dir = layout.container(&record.id);
+        fs::create_dir(&dir).unwrap();
+        fs::create_dir(layout.sandbox(&record.id)).unwrap();
+        record.store(&dir).unwrap();
+        Lock::try_take(&dir.join("lock")).unwrap().unwrap()
+    }
+
+    #[test]
+    fn a_supervised_container_is_left_alone() {
+        let (_dir, layout) = layout();
+        let r = record('a', "one");
+        let _lock = make(&layout, &r);
+        assert_eq!(list(&layout).unwrap(), [r.clone()]);
+        assert!(layout.sandbox(&r.id).exists());
+    }
+
+    #[test]
+    fn an_orphan_is_ended_and_cleaned() {
+        let (_dir, layout) = layout();
+        let r = record('a', "one");
+        drop(make(&layout, &r));
+        let found = find(&layout, "aaaa").unwrap();
+        assert_eq!(found.status, Status::Exited);
+        assert_eq!(found.exit_code, Some(137));
+        assert!(!layout.sandbox(&r.id).exists());
+    }
+
+    #[test]
+    fn an_orphan_to_be_removed_goes_entirely() {
+        let (_dir, layout) = layout();
+        let mut r = record('b', "two");
+        r.auto_remove = true;
+        drop(make(&layout, &r));
+        assert!(list(&layout).unwrap().is_empty());
+        assert!(!layout.container(&r.id).exists());
+    }
+
+    #[test]
+    fn names_and_prefixes() {
+        let (_dir, layout) = layout();
+        let mut second = record('a', "two");
+        second.id.replace_range(31.., "b");
+        let locks = [make(&layout, &record('a', "one")), make(&layout, &second)];
+        assert_eq!(find(&layout, "two").unwrap().name, "two");
+        assert!(matches!(find(&layout, "aa"), Err(Error::Invalid(_))));
+        assert!(matches!(find(&layout, "c"), Err(Error::NotFound(_))));
+        assert!(matches!(find(&layout, ""), Err(Error::NotFound(_))));
+        drop(locks);
+    }
+
+    #[test]
+    fn a_torn_record_is_removed_with_its_container() {
+        let (_dir, layout) = layout();
+        let r = record('d', "x");
+        drop(make(&layout, &r));
+        fs::write(layout.container(&r.id).join(RECORD_FILE), b"{\"vers").unwrap();
+        assert!(list(&layout).unwrap().is_empty());
+        assert!(!layout.container(&r.id).exists());
+    }
+}

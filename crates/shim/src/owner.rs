@@ -1,0 +1,211 @@
+//! What the supervisor does for `walnut`, as containerd does for its own
+//! containers: keep the record true, and end when the container has ended.
+
+use std::{
+    os::fd::OwnedFd,
+    path::{Path, PathBuf},
+    sync::Arc,
+    time::Duration,
+};
+
+use tokio::{io::AsyncReadExt, net::unix::pipe, sync::watch, time::timeout};
+use tracing::{error, warn};
+use walnut_sandbox::{ExitInfo, Record, Sandbox, Status};
+
+/// Longest the end of a container may lag behind the end of its machine.
+const END_GRACE: Duration = Duration::from_secs(5);
+
+/// Where a supervisor stands.
+#[derive(Debug, Clone, Default)]
+pub(crate) enum Phase {
+    /// No container has been created yet.
+    #[default]
+    Waiting,
+    /// There is a sandbox, with the container `id` in it.
+    Serving { sandbox: Arc<Sandbox>, id: String },
+    /// The sandbox is to be ended now, for this reason if it is not the user's.
+    Ending(Option<String>),
+}
+
+/// A container made by `walnut`.
+#[derive(Debug)]
+pub(crate) struct Owner {
+    pub(crate) id: String,
+    pub(crate) container_dir: PathBuf,
+    pub(crate) run_dir: PathBuf,
+    phase: watch::Sender<Phase>,
+}
+
+/// Why supervision ends.
+enum End {
+    Exited(ExitInfo),
+    Told(Option<String>),
+}
+
+impl Owner {
+    pub(crate) fn new(id: String, container_dir: PathBuf, run_dir: PathBuf) -> Self {
+        Self {
+            id,
+            container_dir,
+            run_dir,
+            phase: watch::Sender::default(),
+        }
+    }
+
+    /// The sandbox came up.
+    pub(crate) fn serving(&self, sandbox: Arc<Sandbox>, id: String) {
+        let (memory, vcpus) = sandbox.size();
+        let driver = sandbox.driver();
+        self.update(|record| {
+            record.status = Status::Created;
+            record.driver = Some(driver.into());
+            record.memory = Some(memory);
+            record.vcpus = Some(vcpus);
+            record.shim_pid = Some(std::process::id());
+        });
+        self.phase.send_if_modified(|phase| {
+            let waiting = matches!(phase, Phase::Waiting);
+            if waiting {
+                *phase = Phase::Serving { sandbox, id };
+            }
+            waiting
+        });
+    }
+
+    /// Ends the sandbox.
+    pub(crate) fn end(&self, reason: Option<String>) {
+        self.phase.send_if_modified(|phase| {
+            let ending = matches!(phase, Phase::Ending(_));
+            if !ending {
+                *phase = Phase::Ending(reason);
+            }
+            !ending
+        });
+    }
+
+    /// Changes the record; a failure is logged, for a container must not end for
+    /// a full disk.
+    pub(crate) fn update(&self, change: impl FnOnce(&mut Record)) {
+        let result = Record::load(&self.container_dir).and_then(|mut record| {
+            change(&mut record);
+            record.store(&self.container_dir)
+        });
+        if let Err(e) = result {
+            error!("keep the record: {e}");
+        }
+    }
+
+    /// Returns when there is nothing more to supervise; the sandbox is gone then.
+    pub(crate) async fn supervise(&self, lease: OwnedFd) {
+        let mut phase = self.phase.subscribe();
+        let mut lease = std::pin::pin!(broken(lease));
+        let mut leased = true;
+        let mut serving: Option<(Arc<Sandbox>, String)> = None;
+        let end = loop {
+            let now = phase.borrow_and_update().clone();
+            match now {
+                Phase::Waiting => {}
+                Phase::Serving { sandbox, id } => serving = Some((sandbox, id)),
+                Phase::Ending(reason) => break End::Told(reason),
+            }
+            tokio::select! {
+                changed = phase.changed() => if changed.is_err() {
+                    break End::Told(None);
+                },
+                gone = &mut lease, if leased => {
+                    leased = false;
+                    if gone {
+                        break End::Told(Some("the command that ran it is gone".into()));
+                    }
+                }
+                exit = ended(serving.as_ref()) => break End::Exited(exit),
+            }
+        };
+        let sandbox = serving.as_ref().map(|(sandbox, _)| sandbox.clone());
+        self.record_end(&end);
+        if let Some(sandbox) = sandbox {
+            // A killed machine loses what the guest had not written back; only a
+            // shared directory has anything to lose, and a failed one is dead.
+            let failed = matches!(&end, End::Exited(exit) if exit.error.is_some());
+            if sandbox.has_volumes() && !failed && !matches!(end, End::Told(Some(_))) {
+                sandbox.shutdown().await;
+            } else {
+                sandbox.kill_machine().await;
+            }
+        }
+    }
+
+    fn record_end(&self, end: &End) {
+        self.update(|record| {
+            if record.status == Status::Creating {
+                // `walnut` removes what never came to life.
+                return;
+            }
+            record.status = Status::Exited;
+            record.shim_pid = None;
+            match end {
+                End::Exited(exit) => {
+                    record.finished_at = Some(exit.at);
+                    record.exit_code = Some(exit.code);
+                    record.oom_killed = exit.oom_killed;
+                    record.error = exit.error.clone();
+                }
+                End::Told(reason) => {
+                    record.finished_at = Some(walnut_sandbox::now_ns());
+                    record.exit_code = Some(137);
+                    record.error = reason.clone();
+                }
+            }
+        });
+    }
+
+    /// Removes the run directory, and the container if it was to go with its end.
+    pub(crate) async fn clean_up(&self) {
+        remove(&self.run_dir);
+        match Record::load(&self.container_dir) {
+            Ok(record) if record.auto_remove || record.status == Status::Creating => {
+                remove(&self.container_dir);
+            }
+            Ok(_) => {}
+            Err(e) => warn!("read the record: {e}"),
+        }
+    }
+}
+
+fn remove(dir: &Path) {
+    if let Err(e) = std::fs::remove_dir_all(dir)
+        && e.kind() != std::io::ErrorKind::NotFound
+    {
+        error!("remove {}: {e}", dir.display());
+    }
+}
+
+/// Returns how the sandbox's container ended; never, if there is none.
+async fn ended(serving: Option<&(Arc<Sandbox>, String)>) -> ExitInfo {
+    let Some((sandbox, id)) = serving else {
+        return std::future::pending().await;
+    };
+    tokio::select! {
+        Ok(exit) = sandbox.wait(id, "") => exit,
+        machine = sandbox.ended() => match timeout(END_GRACE, sandbox.wait(id, "")).await {
+            Ok(Ok(exit)) => exit,
+            // It was never started, so nobody waits for it.
+            _ => ExitInfo {
+                code: 255,
+                at: walnut_sandbox::now_ns(),
+                oom_killed: false,
+                error: Some(machine.to_string()),
+            },
+        },
+    }
+}
+
+/// Waits on a lease. True: it ended without a byte, so its holder is gone.
+/// False: the holder has let the sandbox go its own way.
+async fn broken(lease: OwnedFd) -> bool {
+    let Ok(mut lease) = pipe::Receiver::from_owned_fd(lease) else {
+        return false;
+    };
+    let mut byte = [0];
+    !matches!(lease.read(&mut byte).await, Ok(1))
+}
