@@ -21,6 +21,18 @@ pub struct Programs {
     pub cache: Option<PathBuf>,
 }
 
+impl Programs {
+    /// Walnut's own `vsock` and the QEMU of `PATH`; the KVM probe's verdict is
+    /// not kept.
+    pub fn new(vsock: PathBuf) -> Self {
+        Self {
+            qemu: None,
+            vsock,
+            cache: None,
+        }
+    }
+}
+
 /// What a person or a configuration asks for.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Default, Serialize, Deserialize)]
 #[serde(rename_all = "kebab-case")]

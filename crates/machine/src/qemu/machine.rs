@@ -71,8 +71,6 @@ struct Sockets {
     uds: PathBuf,
     /// Where the agent calls.
     ready: PathBuf,
-    /// Where QEMU's connection to the device is made; gone after the start.
-    vhost: PathBuf,
 }
 
 impl Sockets {
@@ -80,12 +78,11 @@ impl Sockets {
         Self {
             uds: run_dir.join("vsock.sock"),
             ready: run_dir.join(format!("vsock.sock_{READY_PORT}")),
-            vhost: run_dir.join("vhost-vsock.sock"),
         }
     }
 
     fn remove(&self) {
-        for socket in [&self.uds, &self.ready, &self.vhost] {
+        for socket in [&self.uds, &self.ready] {
             // Most often it is gone already.
             let _ = std::fs::remove_file(socket);
         }
@@ -155,11 +152,9 @@ impl QemuMachine {
 
 /// Starts the vsock device; the other end of its vhost-user socket is returned.
 fn spawn_vsock(driver: &Qemu, sockets: &Sockets) -> Result<(Child, StdStream), Error> {
-    let listener = listen(&sockets.vhost)?;
-    let stream = StdStream::connect(&sockets.vhost).map_err(host("connect to the vsock device"))?;
-    let _ = std::fs::remove_file(&sockets.vhost);
+    let (ours, theirs) = StdStream::pair().map_err(host("make the vsock device's socket"))?;
     let mut spawn = Spawn::new("walnut-vsock", &driver.vsock);
-    let fd = spawn.inherit(listener);
+    let fd = spawn.inherit(theirs);
     spawn
         .arg("--vhost-fd")
         .arg(fd.to_string())
@@ -168,7 +163,7 @@ fn spawn_vsock(driver: &Qemu, sockets: &Sockets) -> Result<(Child, StdStream), E
         .arg("--cid")
         .arg(GUEST_CID.to_string())
         .arg("--die-with-parent");
-    Ok((spawn.spawn()?, stream))
+    Ok((spawn.spawn()?, ours))
 }
 
 /// Starts QEMU; the other end of its monitor's socket is returned.
