@@ -62,7 +62,9 @@ pub fn below_guest_root(path: &str) -> Result<PathBuf, NameError> {
     if path.len() >= 1024 || path.contains('\0') {
         return Err(error());
     }
-    let rest = Path::new(path).strip_prefix(GUEST_ROOT).map_err(|_| error())?;
+    let rest = Path::new(path)
+        .strip_prefix(GUEST_ROOT)
+        .map_err(|_| error())?;
     let plain = |c: Component<'_>| match c {
         Component::Normal(name) => !name.as_encoded_bytes().starts_with(b"."),
         _ => false,
@@ -163,7 +165,17 @@ mod tests {
         for good in ["a", "A-b_c.9", &"x".repeat(128)] {
             assert!(check_id("container", good).is_ok(), "{good}");
         }
-        for bad in ["", ".", "..", ".state", "a/b", "a b", "ä", "a\0", &"x".repeat(129)] {
+        for bad in [
+            "",
+            ".",
+            "..",
+            ".state",
+            "a/b",
+            "a b",
+            "ä",
+            "a\0",
+            &"x".repeat(129),
+        ] {
             assert!(check_id("container", bad).is_err(), "{bad}");
         }
     }

@@ -30,8 +30,8 @@ const CONSOLE: &str = "console.sock";
 pub(crate) fn create(payload: &[u8]) -> Result<Done, Failure> {
     let request = CreateContainerRequest::parse_from_bytes(payload)
         .map_err(|e| Failure::invalid(format!("create request: {e}")))?;
-    let paths = ContainerPaths::new(&request.container_id)
-        .map_err(|e| Failure::invalid(e.to_string()))?;
+    let paths =
+        ContainerPaths::new(&request.container_id).map_err(|e| Failure::invalid(e.to_string()))?;
     let bundle = paths.bundle();
     fs::create_dir_all(&bundle).map_err(|e| Failure::internal(bundle.display(), e))?;
     let spec = spec::adapt(&request.spec, &paths)?;

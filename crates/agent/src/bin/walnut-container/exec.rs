@@ -18,7 +18,9 @@ use nix::errno::Errno;
 use nix::fcntl::OFlag;
 use nix::pty::openpty;
 use nix::sys::statfs::{FsType, fstatfs};
-use nix::unistd::{ForkResult, Gid, Uid, chdir, fchown, fork, pipe2, setgroups, setresgid, setresuid, setsid};
+use nix::unistd::{
+    ForkResult, Gid, Uid, chdir, fchown, fork, pipe2, setgroups, setresgid, setresuid, setsid,
+};
 use protobuf::Message;
 use walnut_agent::names::ContainerPaths;
 use walnut_agent::wire::{Ends, Status};
@@ -48,8 +50,8 @@ const NAMESPACES: [(&str, libc::c_int); 7] = [
 pub(crate) fn exec(first: u32, payload: &[u8]) -> Result<Done, Failure> {
     let request = ExecProcessRequest::parse_from_bytes(payload)
         .map_err(|e| Failure::invalid(format!("exec request: {e}")))?;
-    let paths = ContainerPaths::new(&request.container_id)
-        .map_err(|e| Failure::invalid(e.to_string()))?;
+    let paths =
+        ContainerPaths::new(&request.container_id).map_err(|e| Failure::invalid(e.to_string()))?;
     let mut process: Process = serde_json::from_slice(&request.process)
         .map_err(|e| Failure::invalid(format!("process of exec {}: {e}", request.exec_id)))?;
     adapt_process(&mut process)?;
@@ -288,8 +290,7 @@ fn confine(child: &Child<'_>) -> Result<(), Failure> {
             .map_err(|e| Failure::internal("drop capabilities", chain(&e)))?;
     }
     if stayed || nix::unistd::getcwd().is_ok_and(|at| at != *cwd) {
-        chdir(cwd)
-            .map_err(|e| Failure::invalid(format!("process.cwd {}: {e}", cwd.display())))?;
+        chdir(cwd).map_err(|e| Failure::invalid(format!("process.cwd {}: {e}", cwd.display())))?;
     }
     // A folder outside the container's root has no name in it.
     nix::unistd::getcwd()
@@ -302,7 +303,14 @@ fn confine(child: &Child<'_>) -> Result<(), Failure> {
     program::set_environment(&env);
     // SAFETY: marks every descriptor above the standard ones; none is used by
     // number after this.
-    unsafe { libc::syscall(libc::SYS_close_range, 3, u32::MAX, libc::CLOSE_RANGE_CLOEXEC) };
+    unsafe {
+        libc::syscall(
+            libc::SYS_close_range,
+            3,
+            u32::MAX,
+            libc::CLOSE_RANGE_CLOEXEC,
+        )
+    };
     Ok(())
 }
 

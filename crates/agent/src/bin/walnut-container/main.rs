@@ -55,12 +55,8 @@ fn prepare() -> Result<(), Failure> {
     unsafe { libc::umask(0o022) };
     // A soft limit of 1024 keeps programs that walk their whole table quick;
     // whoever needs more may raise it, as redis and nginx do.
-    nix::sys::resource::setrlimit(
-        nix::sys::resource::Resource::RLIMIT_NOFILE,
-        1024,
-        1 << 20,
-    )
-    .map_err(|e| Failure::internal("set RLIMIT_NOFILE", e))
+    nix::sys::resource::setrlimit(nix::sys::resource::Resource::RLIMIT_NOFILE, 1024, 1 << 20)
+        .map_err(|e| Failure::internal("set RLIMIT_NOFILE", e))
 }
 
 fn report(link: &mut Link, result: Result<Done, Failure>) -> ExitCode {

@@ -69,12 +69,17 @@ pub(crate) fn resolve(name: &str, path: &str) -> Result<PathBuf, Errno> {
 }
 
 fn check(path: &Path) -> Result<(), Errno> {
-    let meta = fs::metadata(path)
-        .map_err(|e| e.raw_os_error().map_or(Errno::EIO, Errno::from_raw))?;
+    let meta =
+        fs::metadata(path).map_err(|e| e.raw_os_error().map_or(Errno::EIO, Errno::from_raw))?;
     if !meta.is_file() {
         return Err(Errno::EISDIR);
     }
-    faccessat(nix::fcntl::AT_FDCWD, path, AccessFlags::X_OK, AtFlags::AT_EACCESS)
+    faccessat(
+        nix::fcntl::AT_FDCWD,
+        path,
+        AccessFlags::X_OK,
+        AtFlags::AT_EACCESS,
+    )
 }
 
 /// Replaces this process. Returns only on failure.

@@ -14,8 +14,8 @@ use crate::spec::adapt_resources;
 pub(crate) fn update(payload: &[u8]) -> Result<Done, Failure> {
     let request = UpdateContainerRequest::parse_from_bytes(payload)
         .map_err(|e| Failure::invalid(format!("update request: {e}")))?;
-    let paths = ContainerPaths::new(&request.container_id)
-        .map_err(|e| Failure::invalid(e.to_string()))?;
+    let paths =
+        ContainerPaths::new(&request.container_id).map_err(|e| Failure::invalid(e.to_string()))?;
     let mut resources: LinuxResources = serde_json::from_slice(&request.resources)
         .map_err(|e| Failure::invalid(format!("resources for {}: {e}", paths.id())))?;
     adapt_resources(&mut resources);

@@ -140,12 +140,7 @@ fn options(storage: &Storage) -> (MsFlags, String) {
 }
 
 /// mount(2), with a message that says what was mounted where.
-fn mount_on(
-    storage: &Storage,
-    target: &Target,
-    source: &str,
-    fstype: &str,
-) -> Result<(), Failure> {
+fn mount_on(storage: &Storage, target: &Target, source: &str, fstype: &str) -> Result<(), Failure> {
     let (flags, data) = options(storage);
     mount(
         Some(source),
@@ -237,16 +232,10 @@ mod tests {
         let mut s = storage(&[]);
         s.driver = "9p".into();
         s.mount_point = "/run/walnut/a".into();
-        assert_eq!(
-            mount_all(&[s.clone()]).unwrap_err().status,
-            Status::Invalid
-        );
+        assert_eq!(mount_all(&[s.clone()]).unwrap_err().status, Status::Invalid);
         s.driver = "tmpfs".into();
         s.mount_point = "/run/walnut/../../etc".into();
-        assert_eq!(
-            mount_all(&[s.clone()]).unwrap_err().status,
-            Status::Invalid
-        );
+        assert_eq!(mount_all(&[s.clone()]).unwrap_err().status, Status::Invalid);
         assert!(mount_all(&vec![s; 65]).is_err());
     }
 }
