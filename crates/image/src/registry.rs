@@ -150,7 +150,7 @@ impl Registry {
         let response = request
             .send()
             .await
-            .map_err(|e| self.failed(&what, chain(&e), true))?;
+            .map_err(|e| self.failed(&what, chain(&e), self.may_pass(&e)))?;
         let status = response.status();
         match status {
             _ if status.is_success() => Ok(response),
@@ -244,6 +244,12 @@ impl Registry {
         self.failed(&what, reason, true)
     }
 
+    /// Whether a request that failed so may succeed later. Nobody listening
+    /// on this very host is an answer.
+    fn may_pass(&self, error: &reqwest::Error) -> bool {
+        !(error.is_connect() && self.reference.is_loopback()) && !error.is_builder()
+    }
+
     fn judge(&self, what: &str, error: &OciDistributionError) -> Failure {
         use OciDistributionError as E;
         match error {
@@ -254,9 +260,8 @@ impl Registry {
                 self.failed(what, format!("it answers {code}"), transient)
             }
             E::RegistryError { .. } => self.failed(what, chain(error), false),
-            E::RequestError(_) | E::IoError(_) | E::DigestError(_) => {
-                self.failed(what, chain(error), true)
-            }
+            E::RequestError(e) => self.failed(what, chain(error), self.may_pass(e)),
+            E::IoError(_) | E::DigestError(_) => self.failed(what, chain(error), true),
             _ => self.failed(what, chain(error), false),
         }
     }

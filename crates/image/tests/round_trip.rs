@@ -1,6 +1,13 @@
 //! A layered image pulled, converted, mounted, and compared in every respect
 //! with what umoci unpacks. Needs root, for owners, devices and mounting.
 
+#![allow(
+    clippy::unwrap_used,
+    clippy::panic,
+    clippy::cast_possible_truncation,
+    reason = "a test fails by panicking"
+)]
+
 mod common;
 
 use std::{

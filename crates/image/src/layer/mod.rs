@@ -5,3 +5,6 @@ pub(crate) mod decode;
 pub(crate) mod sparse;
 pub(crate) mod tar;
 pub(crate) mod tree;
+
+#[cfg(test)]
+mod tests;
