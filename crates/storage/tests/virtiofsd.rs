@@ -1,5 +1,7 @@
 //! Volumes with the real virtiofsd. Needs root.
 
+#![allow(clippy::unwrap_used)]
+
 use std::{
     fs, io,
     os::unix::{fs::PermissionsExt, net::UnixStream},
