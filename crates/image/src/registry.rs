@@ -247,7 +247,7 @@ impl Registry {
     /// Whether a request that failed so may succeed later. Nobody listening
     /// on this very host is an answer.
     fn may_pass(&self, error: &reqwest::Error) -> bool {
-        !(error.is_connect() && self.reference.is_loopback()) && !error.is_builder()
+        !(error.is_builder() || error.is_connect() && self.reference.is_loopback())
     }
 
     fn judge(&self, what: &str, error: &OciDistributionError) -> Failure {

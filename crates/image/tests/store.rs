@@ -384,3 +384,58 @@ async fn many_pull_at_once_and_agree() {
     assert_eq!(files(&setup.path("rootfs")).len(), 1);
     assert!(files(&setup.path("tmp")).is_empty());
 }
+
+#[tokio::test]
+async fn an_index_leads_to_this_platforms_image() {
+    let setup = Setup::new(1);
+    let image = setup.pull().await.unwrap();
+    let manifest = setup.path("blobs/sha256").join(image.digest.hex());
+    let entry = |arch: &str| {
+        format!(
+            r#"{{"mediaType":"application/vnd.oci.image.manifest.v1+json","digest":"{}","size":{},
+            "platform":{{"os":"linux","architecture":"{arch}"}}}}"#,
+            image.digest,
+            manifest.metadata().unwrap().len()
+        )
+    };
+    let kind = "application/vnd.oci.image.index.v1+json";
+    let host = walnut_image::Platform::default().architecture;
+    let index = format!(
+        r#"{{"schemaVersion":2,"mediaType":"{kind}","manifests":[{},{}]}}"#,
+        entry("s390x"),
+        entry(&host)
+    );
+    let url = format!("http://{}", setup.registry.name("v2/demo/manifests/multi"));
+    let answer = reqwest::Client::builder()
+        .no_proxy()
+        .build()
+        .unwrap()
+        .put(url)
+        .header("content-type", kind)
+        .body(index.clone())
+        .send()
+        .await
+        .unwrap();
+    assert!(answer.status().is_success(), "{answer:?}");
+    let fresh = Store::open(setup.dir.path().join("fresh")).unwrap();
+    let name = setup.registry.name("demo:multi").parse().unwrap();
+    let pulled = fresh
+        .pull(&name, &PullOptions::default(), &NoProgress)
+        .await
+        .unwrap();
+    assert_eq!(pulled.id, image.id);
+    assert_eq!(pulled.digest, walnut_image::Digest::of(index.as_bytes()));
+    // Sweeping keeps the index's blob and everything it leads to.
+    fresh.remove("nothing").unwrap_err();
+    let before = files(&fresh.root().join("blobs/sha256"));
+    fresh
+        .pull(&name, &PullOptions::default(), &NoProgress)
+        .await
+        .unwrap();
+    assert_eq!(files(&fresh.root().join("blobs/sha256")), before);
+    assert_eq!(before.len(), 4);
+    let mut odd = PullOptions::default();
+    odd.platform.architecture = "riscv64".to_owned();
+    let error = fresh.pull(&name, &odd, &NoProgress).await.unwrap_err();
+    assert!(error.to_string().contains("s390x"), "{error}");
+}

@@ -191,7 +191,9 @@ fn store_data<R: Read>(
         .and_then(|map| format::encode_xattrs(pairs(map)))
         .map_or(0, |(bytes, _)| bytes.len());
     let mut file = data.begin(entry.size, xattrs)?;
-    let mut buffer = vec![0u8; 64 << 10];
+    // Most files are small: no more is cleared than can be filled.
+    let room = usize::try_from(entry.size.min(64 << 10)).unwrap_or(64 << 10);
+    let mut buffer = vec![0u8; room];
     let mut segments = entry.sparse.iter().flatten();
     let mut left = match &entry.sparse {
         None => entry.size,
