@@ -154,10 +154,14 @@ impl<R: Read> TarReader<R> {
     }
 
     fn skip_data(&mut self) -> Result<(), TarError> {
-        let skip = self.remaining.saturating_add(self.padding);
+        let data = self.remaining;
+        let skip = data.saturating_add(self.padding);
         (self.remaining, self.padding) = (0, 0);
         let skipped = io::copy(&mut (&mut self.inner).take(skip), &mut io::sink())?;
-        if skipped != skip {
+        // umoci ends layers without padding or end mark. As with Go's
+        // reader, only the data must be there: the diff ID tells if anything
+        // else was cut off.
+        if skipped < data {
             return Err(truncated().into());
         }
         Ok(())

@@ -228,6 +228,9 @@ fn what_cannot_be_is_refused_with_its_path() {
     cut.truncate(1500);
     let error = apply(&mut Tree::new(), 0, &cut).unwrap_err().to_string();
     assert!(error.contains("middle of an entry"), "{error}");
+    let mut unpadded = tar_of(&[(b'0', "f", "", 700)]);
+    unpadded.truncate(512 + 700);
+    apply(&mut Tree::new(), 0, &unpadded).unwrap();
     let many: Vec<Item<'_>> = vec![(b'0', "f", "", 0); 10_001];
     let error = apply(&mut Tree::new(), 0, &tar_of(&many))
         .unwrap_err()
