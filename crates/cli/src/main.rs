@@ -1,1 +1,76 @@
-fn main() {}
+//! `walnut`: what a person types.
+//!
+//! A client of the supervisor's Task API, and of the image store: it holds no
+//! state and runs no daemon. Each verb has a file of its own.
+
+mod args;
+mod check;
+mod client;
+mod create;
+mod exec;
+mod fail;
+mod images;
+mod io;
+mod list;
+mod logs;
+mod output;
+mod pull;
+mod run;
+mod signal;
+mod spec;
+mod terminal;
+mod values;
+
+use std::process::ExitCode;
+
+use clap::Parser;
+
+use crate::args::{Cli, Command};
+
+fn main() -> ExitCode {
+    let cli = Cli::parse();
+    tracing_subscriber::fmt()
+        .with_env_filter(
+            tracing_subscriber::EnvFilter::try_from_env("WALNUT_LOG")
+                .unwrap_or_else(|_| "error".into()),
+        )
+        .with_writer(std::io::stderr)
+        .init();
+    // A closed pipe ends the output, not the program with a panic.
+    // SAFETY: restores the default disposition before any thread exists.
+    unsafe { libc::signal(libc::SIGPIPE, libc::SIG_DFL) };
+    let result = tokio::runtime::Builder::new_current_thread()
+        .enable_all()
+        .build()
+        .map_err(anyhow::Error::from)
+        .and_then(|runtime| {
+            let result = runtime.block_on(dispatch(cli.command));
+            // A thread that reads a terminal cannot be interrupted.
+            runtime.shutdown_background();
+            result
+        });
+    match result {
+        Ok(code) => ExitCode::from(code),
+        Err(e) => {
+            let fail = fail::classify(&e);
+            eprintln!("walnut: {}", fail.message);
+            ExitCode::from(fail.code)
+        }
+    }
+}
+
+async fn dispatch(command: Command) -> anyhow::Result<u8> {
+    match command {
+        Command::Run(args) => run::run(*args).await,
+        Command::Exec(args) => exec::exec(args).await,
+        Command::Ps(args) => list::ps(&args),
+        Command::Logs(args) => logs::logs(&args).await,
+        Command::Kill(args) => signal::kill(args).await,
+        Command::Stop(args) => signal::stop(args).await,
+        Command::Rm(args) => signal::rm(args).await,
+        Command::Pull(args) => pull::pull(args).await,
+        Command::Images(args) => images::images(&args),
+        Command::Check(args) => check::check(&args),
+        Command::Version(args) => list::version(&args),
+    }
+}

@@ -32,6 +32,8 @@ pub use sandbox::{
 };
 pub use stdio::StdioTargets;
 pub use walnut_machine as machine;
+/// The host–guest protocol this build speaks.
+pub use walnut_protocol::PROTOCOL;
 
 /// Annotation in a bundle's `config.json`: file that receives the container's
 /// output as JSON lines.

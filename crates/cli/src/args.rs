@@ -1,0 +1,252 @@
+//! The command line, in the words of Docker's.
+
+use std::path::PathBuf;
+
+use clap::{Args, Parser, Subcommand, ValueEnum};
+
+use crate::values::{Cpus, EnvVar, Size, VolumeArg};
+
+/// Containers, each with a kernel of its own
+#[derive(Debug, Parser)]
+#[command(
+    name = "walnut",
+    version,
+    max_term_width = 100,
+    after_help = "Environment: WALNUT_ROOT (images and containers), WALNUT_RUN (sockets), WALNUT_LIB \
+                  (kernel and helpers), WALNUT_DRIVER (auto, qemu-kvm, qemu-tcg), WALNUT_LOG (debug, info, …)."
+)]
+pub(crate) struct Cli {
+    #[command(subcommand)]
+    pub(crate) command: Command,
+}
+
+#[derive(Debug, Subcommand)]
+pub(crate) enum Command {
+    /// Run a command in a new container
+    Run(Box<RunArgs>),
+    /// Run one more command in a running container
+    Exec(ExecArgs),
+    /// List containers
+    Ps(PsArgs),
+    /// Show what a container has printed
+    Logs(LogsArgs),
+    /// Send a signal to a container's first process
+    Kill(KillArgs),
+    /// Stop containers: SIGTERM, then SIGKILL
+    Stop(StopArgs),
+    /// Remove containers
+    Rm(RmArgs),
+    /// Fetch an image from a registry
+    Pull(PullArgs),
+    /// List images
+    Images(ImagesArgs),
+    /// Say what this host can do, and what Walnut will use
+    Check(CheckArgs),
+    /// Show versions
+    Version(FormatArgs),
+}
+
+/// How a list is shown.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Default, ValueEnum)]
+pub(crate) enum Format {
+    /// For people
+    #[default]
+    Table,
+    /// For programs: one JSON array
+    Json,
+}
+
+#[derive(Debug, Args)]
+pub(crate) struct FormatArgs {
+    /// How to show it
+    #[arg(long, value_enum, default_value_t)]
+    pub(crate) format: Format,
+}
+
+#[derive(Debug, Args)]
+#[command(after_help = "Examples:
+  walnut run --rm -it debian bash
+  walnut run -d --name web -m 256m nginx
+  echo hello | walnut run --rm -i debian sha256sum
+  walnut run --rm -v ./data:/data:ro -w /data debian ls -l
+
+Exit codes: the command's own; 125 Walnut failed, 126 the command cannot be executed, 127 it does
+not exist. The container's network is loopback alone for now.")]
+pub(crate) struct RunArgs {
+    /// Give the prompt back at once and print the container's ID
+    #[arg(short, long)]
+    pub(crate) detach: bool,
+    /// Keep standard input open
+    #[arg(short, long)]
+    pub(crate) interactive: bool,
+    /// Give the command a terminal
+    #[arg(short, long)]
+    pub(crate) tty: bool,
+    /// Remove the container when it ends
+    #[arg(long)]
+    pub(crate) rm: bool,
+    /// Name of the container [default: a random one]
+    #[arg(long)]
+    pub(crate) name: Option<String>,
+    /// Set a variable (NAME=VALUE), or pass one on (NAME)
+    #[arg(short, long, value_name = "NAME[=VALUE]")]
+    pub(crate) env: Vec<EnvVar>,
+    /// Directory the command starts in
+    #[arg(short, long, value_name = "DIR")]
+    pub(crate) workdir: Option<String>,
+    /// User and group, by name or number
+    #[arg(short, long, value_name = "USER[:GROUP]")]
+    pub(crate) user: Option<String>,
+    /// Share a directory or file of the host
+    #[arg(short, long, value_name = "HOST:CONTAINER[:ro]")]
+    pub(crate) volume: Vec<VolumeArg>,
+    /// Memory the container may use (b, k, m, g)
+    #[arg(short, long, value_name = "SIZE")]
+    pub(crate) memory: Option<Size>,
+    /// CPUs the container may use, as 1.5
+    #[arg(long, value_name = "NUMBER")]
+    pub(crate) cpus: Option<Cpus>,
+    /// Host name in the container [default: the start of its ID]
+    #[arg(long)]
+    pub(crate) hostname: Option<String>,
+    /// Make the root file system read-only
+    #[arg(long)]
+    pub(crate) read_only: bool,
+    /// Replace the image's entry point
+    #[arg(long, value_name = "PROGRAM")]
+    pub(crate) entrypoint: Option<String>,
+    /// When to ask the registry for the image
+    #[arg(long, value_enum, default_value_t)]
+    pub(crate) pull: PullWhen,
+    /// Machine driver (auto, qemu-kvm, qemu-tcg)
+    #[arg(long, value_name = "DRIVER", value_parser = ["auto", "qemu-kvm", "qemu-tcg"])]
+    pub(crate) driver: Option<String>,
+    /// Image, by name or ID
+    pub(crate) image: String,
+    /// Command and arguments [default: the image's]
+    #[arg(trailing_var_arg = true, allow_hyphen_values = true)]
+    pub(crate) command: Vec<String>,
+}
+
+/// When to ask the registry.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Default, ValueEnum)]
+pub(crate) enum PullWhen {
+    /// Each time
+    Always,
+    /// If the image is not here
+    #[default]
+    Missing,
+    /// Not at all
+    Never,
+}
+
+#[derive(Debug, Args)]
+#[command(after_help = "Examples:
+  walnut exec web nginx -t
+  walnut exec -it web sh")]
+pub(crate) struct ExecArgs {
+    /// Keep standard input open
+    #[arg(short, long)]
+    pub(crate) interactive: bool,
+    /// Give the command a terminal
+    #[arg(short, long)]
+    pub(crate) tty: bool,
+    /// Set a variable (NAME=VALUE), or pass one on (NAME)
+    #[arg(short, long, value_name = "NAME[=VALUE]")]
+    pub(crate) env: Vec<EnvVar>,
+    /// Directory the command starts in [default: the container's]
+    #[arg(short, long, value_name = "DIR")]
+    pub(crate) workdir: Option<String>,
+    /// User and group, by name or number [default: the container's]
+    #[arg(short, long, value_name = "USER[:GROUP]")]
+    pub(crate) user: Option<String>,
+    /// Container, by name or ID
+    pub(crate) container: String,
+    /// Command and arguments
+    #[arg(required = true, trailing_var_arg = true, allow_hyphen_values = true)]
+    pub(crate) command: Vec<String>,
+}
+
+#[derive(Debug, Args)]
+pub(crate) struct PsArgs {
+    /// Show ended containers too
+    #[arg(short, long)]
+    pub(crate) all: bool,
+    /// Show IDs alone
+    #[arg(short, long)]
+    pub(crate) quiet: bool,
+    /// How to show them
+    #[arg(long, value_enum, default_value_t)]
+    pub(crate) format: Format,
+}
+
+#[derive(Debug, Args)]
+pub(crate) struct LogsArgs {
+    /// Go on until the container ends
+    #[arg(short, long)]
+    pub(crate) follow: bool,
+    /// Put the time before each line
+    #[arg(short, long)]
+    pub(crate) timestamps: bool,
+    /// Container, by name or ID
+    pub(crate) container: String,
+}
+
+#[derive(Debug, Args)]
+pub(crate) struct KillArgs {
+    /// Signal, by name or number
+    #[arg(short, long, default_value = "KILL")]
+    pub(crate) signal: String,
+    /// Containers, by name or ID
+    #[arg(required = true)]
+    pub(crate) containers: Vec<String>,
+}
+
+#[derive(Debug, Args)]
+pub(crate) struct StopArgs {
+    /// Seconds between SIGTERM and SIGKILL
+    #[arg(short, long, default_value_t = 10)]
+    pub(crate) time: u64,
+    /// Containers, by name or ID
+    #[arg(required = true)]
+    pub(crate) containers: Vec<String>,
+}
+
+#[derive(Debug, Args)]
+pub(crate) struct RmArgs {
+    /// Kill running ones first
+    #[arg(short, long)]
+    pub(crate) force: bool,
+    /// Containers, by name or ID
+    #[arg(required = true)]
+    pub(crate) containers: Vec<String>,
+}
+
+#[derive(Debug, Args)]
+pub(crate) struct PullArgs {
+    /// Show nothing but the digest
+    #[arg(short, long)]
+    pub(crate) quiet: bool,
+    /// Image name
+    pub(crate) image: String,
+}
+
+#[derive(Debug, Args)]
+pub(crate) struct ImagesArgs {
+    /// Show IDs alone
+    #[arg(short, long)]
+    pub(crate) quiet: bool,
+    /// How to show them
+    #[arg(long, value_enum, default_value_t)]
+    pub(crate) format: Format,
+}
+
+#[derive(Debug, Args)]
+pub(crate) struct CheckArgs {
+    /// How to show it
+    #[arg(long, value_enum, default_value_t)]
+    pub(crate) format: Format,
+    /// Where the kernel and the helpers are [default: beside this program]
+    #[arg(long, value_name = "DIR", env = "WALNUT_LIB")]
+    pub(crate) lib: Option<PathBuf>,
+}

@@ -1,0 +1,128 @@
+//! The Task API's client.
+
+use std::time::Duration;
+
+use containerd_shim_protos::{
+    api::{ExecProcessRequest, KillRequest, ShutdownRequest, StartRequest, WaitRequest},
+    shim_async::TaskClient,
+};
+use ttrpc::{
+    Code,
+    asynchronous::{Client, transport::Socket},
+    context::{self, Context},
+};
+use walnut_sandbox::{Error, Layout, Lock, Record};
+
+/// Longest a request may take that does not wait for a process; the boot of a
+/// machine is the longest.
+const DEADLINE: Duration = Duration::from_secs(180);
+
+/// A connection to one container's supervisor.
+pub(crate) struct Supervisor {
+    pub(crate) task: TaskClient,
+    pub(crate) id: String,
+}
+
+impl Supervisor {
+    /// Connects to the supervisor of a container that is not known to have ended.
+    pub(crate) async fn connect(layout: &Layout, record: &Record) -> anyhow::Result<Self> {
+        let socket = layout.task_socket(&record.id);
+        match Socket::connect_unix(format!("unix://{}", socket.display())).await {
+            Ok(socket) => Ok(Self {
+                task: TaskClient::new(Client::new(socket)),
+                id: record.id.clone(),
+            }),
+            Err(_) => Err(Error::WrongState(format!(
+                "container {} is not running (`walnut ps -a` shows how it ended)",
+                record.name
+            ))
+            .into()),
+        }
+    }
+
+    pub(crate) async fn start(&self, exec_id: &str) -> anyhow::Result<()> {
+        let request = StartRequest {
+            id: self.id.clone(),
+            exec_id: exec_id.into(),
+            ..Default::default()
+        };
+        self.task.start(soon(), &request).await.map_err(fault)?;
+        Ok(())
+    }
+
+    /// The exit code of a process, once it has ended.
+    pub(crate) async fn wait(&self, exec_id: &str) -> anyhow::Result<u8> {
+        let request = WaitRequest {
+            id: self.id.clone(),
+            exec_id: exec_id.into(),
+            ..Default::default()
+        };
+        let reply = self
+            .task
+            .wait(context::with_timeout(0), &request)
+            .await
+            .map_err(fault)?;
+        Ok(u8::try_from(reply.exit_status).unwrap_or(255))
+    }
+
+    pub(crate) async fn kill(&self, exec_id: &str, signal: u32) -> anyhow::Result<()> {
+        let request = KillRequest {
+            id: self.id.clone(),
+            exec_id: exec_id.into(),
+            signal,
+            ..Default::default()
+        };
+        self.task.kill(soon(), &request).await.map_err(fault)?;
+        Ok(())
+    }
+
+    pub(crate) async fn exec(&self, request: ExecProcessRequest) -> anyhow::Result<()> {
+        self.task.exec(soon(), &request).await.map_err(fault)?;
+        Ok(())
+    }
+
+    /// Ends the sandbox, whatever its guest is doing.
+    pub(crate) async fn shutdown(&self) -> anyhow::Result<()> {
+        let request = ShutdownRequest {
+            id: self.id.clone(),
+            now: true,
+            ..Default::default()
+        };
+        self.task.shutdown(soon(), &request).await.map_err(fault)?;
+        Ok(())
+    }
+}
+
+/// Context of a request that is answered soon.
+pub(crate) fn soon() -> Context {
+    context::with_duration(DEADLINE)
+}
+
+/// Returns when a container's supervisor is gone, and all of it.
+pub(crate) async fn gone(layout: &Layout, id: &str) -> anyhow::Result<()> {
+    let lock = layout.container(id).join("lock");
+    tokio::task::spawn_blocking(move || Lock::wait_free(&lock)).await??;
+    Ok(())
+}
+
+/// A supervisor's answer as an error of ours, with the code it came with.
+pub(crate) fn fault(error: ttrpc::Error) -> anyhow::Error {
+    let ttrpc::Error::RpcStatus(status) = error else {
+        return Error::Machine(
+            "the sandbox's supervisor is gone (it was killed, or it crashed)".into(),
+        )
+        .into();
+    };
+    let text = status.message().to_owned();
+    match status.code() {
+        Code::NOT_FOUND => Error::NotFound(text),
+        Code::ALREADY_EXISTS => Error::AlreadyExists(text),
+        Code::FAILED_PRECONDITION => Error::WrongState(text),
+        Code::OUT_OF_RANGE => Error::ProgramNotFound(text),
+        Code::PERMISSION_DENIED => Error::ProgramDenied(text),
+        Code::ABORTED => Error::Machine(text),
+        Code::DEADLINE_EXCEEDED => Error::Machine(format!("the supervisor did not answer: {text}")),
+        _ => Error::Invalid(text),
+    }
+    .into()
+}

@@ -1,0 +1,100 @@
+//! `walnut exec`.
+
+use std::io::IsTerminal;
+
+use anyhow::{Context, Result, bail};
+use containerd_shim_protos::{
+    api::ExecProcessRequest,
+    protobuf::{MessageField, well_known_types::any::Any},
+};
+use serde_json::{Value, json};
+use walnut_sandbox::{Layout, Record};
+
+use crate::{
+    args::ExecArgs,
+    client::Supervisor,
+    create::find_live,
+    io::Fifos,
+    run::{attend, resize},
+    spec,
+    terminal::Raw,
+};
+
+pub(crate) async fn exec(args: ExecArgs) -> Result<u8> {
+    if args.tty && args.interactive && !std::io::stdin().is_terminal() {
+        bail!("the input is not a terminal; leave -t out, or use -i alone");
+    }
+    let layout = Layout::from_env()?;
+    let record = find_live(&layout, &args.container)?;
+    let supervisor = Supervisor::connect(&layout, &record).await?;
+    let mut id = [0; 8];
+    getrandom::fill(&mut id).context("make an ID")?;
+    let exec_id: String = id.iter().map(|b| format!("{b:02x}")).collect();
+    let dir = layout.sandbox(&record.id).join(&exec_id);
+    let result = in_container(&layout, &args, &record, &supervisor, &exec_id, &dir).await;
+    // Gone already when the sandbox is.
+    let _ = std::fs::remove_dir_all(&dir);
+    result
+}
+
+async fn in_container(
+    layout: &Layout,
+    args: &ExecArgs,
+    record: &Record,
+    supervisor: &Supervisor,
+    exec_id: &str,
+    dir: &std::path::Path,
+) -> Result<u8> {
+    let process = process(layout, args, record)?;
+    let fifos = Fifos::create(dir, args.interactive, args.tty)?;
+    let request = ExecProcessRequest {
+        id: record.id.clone(),
+        exec_id: exec_id.into(),
+        terminal: args.tty,
+        stdin: fifos.path("stdin"),
+        stdout: fifos.path("stdout"),
+        stderr: fifos.path("stderr"),
+        spec: MessageField::some(Any {
+            type_url: "types.containerd.io/opencontainers/runtime-spec/1/Process".into(),
+            value: serde_json::to_vec(&process)?,
+            ..Default::default()
+        }),
+        ..Default::default()
+    };
+    supervisor.exec(request).await?;
+    let raw = if args.tty { Raw::enter()? } else { None };
+    supervisor.start(exec_id).await?;
+    if args.tty {
+        resize(&supervisor.task, &supervisor.id, exec_id).await;
+    }
+    let code = attend(supervisor, exec_id, args.tty, fifos.attach()).await;
+    drop(raw);
+    code
+}
+
+/// The container's own process, with what the command line changes.
+fn process(layout: &Layout, args: &ExecArgs, record: &Record) -> Result<Value> {
+    let path = layout.container(&record.id).join("config.json");
+    let bytes = std::fs::read(&path).with_context(|| format!("read {}", path.display()))?;
+    let spec: Value =
+        serde_json::from_slice(&bytes).with_context(|| format!("read {}", path.display()))?;
+    let mut process = spec["process"].clone();
+    let env: Vec<String> = serde_json::from_value(process["env"].clone()).unwrap_or_default();
+    let mut base = Vec::new();
+    if args.tty {
+        base.push("TERM=xterm".to_owned());
+    }
+    process["env"] = json!(spec::merge_env(&base, env.iter(), &args.env));
+    process["args"] = json!(args.command);
+    process["terminal"] = json!(args.tty);
+    if let Some(dir) = &args.workdir {
+        if !dir.starts_with('/') {
+            bail!("--workdir {dir}: must be an absolute path in the container");
+        }
+        process["cwd"] = json!(dir);
+    }
+    if let Some(user) = &args.user {
+        process["user"] = spec::user_value(Some(user));
+    }
+    Ok(process)
+}

@@ -1,0 +1,92 @@
+//! `walnut ps` and `walnut version`.
+
+use anyhow::Result;
+use serde_json::json;
+use walnut_sandbox::{Layout, Record, Status, list, now_ns};
+
+use crate::{
+    args::{Format, FormatArgs, PsArgs},
+    output,
+};
+
+pub(crate) fn ps(args: &PsArgs) -> Result<u8> {
+    let layout = Layout::from_env()?;
+    let mut records = list(&layout)?;
+    records.retain(|r| args.all || r.status != Status::Exited);
+    records.reverse();
+    if args.quiet {
+        for record in &records {
+            println!("{}", record.short_id());
+        }
+        return Ok(0);
+    }
+    if args.format == Format::Json {
+        output::json(&records)?;
+        return Ok(0);
+    }
+    let now = now_ns();
+    let rows: Vec<_> = records
+        .iter()
+        .map(|r| {
+            [
+                r.short_id().to_owned(),
+                r.image.name.clone(),
+                cut(&r.command.join(" "), 30),
+                format!("{} ago", output::ago(r.created_at, now)),
+                status(r, now),
+                r.name.clone(),
+            ]
+        })
+        .collect();
+    output::table(
+        ["CONTAINER ID", "IMAGE", "COMMAND", "CREATED", "STATUS", "NAME"],
+        &rows,
+    )?;
+    Ok(0)
+}
+
+fn status(record: &Record, now: i64) -> String {
+    match (record.status, record.started_at, record.finished_at) {
+        (Status::Running, Some(then), _) => format!("up {}", output::ago(then, now)),
+        (Status::Paused, Some(then), _) => format!("up {} (paused)", output::ago(then, now)),
+        (Status::Exited, _, then) => {
+            let code = record.exit_code.unwrap_or_default();
+            let ago = output::ago(then.unwrap_or(record.created_at), now);
+            let why = match &record.error {
+                Some(error) => format!(": {error}"),
+                None if record.oom_killed => ": out of memory".into(),
+                None => String::new(),
+            };
+            format!("exited ({code}) {ago} ago{why}")
+        }
+        (status, ..) => status.as_str().into(),
+    }
+}
+
+fn cut(text: &str, max: usize) -> String {
+    if text.chars().count() <= max {
+        return text.to_owned();
+    }
+    text.chars().take(max - 1).chain(['…']).collect()
+}
+
+pub(crate) fn version(args: &FormatArgs) -> Result<u8> {
+    let version = env!("CARGO_PKG_VERSION");
+    let lib = walnut_sandbox::Assets::find().ok().map(|a| a.dir);
+    match args.format {
+        Format::Json => output::json(&json!({
+            "version": version,
+            "agentProtocol": walnut_sandbox::PROTOCOL,
+            "lib": lib,
+        }))?,
+        Format::Table => {
+            println!("walnut          {version}");
+            println!("agent protocol  {}", walnut_sandbox::PROTOCOL);
+            match lib {
+                Some(dir) => println!("kernel, agent   {}", dir.display()),
+                None => println!("kernel, agent   not found; run `make` or set WALNUT_LIB"),
+            }
+        }
+    }
+    Ok(0)
+}

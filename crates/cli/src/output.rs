@@ -1,0 +1,83 @@
+//! Tables for people, JSON for programs.
+
+use std::io::{self, Write};
+
+use serde::Serialize;
+
+/// Prints rows in aligned columns; the last one is not padded.
+pub(crate) fn table<const N: usize>(head: [&str; N], rows: &[[String; N]]) -> io::Result<()> {
+    let width = |column: usize| {
+        rows.iter()
+            .map(|row| row[column].chars().count())
+            .chain([head[column].len()])
+            .max()
+            .unwrap_or(0)
+    };
+    let widths: Vec<_> = (0..N).map(width).collect();
+    let mut out = io::stdout().lock();
+    let mut line = |cells: [&str; N]| {
+        for (column, cell) in cells.iter().enumerate() {
+            if column + 1 == N {
+                writeln!(out, "{cell}")?;
+            } else {
+                let width = widths[column];
+                write!(out, "{cell:width$}   ")?;
+            }
+        }
+        Ok::<_, io::Error>(())
+    };
+    line(head)?;
+    for row in rows {
+        line(row.each_ref().map(String::as_str))?;
+    }
+    Ok(())
+}
+
+/// Prints a value as indented JSON.
+pub(crate) fn json(value: &impl Serialize) -> io::Result<()> {
+    let mut out = io::stdout().lock();
+    serde_json::to_writer_pretty(&mut out, value)?;
+    writeln!(out)
+}
+
+/// Bytes for people, in powers of 1000 as Docker shows images.
+pub(crate) fn bytes(n: u64) -> String {
+    const UNITS: [(u64, &str); 4] = [
+        (1_000_000_000_000, "TB"),
+        (1_000_000_000, "GB"),
+        (1_000_000, "MB"),
+        (1_000, "kB"),
+    ];
+    for (unit, name) in UNITS {
+        if n >= unit {
+            let tenths = n / (unit / 10);
+            return format!("{}.{} {name}", tenths / 10, tenths % 10);
+        }
+    }
+    format!("{n} B")
+}
+
+/// How long ago `then` was, both in nanoseconds since the epoch.
+pub(crate) fn ago(then: i64, now: i64) -> String {
+    let seconds = now.saturating_sub(then) / 1_000_000_000;
+    let (count, unit) = match seconds {
+        ..60 => (seconds.max(0), "second"),
+        60..3600 => (seconds / 60, "minute"),
+        3600..86_400 => (seconds / 3600, "hour"),
+        _ => (seconds / 86_400, "day"),
+    };
+    format!("{count} {unit}{}", if count == 1 { "" } else { "s" })
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn words_for_numbers() {
+        assert_eq!(bytes(999), "999 B");
+        assert_eq!(bytes(123_456_789), "123.4 MB");
+        assert_eq!(ago(0, 61_000_000_000), "1 minute");
+        assert_eq!(ago(10, 0), "0 seconds");
+    }
+}

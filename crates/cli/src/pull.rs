@@ -1,0 +1,143 @@
+//! `walnut pull`, and the bars it draws.
+
+use std::{collections::HashMap, io::IsTerminal, sync::Mutex};
+
+use anyhow::Result;
+use indicatif::{MultiProgress, ProgressBar, ProgressDrawTarget, ProgressStyle};
+use walnut_image::{Event, Image, Progress, PullOptions, Reference, Store};
+use walnut_sandbox::Layout;
+
+use crate::{args::PullArgs, output};
+
+/// What a pull shows while it works, on standard error.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub(crate) enum Show {
+    /// Bars on a terminal, a line a step elsewhere.
+    Stderr,
+    /// Nothing.
+    Nothing,
+}
+
+pub(crate) async fn pull(args: PullArgs) -> Result<u8> {
+    let layout = Layout::from_env()?;
+    let store = Store::open(layout.images())?;
+    let show = if args.quiet { Show::Nothing } else { Show::Stderr };
+    let image = fetch(&store, &args.image, show).await?;
+    if args.quiet {
+        println!("{}", image.digest);
+    } else {
+        println!(
+            "{}: {} ({})",
+            args.image,
+            image.digest,
+            output::bytes(image.size)
+        );
+    }
+    Ok(0)
+}
+
+/// Fetches an image and shows how it goes.
+pub(crate) async fn fetch(store: &Store, name: &str, show: Show) -> Result<Image> {
+    let reference: Reference = name.parse()?;
+    let bars = Bars::new(show);
+    let image = store.pull(&reference, &PullOptions::default(), &bars).await;
+    bars.clear();
+    Ok(image?)
+}
+
+struct Bars {
+    draw: MultiProgress,
+    lines: bool,
+    bars: Mutex<HashMap<String, ProgressBar>>,
+}
+
+impl Bars {
+    fn new(show: Show) -> Self {
+        let terminal = std::io::stderr().is_terminal();
+        let target = if show == Show::Stderr && terminal {
+            ProgressDrawTarget::stderr()
+        } else {
+            ProgressDrawTarget::hidden()
+        };
+        Self {
+            draw: MultiProgress::with_draw_target(target),
+            lines: show == Show::Stderr && !terminal,
+            bars: Mutex::default(),
+        }
+    }
+
+    fn set(&self, key: &str, label: &str, done: u64, total: u64) {
+        let Ok(mut bars) = self.bars.lock() else {
+            return;
+        };
+        let bar = bars.entry(key.to_owned()).or_insert_with(|| {
+            let bar = self.draw.add(ProgressBar::new(total));
+            // The template is constant; a wrong one only loses the look.
+            if let Ok(style) = ProgressStyle::with_template(
+                "{prefix:20} [{bar:30}] {bytes:>10}/{total_bytes:10} {bytes_per_sec}",
+            ) {
+                bar.set_style(style.progress_chars("=> "));
+            }
+            bar.set_prefix(label.to_owned());
+            bar
+        });
+        bar.set_position(done);
+        if done >= total {
+            bar.abandon();
+        }
+    }
+
+    fn say(&self, line: &str) {
+        if self.lines {
+            eprintln!("{line}");
+        }
+    }
+
+    fn clear(&self) {
+        // The bars give way to the result.
+        let _ = self.draw.clear();
+    }
+}
+
+fn short(digest: &str) -> &str {
+    let hex = digest.strip_prefix("sha256:").unwrap_or(digest);
+    hex.get(..12).unwrap_or(hex)
+}
+
+impl Progress for Bars {
+    fn event(&self, event: Event<'_>) {
+        match event {
+            Event::Resolved { layers, bytes, .. } => {
+                self.say(&format!("{layers} layers to fetch, {}", output::bytes(bytes)));
+            }
+            Event::LayerExists { digest, .. } => {
+                self.say(&format!("{}: exists", short(&digest.to_string())));
+            }
+            Event::LayerBytes {
+                digest,
+                done,
+                total,
+            } => {
+                let name = digest.to_string();
+                self.set(&name, short(&name), done, total);
+            }
+            Event::LayerDone { digest, total } => {
+                let name = digest.to_string();
+                self.set(&name, short(&name), total, total);
+                self.say(&format!("{}: fetched", short(&name)));
+            }
+            Event::Retry {
+                digest,
+                attempt,
+                reason,
+            } => {
+                let name = digest.to_string();
+                self.say(&format!("{}: retry {attempt}: {reason}", short(&name)));
+            }
+            Event::Converting { done, total } => self.set("", "to block device", done, total),
+            Event::Converted { size } => {
+                self.say(&format!("block device: {}", output::bytes(size)));
+            }
+        }
+    }
+}

@@ -1,0 +1,213 @@
+//! `walnut run`.
+
+use std::io::IsTerminal;
+
+use anyhow::{Context, Result, bail};
+use containerd_shim_protos::{
+    api::{CreateTaskRequest, Mount, ResizePtyRequest},
+    shim_async::TaskClient,
+};
+use tokio::signal::unix::{SignalKind, signal};
+use walnut_image::Store;
+use walnut_sandbox::{Error, Layout, Record, reconcile};
+
+use crate::{
+    args::{PullWhen, RunArgs},
+    client::{self, Supervisor, fault, soon},
+    create::{NewContainer, Supervised},
+    io::Fifos,
+    pull,
+    terminal::{self, Raw},
+};
+
+pub(crate) async fn run(args: RunArgs) -> Result<u8> {
+    if args.tty && !args.detach && args.interactive && !std::io::stdin().is_terminal() {
+        bail!("the input is not a terminal; leave -t out, or use -i alone");
+    }
+    let layout = Layout::from_env()?;
+    let store = Store::open(layout.images())?;
+    let image = match (store.resolve(&args.image), args.pull) {
+        (Ok(image), PullWhen::Missing | PullWhen::Never) => image,
+        (Err(e), PullWhen::Never) => return Err(e.into()),
+        (_, PullWhen::Missing | PullWhen::Always) => {
+            pull::fetch(&store, &args.image, pull::Show::Stderr).await?
+        }
+    };
+    let container = NewContainer::create(&layout, &args, &image)?;
+    let mut supervised = container.supervise(&args)?;
+    let record = supervised.record.clone();
+    let result = drive(&layout, &args, &mut supervised, &image.rootfs).await;
+    finish(&layout, &args, &record, &mut supervised, result).await
+}
+
+/// Creates and starts the container; in front, sees it to its end.
+async fn drive(
+    layout: &Layout,
+    args: &RunArgs,
+    supervised: &mut Supervised,
+    rootfs: &std::path::Path,
+) -> Result<u8> {
+    let record = &supervised.record;
+    let supervisor = Supervisor::connect(layout, record).await?;
+    let fifos = if args.detach {
+        None
+    } else {
+        let dir = layout.sandbox(&record.id).join("io");
+        Some(Fifos::create(&dir, args.interactive, args.tty)?)
+    };
+    let path = |name: &str| fifos.as_ref().map(|f| f.path(name)).unwrap_or_default();
+    let request = CreateTaskRequest {
+        id: record.id.clone(),
+        bundle: layout.container(&record.id).display().to_string(),
+        rootfs: vec![Mount {
+            type_: "erofs".into(),
+            source: rootfs.display().to_string(),
+            options: vec!["ro".into()],
+            ..Default::default()
+        }],
+        terminal: args.tty,
+        stdin: path("stdin"),
+        stdout: path("stdout"),
+        stderr: path("stderr"),
+        ..Default::default()
+    };
+    // The user may change their mind while the machine boots.
+    tokio::select! {
+        reply = supervisor.task.create(soon(), &request) => reply.map_err(fault)?,
+        code = interrupted() => return Ok(code),
+    };
+    let Some(fifos) = fifos else {
+        supervisor.start("").await?;
+        supervised.release()?;
+        return Ok(0);
+    };
+    let raw = if args.tty { Raw::enter()? } else { None };
+    if args.tty {
+        resize(&supervisor.task, &supervisor.id, "").await;
+    }
+    let output = fifos.attach();
+    supervisor.start("").await?;
+    let code = attend(&supervisor, "", args.tty, output).await;
+    drop(raw);
+    code
+}
+
+/// Passes signals and window sizes on until the process has ended and its output
+/// has been shown.
+pub(crate) async fn attend(
+    supervisor: &Supervisor,
+    exec_id: &str,
+    terminal: bool,
+    output: impl Future<Output = ()>,
+) -> Result<u8> {
+    let forward = async {
+        let kinds = [
+            SignalKind::interrupt(),
+            SignalKind::terminate(),
+            SignalKind::hangup(),
+            SignalKind::quit(),
+            SignalKind::user_defined1(),
+            SignalKind::user_defined2(),
+        ];
+        let mut tasks = Vec::new();
+        for kind in kinds {
+            let mut stream = signal(kind)?;
+            tasks.push(Box::pin(async move {
+                loop {
+                    stream.recv().await;
+                    let number = kind.as_raw_value().unsigned_abs();
+                    // It may have ended this moment.
+                    let _ = supervisor.kill(exec_id, number).await;
+                }
+            }));
+        }
+        futures::future::join_all(tasks).await;
+        Ok::<_, std::io::Error>(())
+    };
+    let window = async {
+        if !terminal {
+            return std::future::pending().await;
+        }
+        let mut changes = signal(SignalKind::window_change())?;
+        loop {
+            changes.recv().await;
+            resize(&supervisor.task, &supervisor.id, exec_id).await;
+        }
+        #[allow(unreachable_code)]
+        Ok::<_, std::io::Error>(())
+    };
+    let ended = async {
+        let (code, ()) = tokio::join!(supervisor.wait(exec_id), output);
+        code
+    };
+    tokio::select! {
+        code = ended => code,
+        failed = forward => failed.map(|()| 0).context("wait for signals"),
+        failed = window => failed.map(|()| 0).context("wait for window changes"),
+    }
+}
+
+pub(crate) async fn resize(task: &TaskClient, id: &str, exec_id: &str) {
+    let Some((width, height)) = terminal::size() else {
+        return;
+    };
+    let request = ResizePtyRequest {
+        id: id.into(),
+        exec_id: exec_id.into(),
+        width,
+        height,
+        ..Default::default()
+    };
+    if let Err(e) = task.resize_pty(soon(), &request).await {
+        tracing::debug!("resize the terminal: {e}");
+    }
+}
+
+async fn interrupted() -> u8 {
+    let (Ok(mut int), Ok(mut term)) = (
+        signal(SignalKind::interrupt()),
+        signal(SignalKind::terminate()),
+    ) else {
+        return std::future::pending().await;
+    };
+    tokio::select! {
+        _ = int.recv() => 130,
+        _ = term.recv() => 143,
+    }
+}
+
+/// Sees to it that what failed, or was in front, leaves what it should.
+async fn finish(
+    layout: &Layout,
+    args: &RunArgs,
+    record: &Record,
+    supervised: &mut Supervised,
+    result: Result<u8>,
+) -> Result<u8> {
+    if args.detach && result.is_ok() {
+        println!("{}", record.id);
+        return result;
+    }
+    if let Err(e) = &result
+        && let Ok(supervisor) = Supervisor::connect(layout, record).await
+    {
+        tracing::debug!("end the sandbox after: {e:#}");
+        let _ = supervisor.shutdown().await;
+    }
+    client::gone(layout, &record.id).await?;
+    let killed = supervised.shim_end();
+    reconcile(layout)?;
+    let never_ran = result.is_err()
+        && walnut_sandbox::find(layout, &record.id).is_ok_and(|r| r.started_at.is_none());
+    if never_ran {
+        walnut_sandbox::remove(layout, &record.id)?;
+    }
+    match (result, killed) {
+        (Err(_), Some(status)) => Err(Error::Machine(format!(
+            "the sandbox's supervisor ended unexpectedly ({status}); the container is gone"
+        ))
+        .into()),
+        (Err(e), None) => Err(e),
+        (Ok(code), _) => Ok(code),
+    }
+}

@@ -1,0 +1,266 @@
+//! From an image's configuration and the command line to an OCI runtime spec.
+
+use std::collections::BTreeMap;
+
+use anyhow::{Result, bail};
+use oci_spec::{image::Config, runtime::Spec};
+use serde_json::{Value, json};
+
+use crate::{
+    args::RunArgs,
+    values::{EnvVar, VolumeArg},
+};
+
+const PATH: &str = "PATH=/usr/local/sbin:/usr/local/bin:/usr/sbin:/usr/bin:/sbin:/bin";
+
+/// Docker's default set: what an ordinary image's entry point may need.
+const CAPABILITIES: [&str; 14] = [
+    "CAP_AUDIT_WRITE",
+    "CAP_CHOWN",
+    "CAP_DAC_OVERRIDE",
+    "CAP_FOWNER",
+    "CAP_FSETID",
+    "CAP_KILL",
+    "CAP_MKNOD",
+    "CAP_NET_BIND_SERVICE",
+    "CAP_NET_RAW",
+    "CAP_SETFCAP",
+    "CAP_SETGID",
+    "CAP_SETPCAP",
+    "CAP_SETUID",
+    "CAP_SYS_CHROOT",
+];
+
+const MASKED: [&str; 10] = [
+    "/proc/acpi",
+    "/proc/asound",
+    "/proc/kcore",
+    "/proc/keys",
+    "/proc/latency_stats",
+    "/proc/sched_debug",
+    "/proc/scsi",
+    "/proc/timer_list",
+    "/proc/timer_stats",
+    "/sys/firmware",
+];
+
+const READ_ONLY: [&str; 5] = [
+    "/proc/bus",
+    "/proc/fs",
+    "/proc/irq",
+    "/proc/sys",
+    "/proc/sysrq-trigger",
+];
+
+/// Program and arguments, by Docker's rules: `--entrypoint` drops the image's
+/// command, arguments replace it.
+pub(crate) fn command(args: &RunArgs, image: &Config) -> Result<Vec<String>> {
+    let image_entry = image.entrypoint().clone().unwrap_or_default();
+    let image_cmd = image.cmd().clone().unwrap_or_default();
+    let (mut command, rest) = match &args.entrypoint {
+        Some(entry) if entry.is_empty() => (Vec::new(), args.command.clone()),
+        Some(entry) => (vec![entry.clone()], args.command.clone()),
+        None if args.command.is_empty() => (image_entry, image_cmd),
+        None => (image_entry, args.command.clone()),
+    };
+    command.extend(rest);
+    if command.is_empty() {
+        bail!(
+            "the image names no command; give one: walnut run {} COMMAND",
+            args.image
+        );
+    }
+    Ok(command)
+}
+
+/// The spec of a new container.
+pub(crate) fn build(
+    args: &RunArgs,
+    image: &Config,
+    hostname: &str,
+    log: &std::path::Path,
+) -> Result<Spec> {
+    let cwd = args
+        .workdir
+        .clone()
+        .or_else(|| image.working_dir().clone().filter(|d| !d.is_empty()))
+        .unwrap_or_else(|| "/".into());
+    if !cwd.starts_with('/') {
+        bail!("--workdir {cwd}: must be an absolute path in the container");
+    }
+    let user = args.user.clone().or_else(|| image.user().clone());
+    let mut env = vec![PATH.to_owned(), format!("HOSTNAME={hostname}")];
+    if args.tty {
+        env.push("TERM=xterm".into());
+    }
+    let env = merge_env(&env, image.env().iter().flatten(), &args.env);
+    let spec = json!({
+        "ociVersion": "1.0.2",
+        "hostname": hostname,
+        "root": { "path": "rootfs", "readonly": args.read_only },
+        "process": {
+            "terminal": args.tty,
+            "user": user_value(user.as_deref()),
+            "args": command(args, image)?,
+            "env": env,
+            "cwd": cwd,
+            "capabilities": {
+                "bounding": CAPABILITIES, "effective": CAPABILITIES, "permitted": CAPABILITIES,
+            },
+            "noNewPrivileges": false,
+            "oomScoreAdj": 0,
+        },
+        "mounts": mounts(&args.volume),
+        "annotations": { walnut_sandbox::ANNOTATION_LOG: log },
+        "linux": {
+            "namespaces": [
+                { "type": "pid" }, { "type": "ipc" }, { "type": "uts" },
+                { "type": "mount" }, { "type": "cgroup" },
+            ],
+            "resources": resources(args),
+            "maskedPaths": MASKED,
+            "readonlyPaths": READ_ONLY,
+        },
+    });
+    Ok(serde_json::from_value(spec)?)
+}
+
+/// The `user` object. Names are resolved by the agent, in the container's own
+/// `/etc/passwd`; `username` carries what was asked for.
+pub(crate) fn user_value(user: Option<&str>) -> Value {
+    match user.filter(|u| !u.is_empty()) {
+        Some(user) => json!({ "uid": 0, "gid": 0, "username": user }),
+        None => json!({ "uid": 0, "gid": 0 }),
+    }
+}
+
+/// Later settings win; the order of first appearance is kept.
+pub(crate) fn merge_env<'a>(
+    base: &'a [String],
+    image: impl Iterator<Item = &'a String>,
+    user: &[EnvVar],
+) -> Vec<String> {
+    let mut order = Vec::new();
+    let mut values = BTreeMap::new();
+    let mut set = |pair: &str| {
+        let name = pair.split('=').next().unwrap_or_default().to_owned();
+        if values.insert(name.clone(), pair.to_owned()).is_none() {
+            order.push(name);
+        }
+    };
+    base.iter().chain(image).for_each(|pair| set(pair));
+    for var in user {
+        if let Some(value) = &var.value {
+            set(&format!("{}={value}", var.name));
+        }
+    }
+    order
+        .iter()
+        .filter_map(|name| values.remove(name))
+        .collect()
+}
+
+fn resources(args: &RunArgs) -> Value {
+    let mut resources = json!({});
+    if let Some(memory) = args.memory {
+        resources["memory"] = json!({ "limit": memory.0, "swap": memory.0 });
+    }
+    if let Some(cpus) = args.cpus {
+        resources["cpu"] = json!({ "quota": cpus.0, "period": 100_000 });
+    }
+    resources
+}
+
+fn mounts(volumes: &[VolumeArg]) -> Vec<Value> {
+    let mut mounts = vec![
+        mount("/proc", "proc", &["nosuid", "noexec", "nodev"]),
+        mount(
+            "/dev",
+            "tmpfs",
+            &["nosuid", "strictatime", "mode=755", "size=65536k"],
+        ),
+        mount(
+            "/dev/pts",
+            "devpts",
+            &["nosuid", "noexec", "newinstance", "ptmxmode=0666", "mode=0620", "gid=5"],
+        ),
+        mount(
+            "/dev/shm",
+            "tmpfs",
+            &["nosuid", "noexec", "nodev", "mode=1777", "size=65536k"],
+        ),
+        mount("/dev/mqueue", "mqueue", &["nosuid", "noexec", "nodev"]),
+        mount("/sys", "sysfs", &["nosuid", "noexec", "nodev", "ro"]),
+        mount(
+            "/sys/fs/cgroup",
+            "cgroup",
+            &["nosuid", "noexec", "nodev", "relatime", "ro"],
+        ),
+    ];
+    for volume in volumes {
+        mounts.push(json!({
+            "destination": volume.target,
+            "type": "bind",
+            "source": volume.source,
+            "options": ["rbind", "rprivate", if volume.read_only { "ro" } else { "rw" }],
+        }));
+    }
+    mounts
+}
+
+fn mount(destination: &str, kind: &str, options: &[&str]) -> Value {
+    json!({ "destination": destination, "type": kind, "source": kind, "options": options })
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use clap::Parser;
+    use oci_spec::image::ConfigBuilder;
+
+    fn run(line: &str) -> RunArgs {
+        let words = ["walnut", "run"].into_iter().chain(line.split_whitespace());
+        match crate::args::Cli::parse_from(words).command {
+            crate::args::Command::Run(args) => *args,
+            _ => unreachable!(),
+        }
+    }
+
+    fn image() -> Config {
+        ConfigBuilder::default()
+            .entrypoint(["entry".to_owned()])
+            .cmd(["cmd".to_owned()])
+            .env(["PATH=/image".to_owned(), "A=1".to_owned()])
+            .build()
+            .unwrap()
+    }
+
+    #[test]
+    fn commands_follow_docker() {
+        let got = |line: &str| command(&run(line), &image()).unwrap().join(" ");
+        assert_eq!(got("img"), "entry cmd");
+        assert_eq!(got("img a -b"), "entry a -b");
+        assert_eq!(got("--entrypoint e img"), "e");
+        assert_eq!(got("--entrypoint e img x"), "e x");
+        assert!(command(&run("img"), &Config::default()).is_err());
+    }
+
+    #[test]
+    fn the_last_setting_wins() {
+        let args = run("-e A=2 -e B=x=y img");
+        let spec = build(&args, &image(), "h", "/log".as_ref()).unwrap();
+        let process = spec.process().clone().unwrap();
+        let env = process.env().clone().unwrap();
+        assert_eq!(env, ["PATH=/image", "HOSTNAME=h", "A=2", "B=x=y"]);
+    }
+
+    #[test]
+    fn limits_reach_the_spec() {
+        let args = run("-m 64m --cpus 0.5 -u app:1 -v /srv:/data:ro img");
+        let spec = build(&args, &image(), "h", "/log".as_ref()).unwrap();
+        let text = serde_json::to_string(&spec).unwrap();
+        for part in ["67108864", "50000", "\"app:1\"", "\"/data\""] {
+            assert!(text.contains(part), "{part} in {text}");
+        }
+    }
+}
