@@ -69,7 +69,7 @@ impl fmt::Display for KvmStatus {
             Self::Unusable { reason } => write!(f, "KVM opens but does not work: {reason}"),
             Self::Usable { slowdown, micros } => write!(
                 f,
-                "KVM works (a test guest passed in {:.1} ms; its code ran at 1/{slowdown:.1} of native speed)",
+                "KVM works (a test guest passed in {:.1} ms; its code took {slowdown:.1} times as long as the host's)",
                 *micros as f64 / 1000.0
             ),
         }

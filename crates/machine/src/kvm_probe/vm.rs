@@ -108,12 +108,20 @@ pub(super) fn run(kvm: &Kvm, mut passed: impl FnMut(u8)) -> Result<Speed, Failur
     if let Some(what) = guest::wrong(memory, signature) {
         return Err(Failure::Wrong(what));
     }
-    let start = Instant::now();
-    guest::native_loop();
     Ok(Speed {
         guest_ns,
-        native_ns: nanos(start),
+        native_ns: native_ns(),
     })
+}
+
+/// The best of three: the first run pays for cold caches.
+fn native_ns() -> u64 {
+    let run = || {
+        let start = Instant::now();
+        guest::native_loop();
+        nanos(start)
+    };
+    run().min(run()).min(run())
 }
 
 fn nanos(start: Instant) -> u64 {

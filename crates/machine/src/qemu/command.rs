@@ -79,7 +79,7 @@ fn problem(spec: &MachineSpec) -> Option<String> {
             SLOTS_ACPI - SLOTS_OWN
         ));
     }
-    if kernel_cmdline(spec).len() > CMDLINE_MAX {
+    if kernel_cmdline(Accel::Tcg, spec).len() > CMDLINE_MAX {
         return Some(format!(
             "the kernel command line is longer than {CMDLINE_MAX} bytes"
         ));
@@ -95,7 +95,10 @@ fn needs_acpi(spec: &MachineSpec) -> bool {
 /// `panic=-1 reboot=t` and QEMU's `-no-reboot`: a guest that panics or restarts
 /// ends its QEMU at once. A microvm without ACPI cannot power off, so the agent
 /// ends a guest by a restart.
-fn kernel_cmdline(spec: &MachineSpec) -> String {
+///
+/// Emulated code does not speculate, so mitigations in an emulated guest only
+/// cost time.
+fn kernel_cmdline(accel: Accel, spec: &MachineSpec) -> String {
     let mut words = vec![
         "console=ttyS0",
         "quiet",
@@ -103,7 +106,11 @@ fn kernel_cmdline(spec: &MachineSpec) -> String {
         "reboot=t",
         "no_timer_check",
         "tsc=reliable",
+        "random.trust_cpu=on",
     ];
+    if accel == Accel::Tcg {
+        words.push("mitigations=off");
+    }
     words.extend(spec.cmdline.iter().map(String::as_str));
     words.join(" ")
 }
@@ -171,19 +178,20 @@ impl Args {
             "-sandbox",
             "on,obsolete=deny,elevateprivileges=deny,spawn=deny,resourcecontrol=deny",
         );
+        // PIC and PIT stay: without KVM's clock the kernel calibrates by them.
         self.add(
             "-machine",
             format!(
-                "microvm,acpi={acpi},pit=off,pic=off,rtc=off,usb=off,isa-serial=on,\
+                "microvm,acpi={acpi},pit=on,pic=on,rtc=on,pcie=off,usb=off,isa-serial=on,\
                  x-option-roms=off,auto-kernel-cmdline=on,dump-guest-core=off,\
                  memory-backend=mem"
             ),
         );
-        let (accel, cpu) = match accel {
+        let (name, cpu) = match accel {
             Accel::Kvm => ("kvm", "host"),
             Accel::Tcg => ("tcg,thread=multi", "max"),
         };
-        self.add("-accel", accel);
+        self.add("-accel", name);
         self.add("-cpu", cpu);
         self.add("-smp", spec.vcpus.to_string());
         self.add("-m", format!("{}M", spec.memory >> 20));
@@ -197,7 +205,7 @@ impl Args {
         self.add("-bios", "qboot.rom");
         self.add("-kernel", format!("/proc/self/fd/{}", fds.kernel));
         self.add("-initrd", format!("/proc/self/fd/{}", fds.initramfs));
-        self.add("-append", kernel_cmdline(spec));
+        self.add("-append", kernel_cmdline(accel, spec));
         // The console is QEMU's standard output, a pipe whose reader keeps the
         // tail: a guest that prints for ever is slowed by it, not stored.
         self.add("-chardev", "stdio,id=console,signal=off,mux=off");
