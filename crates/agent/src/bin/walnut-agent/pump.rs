@@ -187,8 +187,9 @@ mod tests {
         let (host, guest) = UnixStream::pair().unwrap();
         drop(host);
         let drainer = tokio::spawn(drain(end(read).unwrap(), Some(guest)));
-        std::thread::spawn(move || File::from(write).write_all(&blob(1 << 20)).unwrap())
-            .join()
+        tokio::task::spawn_blocking(move || File::from(write).write_all(&blob(1 << 20)))
+            .await
+            .unwrap()
             .unwrap();
         drainer.await.unwrap();
     }

@@ -12,16 +12,16 @@ use walnut_protocol::read_stream_id;
 
 /// Most streams waiting to be claimed, and as many still saying their number.
 const PENDING_MAX: usize = 64;
-/// How long a connection may take to say its number.
-const NUMBER_WITHIN: Duration = Duration::from_secs(10);
-/// How long a request waits for a stream that it names.
-const CLAIM_WITHIN: Duration = Duration::from_secs(10);
+/// How long a connection may take to say its number, and how long a request
+/// waits for a stream that it names.
+const PATIENCE: Duration = Duration::from_secs(10);
 
 /// Waiting streams by number.
 #[derive(Debug)]
 pub(crate) struct Pending<S = VsockStream> {
     waiting: Mutex<Waiting<S>>,
     arrived: Notify,
+    patience: Duration,
 }
 
 #[derive(Debug)]
@@ -38,6 +38,7 @@ impl<S> Default for Pending<S> {
                 unnumbered: 0,
             }),
             arrived: Notify::new(),
+            patience: PATIENCE,
         }
     }
 }
@@ -54,7 +55,7 @@ impl<S: AsyncRead + Unpin> Pending<S> {
             return;
         }
         self.waiting().unnumbered += 1;
-        let number = timeout(NUMBER_WITHIN, read_stream_id(&mut stream)).await;
+        let number = timeout(self.patience, read_stream_id(&mut stream)).await;
         let mut waiting = self.waiting();
         waiting.unnumbered -= 1;
         let Ok(Ok(number)) = number else { return };
@@ -75,7 +76,7 @@ impl<S: AsyncRead + Unpin> Pending<S> {
         if number == 0 {
             return Ok(None);
         }
-        let deadline = Instant::now() + CLAIM_WITHIN;
+        let deadline = Instant::now() + self.patience;
         loop {
             let arrival = self.arrived.notified();
             if let Some(stream) = self.waiting().streams.remove(&number) {
@@ -121,6 +122,13 @@ mod tests {
         host
     }
 
+    fn hurried() -> Pending<DuplexStream> {
+        Pending {
+            patience: Duration::from_millis(20),
+            ..Pending::default()
+        }
+    }
+
     #[tokio::test]
     async fn a_claim_waits_for_its_stream() {
         let pending = Arc::new(Pending::<DuplexStream>::default());
@@ -132,9 +140,9 @@ mod tests {
         assert!(pending.claim(0).await.unwrap().is_none());
     }
 
-    #[tokio::test(start_paused = true)]
+    #[tokio::test]
     async fn a_stream_that_never_comes_is_named() {
-        let pending = Pending::<DuplexStream>::default();
+        let pending = hurried();
         assert_eq!(pending.claim(9).await.unwrap_err(), 9);
     }
 
@@ -149,9 +157,9 @@ mod tests {
         assert!(zero.write_all(b"x").await.is_err());
     }
 
-    #[tokio::test(start_paused = true)]
+    #[tokio::test]
     async fn the_table_is_bounded() {
-        let pending = Pending::default();
+        let pending = hurried();
         let mut kept = Vec::new();
         for number in 1..=64 {
             kept.push(announced(&pending, number).await);
