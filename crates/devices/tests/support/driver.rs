@@ -6,40 +6,40 @@ use std::sync::atomic::{Ordering, fence};
 use vm_memory::{Bytes, GuestAddress};
 use walnut_devices::vsock::Memory;
 
-pub const GUEST_CID: u64 = 3;
-pub const QUEUE_SIZE: u16 = 128;
+pub(crate) const GUEST_CID: u64 = 3;
+pub(crate) const QUEUE_SIZE: u16 = 128;
 /// A chain is a header descriptor and a data descriptor, as Linux 6.1 has it.
-pub const CHAINS: u16 = QUEUE_SIZE / 2;
-pub const RX_BUFFER: u32 = 4096;
-pub const TX_BUFFER: u32 = 64 << 10;
+pub(crate) const CHAINS: u16 = QUEUE_SIZE / 2;
+pub(crate) const RX_BUFFER: u32 = 4096;
+pub(crate) const TX_BUFFER: u32 = 64 << 10;
 /// Guest memory that rings and buffers take, from address 0.
-pub const MEMORY: usize = 8 << 20;
+pub(crate) const MEMORY: usize = 8 << 20;
 
-pub const REQUEST: u16 = 1;
-pub const RESPONSE: u16 = 2;
-pub const RST: u16 = 3;
-pub const SHUTDOWN: u16 = 4;
-pub const RW: u16 = 5;
-pub const CREDIT_UPDATE: u16 = 6;
-pub const CREDIT_REQUEST: u16 = 7;
+pub(crate) const REQUEST: u16 = 1;
+pub(crate) const RESPONSE: u16 = 2;
+pub(crate) const RST: u16 = 3;
+pub(crate) const SHUTDOWN: u16 = 4;
+pub(crate) const RW: u16 = 5;
+pub(crate) const CREDIT_UPDATE: u16 = 6;
+pub(crate) const CREDIT_REQUEST: u16 = 7;
 
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
-pub struct Packet {
-    pub src_cid: u64,
-    pub dst_cid: u64,
-    pub src_port: u32,
-    pub dst_port: u32,
-    pub len: u32,
-    pub kind: u16,
-    pub op: u16,
-    pub flags: u32,
-    pub buf_alloc: u32,
-    pub fwd_cnt: u32,
+pub(crate) struct Packet {
+    pub(crate) src_cid: u64,
+    pub(crate) dst_cid: u64,
+    pub(crate) src_port: u32,
+    pub(crate) dst_port: u32,
+    pub(crate) len: u32,
+    pub(crate) kind: u16,
+    pub(crate) op: u16,
+    pub(crate) flags: u32,
+    pub(crate) buf_alloc: u32,
+    pub(crate) fwd_cnt: u32,
 }
 
 impl Packet {
     /// A packet of the guest's to the host.
-    pub fn new(guest_port: u32, host_port: u32, op: u16) -> Packet {
+    pub(crate) fn new(guest_port: u32, host_port: u32, op: u16) -> Packet {
         Packet {
             src_cid: GUEST_CID,
             dst_cid: 2,
@@ -54,7 +54,7 @@ impl Packet {
         }
     }
 
-    pub fn bytes(&self) -> Vec<u8> {
+    pub(crate) fn bytes(&self) -> Vec<u8> {
         let mut out = Vec::new();
         out.extend(self.src_cid.to_le_bytes());
         out.extend(self.dst_cid.to_le_bytes());
@@ -90,10 +90,10 @@ impl Packet {
 }
 
 /// One split virtqueue seen from the driver.
-pub struct Ring {
-    pub desc: u64,
-    pub avail: u64,
-    pub used: u64,
+pub(crate) struct Ring {
+    pub(crate) desc: u64,
+    pub(crate) avail: u64,
+    pub(crate) used: u64,
     headers: u64,
     buffers: u64,
     buffer: u32,
@@ -104,7 +104,7 @@ pub struct Ring {
 
 impl Ring {
     /// A ring at `base` whose buffers hold `buffer` bytes each.
-    pub fn new(base: u64, buffer: u32) -> Ring {
+    pub(crate) fn new(base: u64, buffer: u32) -> Ring {
         Ring {
             desc: base,
             avail: base + 0x1000,
@@ -118,7 +118,7 @@ impl Ring {
         }
     }
 
-    pub fn write_desc(mem: &Memory, at: u64, addr: u64, len: u32, flags: u16, next: u16) {
+    pub(crate) fn write_desc(mem: &Memory, at: u64, addr: u64, len: u32, flags: u16, next: u16) {
         mem.write_obj(addr, GuestAddress(at)).unwrap();
         mem.write_obj(len, GuestAddress(at + 8)).unwrap();
         mem.write_obj(flags, GuestAddress(at + 12)).unwrap();
@@ -134,7 +134,7 @@ impl Ring {
     }
 
     /// Makes a head available.
-    pub fn publish(&mut self, mem: &Memory, head: u16) {
+    pub(crate) fn publish(&mut self, mem: &Memory, head: u16) {
         let slot = self.avail + 4 + u64::from(self.avail_idx % QUEUE_SIZE) * 2;
         mem.write_obj(head, GuestAddress(slot)).unwrap();
         fence(Ordering::SeqCst);
@@ -155,7 +155,7 @@ impl Ring {
     }
 
     /// The next chain that the device has used.
-    pub fn pop_used(&mut self, mem: &Memory) -> Option<(u16, u32)> {
+    pub(crate) fn pop_used(&mut self, mem: &Memory) -> Option<(u16, u32)> {
         let idx: u16 = mem
             .load(GuestAddress(self.used + 2), Ordering::Acquire)
             .unwrap();
@@ -171,17 +171,17 @@ impl Ring {
 }
 
 /// The driver of one device.
-pub struct Driver {
-    pub mem: Memory,
-    pub rx: Ring,
-    pub tx: Ring,
+pub(crate) struct Driver {
+    pub(crate) mem: Memory,
+    pub(crate) rx: Ring,
+    pub(crate) tx: Ring,
     /// Receive buffers are given back as soon as they have been read.
-    pub refill: bool,
+    pub(crate) refill: bool,
 }
 
 impl Driver {
     /// Rings and buffers from address 0 on.
-    pub fn new(mem: Memory) -> Driver {
+    pub(crate) fn new(mem: Memory) -> Driver {
         let mut driver = Driver {
             mem,
             rx: Ring::new(0x1000, RX_BUFFER),
@@ -195,7 +195,7 @@ impl Driver {
     }
 
     /// Offers a receive buffer.
-    pub fn give(&mut self, chain: u16) {
+    pub(crate) fn give(&mut self, chain: u16) {
         let at = self.rx.desc + u64::from(chain) * 32;
         let (header, buffer) = (self.rx.header_at(chain), self.rx.buffer_at(chain));
         Ring::write_desc(&self.mem, at, header, 44, 3, chain * 2 + 1);
@@ -204,7 +204,7 @@ impl Driver {
     }
 
     /// Sends a packet; false when every buffer is in flight.
-    pub fn send(&mut self, mut packet: Packet, data: &[u8]) -> bool {
+    pub(crate) fn send(&mut self, mut packet: Packet, data: &[u8]) -> bool {
         self.reclaim();
         let Some(chain) = self.tx.free.pop() else {
             return false;
@@ -215,7 +215,7 @@ impl Driver {
     }
 
     /// Sends a packet whose header may say anything.
-    pub fn send_raw(&mut self, chain: u16, packet: &Packet, data: &[u8]) {
+    pub(crate) fn send_raw(&mut self, chain: u16, packet: &Packet, data: &[u8]) {
         let at = self.tx.desc + u64::from(chain) * 32;
         let (header, buffer) = (self.tx.header_at(chain), self.tx.buffer_at(chain));
         self.mem
@@ -229,19 +229,19 @@ impl Driver {
         self.tx.publish(&self.mem, chain * 2);
     }
 
-    pub fn take_chain(&mut self) -> Option<u16> {
+    pub(crate) fn take_chain(&mut self) -> Option<u16> {
         self.reclaim();
         self.tx.free.pop()
     }
 
-    pub fn reclaim(&mut self) {
+    pub(crate) fn reclaim(&mut self) {
         while let Some((head, _)) = self.tx.pop_used(&self.mem) {
             self.tx.free.push(head / 2);
         }
     }
 
     /// Everything that has arrived.
-    pub fn receive(&mut self) -> Vec<(Packet, Vec<u8>)> {
+    pub(crate) fn receive(&mut self) -> Vec<(Packet, Vec<u8>)> {
         let mut out = Vec::new();
         while let Some((head, len)) = self.rx.pop_used(&self.mem) {
             let chain = head / 2;

@@ -5,29 +5,29 @@ use std::collections::{BTreeMap, HashSet, VecDeque};
 use super::driver::*;
 
 /// One of the guest's sockets.
-pub struct Socket {
-    pub host_port: u32,
-    pub guest_port: u32,
-    pub established: bool,
+pub(crate) struct Socket {
+    pub(crate) host_port: u32,
+    pub(crate) guest_port: u32,
+    pub(crate) established: bool,
     /// Bytes received, in order.
-    pub inbox: Vec<u8>,
+    pub(crate) inbox: Vec<u8>,
     /// Bytes of `inbox` that the program has read.
-    pub read: usize,
+    pub(crate) read: usize,
     /// Reads everything at once.
-    pub greedy: bool,
-    pub buf_alloc: u32,
-    pub outbox: VecDeque<u8>,
+    pub(crate) greedy: bool,
+    pub(crate) buf_alloc: u32,
+    pub(crate) outbox: VecDeque<u8>,
     sent: u32,
     peer_alloc: u32,
     peer_fwd: u32,
     /// Flags of the shutdowns that the host sent.
-    pub peer_shut: u32,
+    pub(crate) peer_shut: u32,
     /// Flags to send once the outbox is empty.
-    pub shut: u32,
+    pub(crate) shut: u32,
     shut_sent: u32,
-    pub reset: bool,
-    pub credit_requests: u32,
-    pub credit_updates: u32,
+    pub(crate) reset: bool,
+    pub(crate) credit_requests: u32,
+    pub(crate) credit_updates: u32,
 }
 
 impl Socket {
@@ -62,22 +62,22 @@ impl Socket {
 }
 
 /// Key: guest port, host port.
-pub type Key = (u32, u32);
+pub(crate) type Key = (u32, u32);
 
-pub struct Guest {
-    pub driver: Driver,
+pub(crate) struct Guest {
+    pub(crate) driver: Driver,
     /// Ports on which connections are accepted.
-    pub listening: HashSet<u32>,
-    pub sockets: BTreeMap<Key, Socket>,
+    pub(crate) listening: HashSet<u32>,
+    pub(crate) sockets: BTreeMap<Key, Socket>,
     /// Packets for nobody, resets of closed sockets among them.
-    pub strays: Vec<Packet>,
-    pub echo: bool,
+    pub(crate) strays: Vec<Packet>,
+    pub(crate) echo: bool,
     answers: VecDeque<Packet>,
     next_port: u32,
 }
 
 impl Guest {
-    pub fn new(driver: Driver) -> Guest {
+    pub(crate) fn new(driver: Driver) -> Guest {
         Guest {
             driver,
             listening: HashSet::new(),
@@ -89,17 +89,17 @@ impl Guest {
         }
     }
 
-    pub fn socket(&mut self, key: Key) -> &mut Socket {
+    pub(crate) fn socket(&mut self, key: Key) -> &mut Socket {
         self.sockets.get_mut(&key).expect("no such socket")
     }
 
     /// The only socket there is on a guest port.
-    pub fn on_port(&self, port: u32) -> Option<Key> {
+    pub(crate) fn on_port(&self, port: u32) -> Option<Key> {
         self.sockets.keys().find(|key| key.0 == port).copied()
     }
 
     /// Begins to connect to a host port.
-    pub fn connect(&mut self, host_port: u32) -> Key {
+    pub(crate) fn connect(&mut self, host_port: u32) -> Key {
         self.next_port += 1;
         let socket = Socket::new(self.next_port, host_port);
         self.answers.push_back(socket.packet(REQUEST));
@@ -109,7 +109,7 @@ impl Guest {
     }
 
     /// Does everything that can be done now.
-    pub fn turn(&mut self) {
+    pub(crate) fn turn(&mut self) {
         for (packet, data) in self.driver.receive() {
             self.packet(packet, &data);
         }
@@ -218,7 +218,7 @@ impl Guest {
     }
 
     /// Says that the program has read what it has.
-    pub fn read_all(&mut self, key: Key) {
+    pub(crate) fn read_all(&mut self, key: Key) {
         let socket = self.socket(key);
         socket.read = socket.inbox.len();
         let packet = socket.packet(CREDIT_UPDATE);
@@ -226,7 +226,7 @@ impl Guest {
     }
 
     /// Sends a control packet of a socket's.
-    pub fn post(&mut self, key: Key, op: u16) {
+    pub(crate) fn post(&mut self, key: Key, op: u16) {
         let packet = self.socket(key).packet(op);
         self.answers.push_back(packet);
     }

@@ -2,8 +2,8 @@
 
 #![allow(dead_code, reason = "every test program uses its part")]
 
-pub mod driver;
-pub mod guest;
+pub(crate) mod driver;
+pub(crate) mod guest;
 
 use std::{
     io::{ErrorKind, Read, Write},
@@ -22,17 +22,17 @@ use driver::{Driver, MEMORY, QUEUE_SIZE, Ring};
 use guest::Guest;
 
 /// How long a test waits for a condition before it fails.
-pub const PATIENCE: Duration = Duration::from_secs(60);
+pub(crate) const PATIENCE: Duration = Duration::from_secs(60);
 
-pub struct Bed {
-    pub device: Device,
-    pub guest: Guest,
-    pub dir: TempDir,
+pub(crate) struct Bed {
+    pub(crate) device: Device,
+    pub(crate) guest: Guest,
+    pub(crate) dir: TempDir,
     // Always readable: the device's wait never blocks a test.
     _awake: EventFd,
 }
 
-pub fn config() -> Config {
+pub(crate) fn config() -> Config {
     Config {
         cid: driver::GUEST_CID,
         name: "v".into(),
@@ -41,23 +41,23 @@ pub fn config() -> Config {
     }
 }
 
-pub fn memory() -> Memory {
+pub(crate) fn memory() -> Memory {
     GuestMemoryMmap::from_ranges(&[(GuestAddress(0), MEMORY)]).unwrap()
 }
 
 impl Bed {
-    pub fn new() -> Bed {
+    pub(crate) fn new() -> Bed {
         Bed::with(config())
     }
 
-    pub fn with(config: Config) -> Bed {
+    pub(crate) fn with(config: Config) -> Bed {
         let mut bed = Bed::idle(config);
         bed.boot();
         bed
     }
 
     /// A device whose guest has not come up.
-    pub fn idle(config: Config) -> Bed {
+    pub(crate) fn idle(config: Config) -> Bed {
         raise_limit();
         let dir = tempfile::tempdir().unwrap();
         let sockets = SocketDir::open(dir.path()).unwrap();
@@ -73,13 +73,13 @@ impl Bed {
     }
 
     /// The guest's driver takes the device into service.
-    pub fn boot(&mut self) {
+    pub(crate) fn boot(&mut self) {
         self.device.set_memory(self.guest.driver.mem.clone());
         self.start_queue(RX_QUEUE);
         self.start_queue(TX_QUEUE);
     }
 
-    pub fn start_queue(&mut self, index: usize) {
+    pub(crate) fn start_queue(&mut self, index: usize) {
         let ring = match index {
             RX_QUEUE => &self.guest.driver.rx,
             _ => &self.guest.driver.tx,
@@ -90,7 +90,7 @@ impl Bed {
     }
 
     /// The guest is replaced by a new one that knows nothing.
-    pub fn reboot(&mut self) {
+    pub(crate) fn reboot(&mut self) {
         self.device.stop(RX_QUEUE);
         self.device.stop(TX_QUEUE);
         self.device.reset();
@@ -99,7 +99,7 @@ impl Bed {
     }
 
     /// The host's sockets, the device and the guest each do what they can.
-    pub fn turn(&mut self) {
+    pub(crate) fn turn(&mut self) {
         let mut events = Vec::new();
         self.device.wait(&mut events).unwrap();
         self.device.run();
@@ -108,7 +108,7 @@ impl Bed {
     }
 
     /// Turns until the condition holds.
-    pub fn until(&mut self, what: &str, mut condition: impl FnMut(&mut Bed) -> bool) {
+    pub(crate) fn until(&mut self, what: &str, mut condition: impl FnMut(&mut Bed) -> bool) {
         let start = Instant::now();
         while !condition(self) {
             assert!(start.elapsed() < PATIENCE, "never: {what}");
@@ -117,25 +117,25 @@ impl Bed {
     }
 
     /// Turns until nothing moves any more: the device would sleep.
-    pub fn settle(&mut self) {
+    pub(crate) fn settle(&mut self) {
         for _ in 0..8 {
             self.turn();
         }
     }
 
-    pub fn uds(&self) -> PathBuf {
+    pub(crate) fn uds(&self) -> PathBuf {
         self.dir.path().join("v")
     }
 
     /// A host program that has connected to the device, non-blocking.
-    pub fn client(&self) -> UnixStream {
+    pub(crate) fn client(&self) -> UnixStream {
         let stream = UnixStream::connect(self.uds()).unwrap();
         stream.set_nonblocking(true).unwrap();
         stream
     }
 
     /// A listener on the host for guest connections to `port`.
-    pub fn listener(&self, port: u32) -> UnixListener {
+    pub(crate) fn listener(&self, port: u32) -> UnixListener {
         let path = self.dir.path().join(format!("v_{port}"));
         let listener = UnixListener::bind(path).unwrap();
         listener.set_nonblocking(true).unwrap();
@@ -143,7 +143,7 @@ impl Bed {
     }
 
     /// A connection from the host to a guest port, through the handshake.
-    pub fn dial(&mut self, port: u32) -> (UnixStream, guest::Key) {
+    pub(crate) fn dial(&mut self, port: u32) -> (UnixStream, guest::Key) {
         self.guest.listening.insert(port);
         let mut client = self.client();
         client
@@ -165,7 +165,7 @@ impl Bed {
     }
 
     /// A connection from the guest to the host, accepted.
-    pub fn call(&mut self, listener: &UnixListener, port: u32) -> (UnixStream, guest::Key) {
+    pub(crate) fn call(&mut self, listener: &UnixListener, port: u32) -> (UnixStream, guest::Key) {
         let key = self.guest.connect(port);
         let mut stream = None;
         self.until("accept and response", |bed| {
@@ -179,7 +179,7 @@ impl Bed {
     }
 
     /// How often the device would wake up within 50 ms of nothing happening.
-    pub fn idle_wakeups(&mut self) -> usize {
+    pub(crate) fn idle_wakeups(&mut self) -> usize {
         use nix::sys::timerfd::*;
         let timer = TimerFd::new(ClockId::CLOCK_MONOTONIC, TimerFlags::TFD_NONBLOCK).unwrap();
         self.device.unwatch(&self._awake);
@@ -198,7 +198,7 @@ impl Bed {
     }
 }
 
-pub fn set_up(queue: &mut virtio_queue::Queue, ring: &Ring) {
+pub(crate) fn set_up(queue: &mut virtio_queue::Queue, ring: &Ring) {
     queue.reset();
     queue.set_size(QUEUE_SIZE);
     queue
@@ -214,7 +214,7 @@ pub fn set_up(queue: &mut virtio_queue::Queue, ring: &Ring) {
 }
 
 /// Reads what is there; true at the end of the stream or on a reset.
-pub fn pull(stream: &mut UnixStream, into: &mut Vec<u8>) -> bool {
+pub(crate) fn pull(stream: &mut UnixStream, into: &mut Vec<u8>) -> bool {
     let mut buf = [0; 65536];
     loop {
         match stream.read(&mut buf) {
@@ -228,7 +228,7 @@ pub fn pull(stream: &mut UnixStream, into: &mut Vec<u8>) -> bool {
 }
 
 /// Writes what fits and removes it from `data`; false once the peer is gone.
-pub fn push(stream: &mut UnixStream, data: &mut &[u8]) -> bool {
+pub(crate) fn push(stream: &mut UnixStream, data: &mut &[u8]) -> bool {
     while !data.is_empty() {
         match stream.write(data) {
             Ok(n) => *data = &data[n..],
@@ -240,29 +240,29 @@ pub fn push(stream: &mut UnixStream, data: &mut &[u8]) -> bool {
 }
 
 /// Reproducible noise (xorshift64*).
-pub struct Rng(pub u64);
+pub(crate) struct Rng(pub(crate) u64);
 
 impl Rng {
-    pub fn next(&mut self) -> u64 {
+    pub(crate) fn next(&mut self) -> u64 {
         self.0 ^= self.0 >> 12;
         self.0 ^= self.0 << 25;
         self.0 ^= self.0 >> 27;
         self.0.wrapping_mul(0x2545_f491_4f6c_dd1d)
     }
 
-    pub fn below(&mut self, n: u64) -> u64 {
+    pub(crate) fn below(&mut self, n: u64) -> u64 {
         (self.next() >> 16) % n
     }
 
-    pub fn u32(&mut self) -> u32 {
+    pub(crate) fn u32(&mut self) -> u32 {
         u32::try_from(self.next() >> 32).unwrap()
     }
 
-    pub fn u16(&mut self) -> u16 {
+    pub(crate) fn u16(&mut self) -> u16 {
         u16::try_from(self.next() >> 48).unwrap()
     }
 
-    pub fn bytes(&mut self, len: usize) -> Vec<u8> {
+    pub(crate) fn bytes(&mut self, len: usize) -> Vec<u8> {
         let mut out = Vec::with_capacity(len + 8);
         while out.len() < len {
             out.extend(self.next().to_le_bytes());

@@ -130,7 +130,7 @@ fn serve(args: &Args) -> Result<(), Error> {
 /// The other end of vhost-user.
 enum Machine {
     Awaited(UnixListener),
-    Connected(BackendReqHandler<Mutex<Backend>>, OwnedFd),
+    Connected(BackendReqHandler<Mutex<Backend>>),
 }
 
 type Shared = Arc<Mutex<Backend>>;
@@ -141,13 +141,9 @@ fn lock(backend: &Shared) -> std::sync::MutexGuard<'_, Backend> {
 }
 
 fn connected(backend: &Shared, stream: UnixStream) -> Result<Machine, Error> {
-    stream.set_nonblocking(false).map_err(Error::Accept)?;
-    let watched = OwnedFd::from(stream.try_clone().map_err(Error::Accept)?);
-    lock(backend).device.watch(&watched, MACHINE, false)?;
-    Ok(Machine::Connected(
-        BackendReqHandler::from_stream(stream, backend.clone()),
-        watched,
-    ))
+    lock(backend).device.watch(&stream, MACHINE, false)?;
+    let handler = BackendReqHandler::from_stream(stream, backend.clone());
+    Ok(Machine::Connected(handler))
 }
 
 /// The loop. Ends well when the machine disconnects or a signal says so.
@@ -173,16 +169,13 @@ fn run(backend: &Shared, machine: Socket, path: Option<&std::ffi::OsStr>) -> Res
                     }
                     machine = connected(backend, stream)?;
                 }
-                (MACHINE, Machine::Connected(handler, watched)) => match handler.handle_request() {
+                (MACHINE, Machine::Connected(handler)) => match handler.handle_request() {
                     Ok(()) | Err(VhostError::SocketRetry(_)) => {}
                     Err(
                         VhostError::Disconnected
                         | VhostError::PartialMessage
                         | VhostError::SocketBroken(_),
-                    ) => {
-                        lock(backend).device.unwatch(&*watched);
-                        return Ok(());
-                    }
+                    ) => return Ok(()),
                     Err(e) => return Err(Error::Vhost(e)),
                 },
                 // A kick: the run below looks at all queues.
@@ -227,7 +220,10 @@ fn open_machine(vhost: &Vhost) -> Result<Socket, Error> {
             Ok(if listening {
                 Socket::Listening(UnixListener::from(fd))
             } else {
-                Socket::Connected(UnixStream::from(fd))
+                let stream = UnixStream::from(fd);
+                // Requests are read whole.
+                stream.set_nonblocking(false).map_err(Error::Accept)?;
+                Socket::Connected(stream)
             })
         }
     }
