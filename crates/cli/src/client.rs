@@ -27,7 +27,7 @@ impl Supervisor {
     /// Connects to the supervisor of a container that is not known to have ended.
     pub(crate) async fn connect(layout: &Layout, record: &Record) -> anyhow::Result<Self> {
         let socket = layout.task_socket(&record.id);
-        match Socket::connect_unix(format!("unix://{}", socket.display())).await {
+        match Socket::connect_unix(socket.to_string_lossy()).await {
             Ok(socket) => Ok(Self {
                 task: TaskClient::new(Client::new(socket)),
                 id: record.id.clone(),

@@ -173,6 +173,11 @@ impl Supervised {
         Ok(())
     }
 
+    /// Ends the container, unless it has been released.
+    pub(crate) fn abandon(&mut self) {
+        self.holder = None;
+    }
+
     /// How the supervisor ended, if it has.
     pub(crate) fn shim_end(&mut self) -> Option<String> {
         let status = self.shim.try_wait().ok().flatten()?;

@@ -194,6 +194,8 @@ async fn finish(
         tracing::debug!("end the sandbox after: {e:#}");
         let _ = supervisor.shutdown().await;
     }
+    // Whatever became of that, nobody is left to wait for.
+    supervised.abandon();
     client::gone(layout, &record.id).await?;
     let killed = supervised.shim_end();
     reconcile(layout)?;
