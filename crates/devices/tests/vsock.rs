@@ -1,15 +1,21 @@
 //! The device against a guest made by hand and real Unix sockets.
 
+#![allow(
+    clippy::unwrap_used,
+    clippy::panic,
+    reason = "a test fails by panicking"
+)]
+
 mod support;
 
 use std::{
     io::Write,
     net::Shutdown,
     os::unix::net::{UnixListener, UnixStream},
-    time::Duration,
+    time::{Duration, Instant},
 };
 
-use support::{Bed, Rng, config, driver::*, pull, push};
+use support::{Bed, PATIENCE, Rng, config, driver::*, pull, push};
 use walnut_devices::vsock::{RX_QUEUE, TX_QUEUE, Timeouts};
 
 fn brief() -> Timeouts {
@@ -521,6 +527,31 @@ fn a_guest_without_buffers_stalls_and_recovers() {
         bed.guest.socket(key).inbox.len() == data.len()
     });
     assert!(bed.guest.socket(key).inbox == data);
+}
+
+#[test]
+fn a_driver_on_another_processor_loses_no_packet() {
+    const COUNT: usize = 300_000;
+    let mut bed = Bed::new();
+    let spare = Driver::new(support::memory());
+    let mut driver = std::mem::replace(&mut bed.guest.driver, spare);
+    // Packets that ask for no answer, published while the device looks.
+    let sender = std::thread::spawn(move || {
+        let mut sent = 0;
+        let start = Instant::now();
+        while sent < COUNT {
+            assert!(start.elapsed() < PATIENCE, "the device stopped at {sent}");
+            if driver.send(Packet::new(1, 2, RST), &[]) {
+                sent += 1;
+            }
+        }
+        driver
+    });
+    while !sender.is_finished() {
+        bed.device.run();
+    }
+    bed.guest.driver = sender.join().unwrap();
+    bed.dial(5);
 }
 
 #[test]

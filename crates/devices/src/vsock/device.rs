@@ -267,6 +267,7 @@ impl Device {
         let vring = &mut self.vrings[TX_QUEUE];
         let mut payload: Vec<IoVec> = Vec::new();
         let mut budget = TX_BUDGET;
+        let mut promised = false;
         loop {
             vring.queue.disable_notification(mem)?;
             let before = budget;
@@ -294,12 +295,14 @@ impl Device {
                 self.again = true;
                 return Ok(());
             }
-            if !vring.queue.enable_notification(mem)? {
-                return Ok(());
-            }
-            if budget == before {
-                // The ring claims entries that cannot be read.
+            if promised && budget == before {
+                // The ring claims entries that cannot be read. (Once is nothing:
+                // an entry may come between the last look and this one.)
                 return Err(Broken);
+            }
+            promised = vring.queue.enable_notification(mem)?;
+            if !promised {
+                return Ok(());
             }
         }
     }
