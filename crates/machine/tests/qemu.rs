@@ -196,17 +196,16 @@ async fn two_vcpus_pause_and_resume() {
     machine.ready(BOOT).await.unwrap();
     assert_eq!(ask(&*machine, b"c").await, "2\n");
     let pause = machine.as_pause().unwrap();
+    let mut stream = machine.connect(1024).await.unwrap();
+    stream.write_all(b"1").await.unwrap();
+    assert_eq!(stream.read_u8().await.unwrap(), b'1');
     pause.pause().await.unwrap();
-    let mut stream = None;
-    let answer = async {
-        let mut connected = machine.connect(1024).await.unwrap();
-        connected.write_all(b"x").await.unwrap();
-        stream = Some(connected);
-        stream.as_mut().unwrap().read_u8().await.unwrap()
-    };
-    let in_vain = tokio::time::timeout(Duration::from_millis(300), answer).await;
+    stream.write_all(b"2").await.unwrap();
+    let in_vain = tokio::time::timeout(Duration::from_millis(300), stream.read_u8()).await;
     assert!(in_vain.is_err(), "a paused guest answered");
     pause.resume().await.unwrap();
+    assert_eq!(stream.read_u8().await.unwrap(), b'2');
+    drop(stream);
     assert_eq!(ask(&*machine, b"y").await, "y");
     drop(machine);
     assert_gone(&run, &[]);
@@ -214,8 +213,7 @@ async fn two_vcpus_pause_and_resume() {
 
 #[tokio::test]
 async fn disks_are_found_by_serial_and_read_only_ones_stay_so() {
-    // With 1 disk the machine has no ACPI; with 8 it has.
-    for count in [1, 8] {
+    for count in [1, 7] {
         let (run, images) = (run_dir(), run_dir());
         let mut spec = spec(&run, "serve");
         for n in 0..count {
@@ -250,10 +248,8 @@ async fn disks_are_found_by_serial_and_read_only_ones_stay_so() {
 
 #[tokio::test]
 async fn a_guest_that_panics_or_gives_up_says_why() {
-    for (test, words) in [
-        ("panic", "sysrq triggered crash"),
-        ("fatal", "the test wants it so"),
-    ] {
+    let killed = "Attempted to kill init! exitcode=0x00000700";
+    for (test, words) in [("panic", killed), ("fatal", "the test wants it so")] {
         let run = run_dir();
         let machine = started(&run, test).await;
         let pids = machine.processes();

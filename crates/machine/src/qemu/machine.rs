@@ -255,13 +255,7 @@ impl Shared {
 
     async fn after_qemu(&self, status: Status) -> Exit {
         if status != Status::Exited(0) {
-            // QEMU gives up when its vsock device is taken away.
-            return Exit::Failed(match self.vsock.try_wait() {
-                Some(first @ Status::Signaled(_)) if matches!(status, Status::Exited(_)) => {
-                    sentence(&self.vsock, first).await
-                }
-                _ => sentence(&self.qemu, status).await,
-            });
+            return Exit::Failed(self.blame(status).await);
         }
         self.qemu.stdout().settle().await;
         if let Some(words) = console::last_words(&self.qemu.stdout().text()) {
@@ -273,6 +267,18 @@ impl Shared {
             }
             _ => Exit::Stopped,
         }
+    }
+
+    /// QEMU failed: by itself, or because its vsock device was taken away? The
+    /// device ends well when QEMU does; then QEMU is the one.
+    async fn blame(&self, qemu: Status) -> String {
+        if let Status::Exited(_) = qemu
+            && let Ok(vsock) = tokio::time::timeout(GRACE, self.vsock.wait()).await
+            && vsock != Status::Exited(0)
+        {
+            return sentence(&self.vsock, vsock).await;
+        }
+        sentence(&self.qemu, qemu).await
     }
 
     async fn ended(&self) -> Exit {
