@@ -20,7 +20,8 @@ use crate::failure::{Failure, chain};
 use crate::link::Done;
 use crate::program::{self, Program};
 use crate::stdio::{self, Own};
-use crate::{devices, spec, storage};
+use crate::user::{self, Names};
+use crate::{devices, files, spec, storage};
 
 /// Name of the socket on which libcontainer delivers a terminal's master.
 const CONSOLE: &str = "console.sock";
@@ -34,10 +35,15 @@ pub(crate) fn create(payload: &[u8]) -> Result<Done, Failure> {
         ContainerPaths::new(&request.container_id).map_err(|e| Failure::invalid(e.to_string()))?;
     let bundle = paths.bundle();
     fs::create_dir_all(&bundle).map_err(|e| Failure::internal(bundle.display(), e))?;
-    let spec = spec::adapt(&request.spec, &paths)?;
+    let mut spec = spec::adapt(&request.spec, &paths)?;
+    let mounted = storage::mount_all(&request.storages)?;
+    files::write_all(&request.files, &paths)?;
+    let root = spec.root().as_ref().map(|r| r.path().clone());
+    if let (Some(process), Some(root)) = (spec.process_mut(), root) {
+        user::resolve(process, || Names::below(&root))?;
+    }
     spec::save(&spec, &bundle)?;
     spec::save_seccomp(&spec, &paths.seccomp())?;
-    let mounted = storage::mount_all(&request.storages)?;
     let done = build(&request, &spec, &paths)?;
     mounted.keep();
     Ok(done)

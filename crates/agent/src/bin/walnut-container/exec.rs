@@ -31,6 +31,7 @@ use crate::link::Done;
 use crate::program;
 use crate::spec::{adapt_process, load_seccomp};
 use crate::stdio::{self, Own};
+use crate::user::{self, Names};
 
 const DEVPTS_MAGIC: i64 = 0x1cd1;
 
@@ -58,6 +59,7 @@ pub(crate) fn exec(first: u32, payload: &[u8]) -> Result<Done, Failure> {
     let seccomp = load_seccomp(&paths.seccomp())?;
     // What is needed of the guest is opened before its mounts are gone.
     let cgroup = enter(first, &paths)?;
+    user::resolve(&mut process, Names::here)?;
     if let Some(score) = process.oom_score_adj() {
         // The child inherits it.
         cgroup.set_oom_score(score)?;

@@ -11,12 +11,14 @@ mod create;
 mod devices;
 mod exec;
 mod failure;
+mod files;
 mod link;
 mod program;
 mod spec;
 mod stdio;
 mod storage;
 mod update;
+mod user;
 
 use std::process::ExitCode;
 
