@@ -17,7 +17,7 @@ use serde_json::json;
 use tokio::io::{AsyncReadExt, AsyncWriteExt};
 use ttrpc::Code;
 use vm::{
-    Vm, container, context, merge, process, process_of, read_until, sh, size, type_in, until,
+    Vm, container, context, merge, process, process_of, read_until, sh, size, type_in,
 };
 use walnut_protocol::agent::{
     Empty, ExecProcessRequest, HelloRequest, ResizeTerminalRequest, SignalProcessRequest,
@@ -303,7 +303,7 @@ async fn limits_hold_and_are_reported() {
     read_until(&mut stdout, "up").await;
     let stats = vm.agent.container_stats(context(), &container("c")).await.unwrap();
     assert_eq!((stats.memory_limit, stats.pids_limit, stats.oom_kills), (16 << 20, 20, 0));
-    assert!(stats.pids_current >= 2 && stats.cpu_usage_us > 0 && stats.memory_current > 0);
+    assert!(stats.pids_current >= 1 && stats.cpu_usage_us > 0 && stats.memory_current > 0);
     let update = UpdateContainerRequest {
         container_id: "c".into(),
         resources: serde_json::to_vec(&json!({"pids": {"limit": 30}, "memory": {"limit": 24 << 20, "swap": 24 << 20}})).unwrap(),
@@ -359,7 +359,7 @@ async fn figures() {
         "process": {"capabilities": {"bounding": ["CAP_SYS_PTRACE"], "effective": ["CAP_SYS_PTRACE"], "permitted": ["CAP_SYS_PTRACE"]}},
         "linux": {"namespaces": [{"type": "mount"}, {"type": "ipc"}, {"type": "uts"}], "maskedPaths": [], "readonlyPaths": []},
     });
-    for round in 0..3 {
+    for round in 0..5 {
         let mut request = Vm::request("c", sh("grep -E 'Name|Rss' /proc/1/status; grep -E '^(Pss|Rss|Private|Anon)' /proc/1/smaps_rollup; cat /proc/meminfo | head -3"), &watch);
         let (stdio, [_in, mut stdout, mut err]) = vm.stdio().await;
         request.stdio = Some(stdio).into();
@@ -375,11 +375,16 @@ async fn figures() {
         err.read_to_string(&mut text).await.unwrap();
         let t1 = std::time::Instant::now();
         vm.agent.remove_container(context(), &container("c")).await.unwrap();
-        println!("round {round}: created {created:?} started {started:?} first byte {output:?} removed {:?}\n{text}", t1.elapsed());
+        println!(
+            "round {round}: created {created:?} started {started:?} first byte {output:?} removed {:?}",
+            t1.elapsed()
+        );
+        if round == 0 || round == 4 {
+            println!("{text}");
+        }
     }
     let t2 = std::time::Instant::now();
     vm.agent.shutdown(context(), &Empty::new()).await.unwrap();
-    until(|| true).await;
     vm.gone().await;
     println!("shutdown {:?}", t2.elapsed());
 }
