@@ -194,7 +194,7 @@ special() {
     touch -d '2001-02-03 04:05:06.123456789 UTC' time-nano
     # What the tests serve and run.
     echo '<h1>Walnut</h1>' >"$top/var/www/html/index.html"
-    printf '%s\n' '#!/bin/sh' 'exec nginx -g "daemon off; pid /run/nginx.pid;"' >"$top/usr/local/bin/serve"
+    printf '%s\n' '#!/bin/sh' 'exec nginx -g "daemon off;"' >"$top/usr/local/bin/serve"
     chmod 755 "$top/usr/local/bin/serve"
 
     cd "$top"
