@@ -1,0 +1,63 @@
+# Walnut. `make demo` shows it at work on a real image, `make test` proves it.
+
+PREFIX ?= /usr/local
+DESTDIR ?=
+CARGO ?= cargo
+# Two end-to-end tests at a time: each runs a machine of its own.
+TEST_THREADS ?= 2
+
+.PHONY: all deps build demo test unit e2e lint fmt bench install uninstall clean help
+
+all: build
+
+help: ## Show this
+	@grep -hE '^[a-z0-9]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 12
+
+deps: ## Install the Debian packages that are missing (as root)
+	@scripts/deps.sh
+
+build: deps ## Build everything into out/
+	@scripts/build.sh
+
+demo: build ## Make a real image, serve it, pull it, run it
+	@scripts/demo.sh
+
+test: lint unit e2e ## Everything that must pass
+	@echo "==> all tests passed"
+
+lint: deps ## Formatting, shell scripts, lints
+	@echo "==> lint"
+	@$(CARGO) fmt --all --check
+	@scripts/lint.sh
+	@$(CARGO) clippy --release --quiet --workspace --all-targets -- -D warnings
+
+unit: build ## Tests that need no sandbox of the whole product
+	@echo "==> unit and component tests"
+	@$(CARGO) test --release --workspace --exclude walnut-tests
+	@$(CARGO) test --release -p walnut-agent --features guest-tests -- --test-threads=$(TEST_THREADS)
+
+e2e: build ## Tests of the product, with the real image
+	@echo "==> end-to-end tests"
+	@tests/image/build.sh
+	@$(CARGO) test --release -p walnut-tests -- --test-threads=$(TEST_THREADS)
+
+bench: build ## Start time and memory, beside crun and runsc
+	@tests/image/build.sh
+	@$(CARGO) run --release --quiet -p walnut-bench -- all
+
+install: build ## Install below PREFIX
+	install -d $(DESTDIR)$(PREFIX)/bin $(DESTDIR)$(PREFIX)/lib/walnut
+	install -m 0755 out/bin/walnut $(DESTDIR)$(PREFIX)/bin/
+	install -m 0755 out/lib/walnut/containerd-shim-walnut-v2 out/lib/walnut/walnut-vsock $(DESTDIR)$(PREFIX)/lib/walnut/
+	install -m 0644 out/lib/walnut/vmlinux out/lib/walnut/initramfs.cpio $(DESTDIR)$(PREFIX)/lib/walnut/
+
+uninstall: ## Remove what install put there
+	rm -f $(DESTDIR)$(PREFIX)/bin/walnut
+	rm -rf $(DESTDIR)$(PREFIX)/lib/walnut
+
+fmt: ## Format
+	$(CARGO) fmt --all
+
+clean: ## Remove what was built; the caches of kernel and image stay
+	$(CARGO) clean
+	rm -rf out
