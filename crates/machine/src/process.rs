@@ -161,7 +161,8 @@ impl Spawn {
     }
 
     fn start(self) -> io::Result<Child> {
-        let mut command = Command::new(&self.program);
+        // The child changes its directory before it executes the program.
+        let mut command = Command::new(std::path::absolute(&self.program)?);
         command
             .args(&self.args)
             .env_clear()

@@ -20,7 +20,7 @@ use tokio::{
 use walnut_protocol::{READY_LINE_MAX, READY_PORT, connect_hybrid, parse_ready_line};
 
 use super::{
-    Qemu, command, console,
+    Accel, Qemu, command, console,
     files::{self, Files},
     qmp::Qmp,
 };
@@ -184,7 +184,12 @@ fn spawn_qemu(
         disks: files.disks.into_iter().map(|d| spawn.inherit(d)).collect(),
         shares: files.shares.into_iter().map(|s| spawn.inherit(s)).collect(),
     };
-    spawn.args(command::arguments(driver.accel, spec, &fds));
+    // KVM tells its guests the rate itself.
+    let tsc_khz = match driver.accel {
+        Accel::Tcg => driver.made.rate_khz(),
+        Accel::Kvm => None,
+    };
+    spawn.args(command::arguments(driver.accel, spec, &fds, tsc_khz));
     spawn.keep_stdout(CONSOLE_MAX);
     if let Some(identity) = files::identity(driver.accel, unique) {
         spawn.identity(identity).new_network();

@@ -17,6 +17,7 @@ mod console;
 mod files;
 mod machine;
 mod qmp;
+mod tsc;
 
 use std::path::PathBuf;
 
@@ -39,13 +40,20 @@ pub struct Qemu {
     accel: Accel,
     qemu: PathBuf,
     vsock: PathBuf,
+    /// When the driver was made; see [`tsc`].
+    made: tsc::Moment,
 }
 
 impl Qemu {
     /// A driver that runs the program `qemu` (7.2 or newer) and Walnut's
     /// `walnut-vsock`.
     pub fn new(accel: Accel, qemu: PathBuf, vsock: PathBuf) -> Self {
-        Self { accel, qemu, vsock }
+        Self {
+            accel,
+            qemu,
+            vsock,
+            made: tsc::Moment::now(),
+        }
     }
 }
 
