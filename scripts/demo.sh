@@ -9,9 +9,15 @@ step() { printf '\n==> %s\n' "$*"; }
 show() { printf '    $ walnut %s\n' "$*"; }
 
 step "the image, and a registry that serves it"
-registry=$(tests/image/registry.sh start | tail -n 1)
-image=$registry
-trap 'tests/image/registry.sh stop >/dev/null' EXIT
+ours=yes
+tests/image/registry.sh url >/dev/null 2>&1 && ours=
+image=$(tests/image/registry.sh start | tail -n 1)
+web=
+leave() {
+    [[ -z $web ]] || "$walnut" rm -f "$web" >/dev/null 2>&1 || true
+    [[ -z $ours ]] || tests/image/registry.sh stop >/dev/null
+}
+trap leave EXIT
 
 step "this host"
 show check
@@ -28,7 +34,6 @@ show "run --rm $image python3 -c …"
 step "serve"
 show "run -d $image nginx -g 'daemon off;'"
 web=$("$walnut" run -d "$image" nginx -g 'daemon off;')
-trap '"$walnut" rm -f "$web" >/dev/null 2>&1 || true; tests/image/registry.sh stop >/dev/null' EXIT
 show "exec ${web:0:12} python3 -c …"
 "$walnut" exec "$web" python3 -c '
 import time, urllib.request
@@ -46,13 +51,14 @@ show ps
 show "stop ${web:0:12}"
 "$walnut" stop "$web" >/dev/null
 "$walnut" rm "$web" >/dev/null
+web=
 
 step "a database, measured by its own tool"
 show "run --rm $image sh -c 'redis-server …; redis-benchmark …'"
 "$walnut" run --rm "$image" sh -c '
 redis-server --save "" --daemonize yes >/dev/null
 until redis-cli ping >/dev/null 2>&1; do sleep 0.1; done
-redis-benchmark -q -t set,get -n 2000'
+redis-benchmark --csv -t set,get -n 2000'
 
 step "one kernel each"
 guest=$("$walnut" run --rm "$image" uname -r)
@@ -61,5 +67,4 @@ if [[ $guest == "$(uname -r)" ]]; then
     echo "the guest runs the host's kernel" >&2
     exit 1
 fi
-printf '\nThe demo worked. Try: %s run --rm -it %s bash\n(start the registry first with tests/image/registry.sh start if you remove the image)\n' \
-    "out/bin/walnut" "$image"
+printf '\nThe demo worked. Next: out/bin/walnut run --rm -it %s bash\n' "$image"

@@ -13,7 +13,8 @@ use crate::values::{Cpus, EnvVar, Size, VolumeArg};
     version,
     max_term_width = 100,
     after_help = "Environment: WALNUT_ROOT (images and containers), WALNUT_RUN (sockets), WALNUT_LIB \
-                  (kernel and helpers), WALNUT_DRIVER (auto, qemu-kvm, qemu-tcg), WALNUT_LOG (debug, info, …)."
+                  (kernel and helpers), WALNUT_DRIVER (auto, qemu-kvm, qemu-tcg), WALNUT_BOOT_TIMEOUT (seconds, \
+                  60), WALNUT_LOG (debug, info, …)."
 )]
 pub(crate) struct Cli {
     #[command(subcommand)]

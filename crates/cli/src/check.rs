@@ -2,7 +2,7 @@
 
 use anyhow::Result;
 use walnut_sandbox::{
-    Assets,
+    Assets, find_virtiofsd,
     machine::{self, HostReport, Level, Programs},
 };
 
@@ -25,7 +25,7 @@ pub(crate) fn check(args: &CheckArgs) -> Result<u8> {
     let files = machine::Assets {
         kernel: assets.kernel(),
         initramfs: assets.initramfs(),
-        virtiofsd: None,
+        virtiofsd: find_virtiofsd(),
     };
     let report = HostReport::gather(&programs, &files);
     if args.format == Format::Json {

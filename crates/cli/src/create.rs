@@ -237,8 +237,22 @@ fn random_name(random: &[u8; 16]) -> String {
         "mellow", "noble", "quiet", "sturdy", "swift", "wise",
     ];
     const NUTS: [&str; 16] = [
-        "acorn", "almond", "beech", "brazil", "cashew", "chestnut", "cob", "filbert", "hazel",
-        "hickory", "kola", "macadamia", "peanut", "pecan", "pine", "pistachio",
+        "acorn",
+        "almond",
+        "beech",
+        "brazil",
+        "cashew",
+        "chestnut",
+        "cob",
+        "filbert",
+        "hazel",
+        "hickory",
+        "kola",
+        "macadamia",
+        "peanut",
+        "pecan",
+        "pine",
+        "pistachio",
     ];
     let pick = |list: [&'static str; 16], byte: u8| list[usize::from(byte % 16)];
     format!(

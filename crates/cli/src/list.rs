@@ -39,7 +39,14 @@ pub(crate) fn ps(args: &PsArgs) -> Result<u8> {
         })
         .collect();
     output::table(
-        ["CONTAINER ID", "IMAGE", "COMMAND", "CREATED", "STATUS", "NAME"],
+        [
+            "CONTAINER ID",
+            "IMAGE",
+            "COMMAND",
+            "CREATED",
+            "STATUS",
+            "NAME",
+        ],
         &rows,
     )?;
     Ok(0)

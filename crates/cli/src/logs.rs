@@ -19,8 +19,8 @@ pub(crate) async fn logs(args: &LogsArgs) -> Result<u8> {
     let mut reader = LogReader::new(&layout.container(&record.id).join("container.log"));
     loop {
         // Asked before reading: what is written before the end is then shown.
-        let ended = !args.follow
-            || find(&layout, &record.id).map_or(true, |r| r.status == Status::Exited);
+        let ended =
+            !args.follow || find(&layout, &record.id).map_or(true, |r| r.status == Status::Exited);
         while let Some(line) = reader.next_line()? {
             let time = if args.timestamps {
                 format!("{} ", line.time)

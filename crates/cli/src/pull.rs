@@ -21,7 +21,11 @@ pub(crate) enum Show {
 pub(crate) async fn pull(args: PullArgs) -> Result<u8> {
     let layout = Layout::from_env()?;
     let store = Store::open(layout.images())?;
-    let show = if args.quiet { Show::Nothing } else { Show::Stderr };
+    let show = if args.quiet {
+        Show::Nothing
+    } else {
+        Show::Stderr
+    };
     let image = fetch(&store, &args.image, show).await?;
     if args.quiet {
         println!("{}", image.digest);
@@ -108,7 +112,10 @@ impl Progress for Bars {
     fn event(&self, event: Event<'_>) {
         match event {
             Event::Resolved { layers, bytes, .. } => {
-                self.say(&format!("{layers} layers to fetch, {}", output::bytes(bytes)));
+                self.say(&format!(
+                    "{layers} layers to fetch, {}",
+                    output::bytes(bytes)
+                ));
             }
             Event::LayerExists { digest, .. } => {
                 self.say(&format!("{}: exists", short(&digest.to_string())));

@@ -29,7 +29,11 @@ impl FromStr for Size {
                 .parse::<f64>()
                 .ok()
                 .filter(|n| (0.0..8192.0).contains(n))
-                .and_then(|n| format!("{:.0}", n * f64::from(1 << (shift.min(30)))).parse().ok()),
+                .and_then(|n| {
+                    format!("{:.0}", n * f64::from(1 << (shift.min(30))))
+                        .parse()
+                        .ok()
+                }),
         };
         match bytes {
             Some(bytes) if bytes >= MEMORY_MIN => Ok(Self(bytes)),

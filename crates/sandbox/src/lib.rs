@@ -34,6 +34,7 @@ pub use stdio::StdioTargets;
 pub use walnut_machine as machine;
 /// The host–guest protocol this build speaks.
 pub use walnut_protocol::PROTOCOL;
+pub use walnut_storage::find_virtiofsd;
 
 /// Annotation in a bundle's `config.json`: file that receives the container's
 /// output as JSON lines.

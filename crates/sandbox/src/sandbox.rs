@@ -36,8 +36,6 @@ use crate::{
     stdio::{self, ClientEnds, SharedLog},
 };
 
-/// Longest a guest may take to boot, on a slow and loaded emulated machine.
-const BOOT_DEADLINE: Duration = Duration::from_secs(60);
 /// Longest an exec's output may be held open by its descendants after its end.
 const OUTPUT_GRACE: Duration = Duration::from_secs(2);
 /// Longest the guest may take to unmount and go.
@@ -58,6 +56,8 @@ pub struct SandboxConfig {
     pub driver: DriverChoice,
     /// Directory in which the KVM probe's verdict may be kept.
     pub cache: Option<PathBuf>,
+    /// Longest the guest may take until its agent answers.
+    pub boot_deadline: Duration,
 }
 
 /// A root file system as a front end hands it over.
@@ -720,7 +720,7 @@ async fn boot(
         shares: shared.map(VirtioFs::share).into_iter().collect(),
     };
     let machine = driver.start(spec).await?;
-    machine.ready(BOOT_DEADLINE).await?;
+    machine.ready(config.boot_deadline).await?;
     Ok((driver.name(), machine))
 }
 

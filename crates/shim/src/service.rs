@@ -1,6 +1,6 @@
 //! containerd's Task API over a [`Sandbox`]: translation, and nothing else.
 
-use std::sync::Arc;
+use std::{sync::Arc, time::Duration};
 
 use anyhow::Context as _;
 use async_trait::async_trait;
@@ -25,6 +25,9 @@ use walnut_sandbox::{
 };
 
 use crate::owner::Owner;
+
+/// Longest a guest may take until its agent answers.
+const BOOT_DEADLINE: Duration = Duration::from_secs(60);
 
 /// The Task service of one sandbox.
 #[derive(Debug)]
@@ -83,6 +86,7 @@ impl Task for TaskService {
             assets: self.assets.clone(),
             driver: driver()?,
             cache: self.owner.run_dir.parent().map(Into::into),
+            boot_deadline: boot_deadline()?,
         };
         let sandbox = Arc::new(
             Sandbox::create(config, &request)
@@ -352,6 +356,20 @@ fn driver() -> Reply<walnut_sandbox::machine::DriverChoice> {
             .parse()
             .map_err(|e: walnut_sandbox::machine::Error| fault(&e.into())),
         Err(_) => Ok(Default::default()),
+    }
+}
+
+/// `WALNUT_BOOT_TIMEOUT` in seconds, else what a slow and loaded emulated machine
+/// needs.
+fn boot_deadline() -> Reply<Duration> {
+    let Ok(text) = std::env::var("WALNUT_BOOT_TIMEOUT") else {
+        return Ok(BOOT_DEADLINE);
+    };
+    match text.parse() {
+        Ok(seconds @ 1..=3600) => Ok(Duration::from_secs(seconds)),
+        _ => Err(fault(&Error::Invalid(format!(
+            "WALNUT_BOOT_TIMEOUT={text}: must be a number of seconds from 1 to 3600"
+        )))),
     }
 }
 
