@@ -1,4 +1,11 @@
-//! All connections of a device: who they are, whose turn it is, what times out.
+//! All connections of a device: who they are, how they begin and end, what times
+//! out. What the guest sends is taken in `from_guest`; whose turn it is to send
+//! to the guest is decided in `to_guest`.
+
+mod from_guest;
+mod to_guest;
+
+pub(super) use to_guest::Pumped;
 
 use std::{
     collections::{BTreeSet, HashMap, VecDeque},
@@ -10,12 +17,10 @@ use nix::{errno::Errno, sys::epoll::EpollFlags};
 
 use super::{
     Config, Error, HOST_CID, Log, SocketDir, Timeouts,
-    connection::{Connection, Key, Read, State},
+    connection::{Connection, Key, State},
     host::Listener,
-    packet::{Header, Op, SHUTDOWN_BOTH, TYPE_STREAM},
+    packet::TYPE_STREAM,
     poller::{Poller, Token},
-    ring::{Broken, MAX_BATCH, RxRing},
-    sys::IoVec,
 };
 
 /// How much of a guest's data is held for each of the first [`FEW`] connections.
@@ -28,25 +33,10 @@ const FEW: usize = 64;
 /// Resets that wait for a place in the receive queue. A guest that provokes more
 /// without receiving any loses the rest, and notices by its own timeouts.
 const MAX_RESETS: usize = 1024;
-/// Between two attempts at a listener with a full backlog.
-const CONNECT_RETRY: Duration = Duration::from_millis(10);
 /// After the process ran out of descriptors, before the next accept.
 const ACCEPT_RETRY: Duration = Duration::from_millis(100);
-/// Turns taken before the caller looks at its other events again.
-const TURNS: usize = 512;
 /// Host ports of connections that the host began have bit 30 set, bit 31 clear.
 const HOST_PORTS: u32 = 1 << 30;
-
-/// Why a pump ended.
-#[derive(Debug, PartialEq, Eq)]
-pub(super) enum Pumped {
-    /// Nothing is left for the guest.
-    Idle,
-    /// The receive queue is empty.
-    Starved,
-    /// There is more; others may have waited long enough.
-    Again,
-}
 
 #[derive(Debug, Default)]
 struct Slot {
@@ -421,231 +411,4 @@ impl Muxer {
         }
         None
     }
-
-    // --- Packets of the guest.
-
-    /// Takes a packet in. `payload` is `None` when the chain did not hold the
-    /// bytes that the header announces.
-    ///
-    /// # Safety
-    /// The pieces of `payload` must be mapped and readable during the call and
-    /// hold `header.len` bytes together.
-    pub(super) unsafe fn packet(&mut self, header: &Header, payload: Option<&[IoVec]>) {
-        if header.dst_cid != HOST_CID || header.src_cid != self.cid {
-            self.log.say(format_args!(
-                "dropped a packet from CID {} to CID {}",
-                header.src_cid, header.dst_cid
-            ));
-            return;
-        }
-        let key = Key {
-            host_port: header.dst_port,
-            guest_port: header.src_port,
-        };
-        let op = Op::from_raw(header.op);
-        let id = self.table.get(&key).copied();
-        if header.kind != TYPE_STREAM {
-            if op != Some(Op::Rst) {
-                self.push_reset(key, header.kind);
-            }
-            return;
-        }
-        let Some((id, mut conn)) = id.and_then(|id| Some((id, self.take(id)?))) else {
-            return match op {
-                Some(Op::Rst) => {}
-                Some(Op::Request) => self.requested(key, header),
-                _ => self.push_reset(key, TYPE_STREAM),
-            };
-        };
-        conn.update_peer(header.buf_alloc, header.fwd_cnt);
-        match (op, &conn.state) {
-            (Some(Op::Rst), _) => self.end_by_guest(id, conn),
-            (Some(Op::Response), State::Requested) if !conn.owe_request => {
-                self.accepted_by_guest(id, conn)
-            }
-            (Some(Op::Rw), State::Established) => {
-                let taken = match payload {
-                    // SAFETY: passed on from the caller.
-                    Some(pieces) => unsafe { conn.take(pieces, header.len) },
-                    None => Err(super::connection::Violation),
-                };
-                match taken {
-                    Ok(()) => self.settle(id, conn),
-                    Err(_) => self.abort(id, conn, format_args!("the guest sent more than it may")),
-                }
-            }
-            (Some(Op::Shutdown), State::Established) => {
-                if conn.guest_shutdown(header.flags) {
-                    self.push_reset(key, TYPE_STREAM);
-                    self.end_by_guest(id, conn);
-                } else {
-                    self.settle(id, conn);
-                }
-            }
-            (Some(Op::CreditUpdate), State::Established) => self.settle(id, conn),
-            (Some(Op::CreditRequest), State::Established) => {
-                conn.owe_credit();
-                self.settle(id, conn);
-            }
-            _ => self.abort(
-                id,
-                conn,
-                format_args!("the guest sent operation {} out of turn", header.op),
-            ),
-        }
-    }
-
-    fn accepted_by_guest(&mut self, id: u64, mut conn: Box<Connection>) {
-        self.set_deadline(id, &mut conn, None);
-        conn.state = State::Established;
-        conn.answer();
-        self.settle(id, conn);
-    }
-
-    /// The guest wants to connect to a host port.
-    fn requested(&mut self, key: Key, header: &Header) {
-        let now = Instant::now();
-        let until = now + self.timeouts.connect;
-        let mut conn = Connection::new(key, State::Connecting { until }, None, self.buffer_size());
-        conn.update_peer(header.buf_alloc, header.fwd_cnt);
-        match self.insert(conn).and_then(|id| Some((id, self.take(id)?))) {
-            Some((id, conn)) => {
-                self.table.insert(key, id);
-                self.connect(id, conn, until, now);
-            }
-            None => self.push_reset(key, TYPE_STREAM),
-        }
-    }
-
-    /// Tries to reach the host's listener.
-    fn connect(&mut self, id: u64, mut conn: Box<Connection>, until: Instant, now: Instant) {
-        let name = format!("{}_{}", self.name, conn.key.host_port);
-        match self.dir.connect(&name) {
-            Ok(sock) => {
-                conn.sock = Some(sock);
-                if self.watch(id, &conn).is_err() {
-                    return self.abort(id, conn, format_args!("its socket cannot be watched"));
-                }
-                conn.state = State::Established;
-                conn.owe_response = true;
-                self.settle(id, conn);
-            }
-            Err(Errno::EAGAIN | Errno::EINTR) if now < until => {
-                self.set_deadline(id, &mut conn, Some(until.min(now + CONNECT_RETRY)));
-                self.settle(id, conn);
-            }
-            // Nobody listens: an answer, not an incident.
-            Err(Errno::ENOENT | Errno::ECONNREFUSED) => {
-                self.push_reset(conn.key, TYPE_STREAM);
-                self.discard(id, conn);
-            }
-            Err(e) => self.abort(id, conn, format_args!("cannot connect to {name}: {e}")),
-        }
-    }
-
-    // --- Packets to the guest.
-
-    /// Gives every connection its turn, until there is nothing to send or no
-    /// chain to send it in.
-    pub(super) fn pump(&mut self, rx: &mut RxRing<'_>) -> Result<Pumped, Broken> {
-        for _ in 0..TURNS {
-            if let Some(&(key, kind)) = self.resets.front() {
-                if rx.reserve(1)? == 0 {
-                    return Ok(Pumped::Starved);
-                }
-                self.resets.pop_front();
-                rx.commit(self.header(key, kind, Op::Rst), 0)?;
-                continue;
-            }
-            let Some(id) = self.ready.pop_front() else {
-                return Ok(Pumped::Idle);
-            };
-            let Some(mut conn) = self.take(id) else {
-                continue;
-            };
-            conn.queued = false;
-            if !conn.has_work() {
-                self.settle(id, conn);
-                continue;
-            }
-            let reserved = rx.reserve(if conn.bulk { MAX_BATCH } else { 1 });
-            if reserved != Ok(0) {
-                let served = reserved.and_then(|_| self.serve(id, conn, rx));
-                served?;
-                continue;
-            }
-            conn.queued = true;
-            self.ready.push_front(id);
-            self.settle(id, conn);
-            return Ok(Pumped::Starved);
-        }
-        Ok(Pumped::Again)
-    }
-
-    /// One turn: one packet, or one run of data packets.
-    fn serve(
-        &mut self,
-        id: u64,
-        mut conn: Box<Connection>,
-        rx: &mut RxRing<'_>,
-    ) -> Result<(), Broken> {
-        let Some((op, flags, len)) = next_packet(&mut conn, rx) else {
-            rx.cancel();
-            self.settle(id, conn);
-            return Ok(());
-        };
-        let mut header = self.header(conn.key, TYPE_STREAM, op);
-        header.flags = flags;
-        (header.buf_alloc, header.fwd_cnt) = conn.tell_credit();
-        let sent = rx.commit(header, len);
-        if op == Op::Shutdown && conn.tell_shutdown(flags) {
-            // The host's side is over; only the guest's goodbye is missing.
-            conn.sock = None;
-            let deadline = Instant::now() + self.timeouts.close;
-            self.set_deadline(id, &mut conn, Some(deadline));
-        }
-        self.settle(id, conn);
-        sent
-    }
-
-    fn header(&self, key: Key, kind: u16, op: Op) -> Header {
-        Header {
-            src_cid: HOST_CID,
-            dst_cid: self.cid,
-            src_port: key.host_port,
-            dst_port: key.guest_port,
-            kind,
-            op: op as u16,
-            ..Header::default()
-        }
-    }
-}
-
-/// What the connection sends next: operation, flags and bytes of payload, which
-/// are in the reserved chains already.
-fn next_packet(conn: &mut Connection, rx: &mut RxRing<'_>) -> Option<(Op, u32, usize)> {
-    if std::mem::take(&mut conn.owe_request) {
-        return Some((Op::Request, 0, 0));
-    }
-    if std::mem::take(&mut conn.owe_response) {
-        return Some((Op::Response, 0, 0));
-    }
-    if conn.can_read() && conn.credit() > 0 {
-        let credit = usize::try_from(conn.credit()).unwrap_or(usize::MAX);
-        let room = rx.room(credit.min(rx.capacity()));
-        // SAFETY: the pieces belong to chains that `rx` has reserved in guest
-        // memory, which stays mapped for as long as `rx` borrows it.
-        if let Read::Data(n) = unsafe { conn.read(&room) } {
-            return Some((Op::Rw, 0, n));
-        }
-    }
-    let flags = conn.shutdown_owed();
-    debug_assert!(flags & !SHUTDOWN_BOTH == 0);
-    if flags != 0 {
-        return Some((Op::Shutdown, flags, 0));
-    }
-    if conn.ask_credit() {
-        return Some((Op::CreditRequest, 0, 0));
-    }
-    (conn.is_established() && conn.owes_credit()).then_some((Op::CreditUpdate, 0, 0))
 }
