@@ -115,7 +115,7 @@ impl FromStr for VolumeArg {
         }
         let source = std::path::absolute(source).map_err(|e| format!("{source}: {e}"))?;
         let target = PathBuf::from(target);
-        if !target.is_absolute() || target == PathBuf::from("/") {
+        if !target.is_absolute() || target.parent().is_none() {
             return Err("the path in the container must be absolute and not /".into());
         }
         Ok(Self {

@@ -330,7 +330,7 @@ mod tests {
         let (_dir, layout) = layout();
         let r = record('a', "one");
         let _lock = make(&layout, &r);
-        assert_eq!(list(&layout).unwrap(), [r.clone()]);
+        assert_eq!(list(&layout).unwrap(), std::slice::from_ref(&r));
         assert!(layout.sandbox(&r.id).exists());
     }
 
