@@ -175,7 +175,7 @@ mod tests {
     #[test]
     fn volumes() {
         let v: VolumeArg = "/srv/a:/data:ro".parse().unwrap();
-        assert!(v.read_only && v.source == PathBuf::from("/srv/a"));
+        assert!(v.read_only && v.source.ends_with("srv/a"));
         for text in ["/a", "a:/b", "/a:b", "/a:/", "/a:/b:z", "/a:/b:ro:x"] {
             assert!(text.parse::<VolumeArg>().is_err(), "{text}");
         }

@@ -173,18 +173,19 @@ async fn copy_input(
     }
 }
 
-/// Moves what lies in the pipe and does not wait for more.
+/// Moves what lies in the pipe and does not wait for more. Asks the pipe itself:
+/// the runtime may not have heard yet that there is something to read.
 async fn drain(
     client: &mut pipe::Receiver,
     guest: &mut UnixStream,
     buffer: &mut [u8],
 ) -> io::Result<()> {
     loop {
-        match client.try_read(buffer) {
-            Ok(0) => return Ok(()),
+        match rustix::io::read(&*client, &mut *buffer) {
+            Ok(0) | Err(rustix::io::Errno::WOULDBLOCK) => return Ok(()),
             Ok(read) => guest.write_all(&buffer[..read]).await?,
-            Err(e) if e.kind() == io::ErrorKind::WouldBlock => return Ok(()),
-            Err(e) => return Err(e),
+            Err(rustix::io::Errno::INTR) => {}
+            Err(e) => return Err(e.into()),
         }
     }
 }
