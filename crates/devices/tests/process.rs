@@ -324,14 +324,19 @@ fn with_descriptor(dir: &Path, fd: &impl AsRawFd) -> Child {
         .arg("--uds")
         .arg(dir.join("v"))
         .stderr(Stdio::piped());
-    // SAFETY: dup2 is async-signal-safe, and touches only the child's table.
+    // SAFETY: both calls are async-signal-safe, and touch only the child's table.
     unsafe {
         command.pre_exec(move || {
-            if libc::dup2(number, 3) == 3 {
-                Ok(())
+            // It may be 3 already, and would then be closed at exec.
+            let done = if number == 3 {
+                libc::fcntl(3, libc::F_SETFD, 0)
             } else {
-                Err(std::io::Error::last_os_error())
+                libc::dup2(number, 3)
+            };
+            if done < 0 {
+                return Err(std::io::Error::last_os_error());
             }
+            Ok(())
         })
     };
     command.spawn().unwrap()
@@ -351,6 +356,7 @@ fn takes_inherited_sockets() {
     let path = dir.path().join("vhost");
     let listener = UnixListener::bind(&path).unwrap();
     let child = with_descriptor(dir.path(), &listener);
+    drop(listener);
     let frontend = Frontend::connect(&path, 3).unwrap();
     let mut machine = Machine::connect(Some(child), frontend, dir);
     machine.echo();
