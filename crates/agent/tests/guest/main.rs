@@ -9,6 +9,12 @@
 //! `out/lib/walnut` (or `WALNUT_KERNEL`, `WALNUT_INITRAMFS`) and `target`
 //! (or `WALNUT_VSOCK`). What is missing fails the test with a sentence.
 
+#![allow(
+    clippy::unwrap_used,
+    clippy::panic,
+    reason = "a test says so by panicking"
+)]
+
 mod vm;
 
 use std::collections::HashMap;
@@ -16,9 +22,7 @@ use std::collections::HashMap;
 use serde_json::json;
 use tokio::io::{AsyncReadExt, AsyncWriteExt};
 use ttrpc::Code;
-use vm::{
-    Vm, container, context, merge, process, process_of, read_until, sh, size, type_in,
-};
+use vm::{Vm, container, context, merge, process, process_of, read_until, sh, size, type_in};
 use walnut_protocol::agent::{
     Empty, ExecProcessRequest, HelloRequest, ResizeTerminalRequest, SignalProcessRequest,
     UpdateContainerRequest,
@@ -44,13 +48,20 @@ fn signal(id: &str, exec_id: &str, signal: i32, all: bool) -> SignalProcessReque
 #[tokio::test]
 async fn a_sandbox_gets_its_identity_and_ends() {
     let mut vm = Vm::boot().await;
-    let hello = vm.agent.hello(context(), &HelloRequest::new()).await.unwrap();
+    let hello = vm
+        .agent
+        .hello(context(), &HelloRequest::new())
+        .await
+        .unwrap();
     assert_eq!(hello.protocol, walnut_protocol::PROTOCOL);
     assert!(hello.memory_bytes > 200 << 20 && hello.cpus_online >= 1);
-    vm.configure(HashMap::from([("net.ipv4.ip_forward".into(), "1".into())])).await.unwrap();
+    vm.configure(HashMap::from([("net.ipv4.ip_forward".into(), "1".into())]))
+        .await
+        .unwrap();
     let bad = HashMap::from([("../../etc/passwd".into(), "x".into())]);
     assert_eq!(code(vm.configure(bad).await).0, Code::INVALID_ARGUMENT);
-    let script = "date +%s; cat /proc/sys/net/ipv4/ip_forward; hostname; readlink /proc/self/ns/net";
+    let script =
+        "date +%s; cat /proc/sys/net/ipv4/ip_forward; hostname; readlink /proc/self/ns/net";
     let (text, end) = vm.output(Vm::request("c", sh(script), &json!({}))).await;
     let mut lines = text.lines();
     let seconds: u64 = lines.next().unwrap().parse().unwrap();
@@ -65,27 +76,84 @@ async fn a_sandbox_gets_its_identity_and_ends() {
 #[tokio::test]
 async fn processes_end_with_their_codes_and_signals() {
     let mut vm = Vm::boot().await;
-    let (text, end) = vm.output(Vm::request("code", sh("echo out; echo err >&2; exit 7"), &json!({}))).await;
-    assert_eq!((text.as_str(), end.exit_code, end.oom_killed), ("out\nerr\n", 7, false));
+    let (text, end) = vm
+        .output(Vm::request(
+            "code",
+            sh("echo out; echo err >&2; exit 7"),
+            &json!({}),
+        ))
+        .await;
+    assert_eq!(
+        (text.as_str(), end.exit_code, end.oom_killed),
+        ("out\nerr\n", 7, false)
+    );
 
-    let [_in, mut stdout, _err] = vm.run(Vm::request("sig", sh("trap 'exit 9' TERM; echo up; while :; do sleep 0.1; done"), &json!({}))).await;
+    let [_in, mut stdout, _err] = vm
+        .run(Vm::request(
+            "sig",
+            sh("trap 'exit 9' TERM; echo up; while :; do sleep 0.1; done"),
+            &json!({}),
+        ))
+        .await;
     read_until(&mut stdout, "up").await;
-    vm.agent.signal_process(context(), &signal("sig", "", libc::SIGTERM, false)).await.unwrap();
+    vm.agent
+        .signal_process(context(), &signal("sig", "", libc::SIGTERM, false))
+        .await
+        .unwrap();
     assert_eq!(vm.wait("sig", "").await.exit_code, 9);
     assert_eq!(vm.wait("sig", "").await.exit_code, 9, "the status is kept");
-    assert_eq!(code(vm.agent.signal_process(context(), &signal("sig", "", 15, false)).await).0, Code::FAILED_PRECONDITION);
-    vm.agent.remove_container(context(), &container("sig")).await.unwrap();
-    assert_eq!(code(vm.agent.remove_container(context(), &container("sig")).await).0, Code::NOT_FOUND);
+    assert_eq!(
+        code(
+            vm.agent
+                .signal_process(context(), &signal("sig", "", 15, false))
+                .await
+        )
+        .0,
+        Code::FAILED_PRECONDITION
+    );
+    vm.agent
+        .remove_container(context(), &container("sig"))
+        .await
+        .unwrap();
+    assert_eq!(
+        code(
+            vm.agent
+                .remove_container(context(), &container("sig"))
+                .await
+        )
+        .0,
+        Code::NOT_FOUND
+    );
 
     // Everything, by one word, even when it is paused.
-    let [_in, mut stdout, _err] = vm.run(Vm::request("all", sh("sleep 1000 & sleep 1000 & echo up; wait"), &json!({}))).await;
+    let [_in, mut stdout, _err] = vm
+        .run(Vm::request(
+            "all",
+            sh("sleep 1000 & sleep 1000 & echo up; wait"),
+            &json!({}),
+        ))
+        .await;
     read_until(&mut stdout, "up").await;
-    let pids = vm.agent.list_processes(context(), &container("all")).await.unwrap().pids;
+    let pids = vm
+        .agent
+        .list_processes(context(), &container("all"))
+        .await
+        .unwrap()
+        .pids;
     assert_eq!(pids.len(), 3);
-    vm.agent.pause_container(context(), &container("all")).await.unwrap();
-    vm.agent.signal_process(context(), &signal("all", "", libc::SIGKILL, true)).await.unwrap();
+    vm.agent
+        .pause_container(context(), &container("all"))
+        .await
+        .unwrap();
+    vm.agent
+        .signal_process(context(), &signal("all", "", libc::SIGKILL, true))
+        .await
+        .unwrap();
     assert_eq!(vm.wait("all", "").await.exit_code, 137);
-    vm.agent.remove_container(context(), &container("all")).await.unwrap();
+    vm.agent
+        .remove_container(context(), &container("all"))
+        .await
+        .unwrap();
 }
 
 #[tokio::test]
@@ -93,9 +161,18 @@ async fn programs_that_cannot_run_are_named() {
     let mut vm = Vm::boot().await;
     let create = |args: &[&str]| Vm::request("c", process(args), &json!({}));
     for (args, wanted) in [
-        (&["foo"][..], "exec: \"foo\": executable file not found in $PATH"),
-        (&["/bin/none"], "exec: \"/bin/none\": stat /bin/none: no such file or directory"),
-        (&["/etc/not-executable"], "exec: \"/etc/not-executable\": permission denied"),
+        (
+            &["foo"][..],
+            "exec: \"foo\": executable file not found in $PATH",
+        ),
+        (
+            &["/bin/none"],
+            "exec: \"/bin/none\": stat /bin/none: no such file or directory",
+        ),
+        (
+            &["/etc/not-executable"],
+            "exec: \"/etc/not-executable\": permission denied",
+        ),
         (&["/etc"], "exec: \"/etc\": permission denied"),
     ] {
         let got = code(vm.agent.create_container(context(), &create(args)).await);
@@ -104,9 +181,18 @@ async fn programs_that_cannot_run_are_named() {
     // Nothing was left: the name is free.
     let [_in, _out, _err] = vm.run(create(&["sleep", "1000"])).await;
     for (n, (args, wanted)) in [
-        (&["foo"][..], "exec: \"foo\": executable file not found in $PATH"),
-        (&["/etc/not-executable"], "exec: \"/etc/not-executable\": permission denied"),
-    ].into_iter().enumerate() {
+        (
+            &["foo"][..],
+            "exec: \"foo\": executable file not found in $PATH",
+        ),
+        (
+            &["/etc/not-executable"],
+            "exec: \"/etc/not-executable\": permission denied",
+        ),
+    ]
+    .into_iter()
+    .enumerate()
+    {
         let request = ExecProcessRequest {
             container_id: "c".into(),
             exec_id: format!("e{n}"),
@@ -116,22 +202,33 @@ async fn programs_that_cannot_run_are_named() {
         let got = code(vm.agent.exec_process(context(), &request).await);
         assert_eq!(got, (Code::INVALID_ARGUMENT, wanted.to_owned()));
     }
-    let again = code(vm.agent.create_container(context(), &create(&["true"])).await);
+    let again = code(
+        vm.agent
+            .create_container(context(), &create(&["true"]))
+            .await,
+    );
     assert_eq!(again.0, Code::ALREADY_EXISTS);
     let mut bad = create(&["true"]);
     bad.container_id = "../x".into();
-    assert_eq!(code(vm.agent.create_container(context(), &bad).await).0, Code::INVALID_ARGUMENT);
+    assert_eq!(
+        code(vm.agent.create_container(context(), &bad).await).0,
+        Code::INVALID_ARGUMENT
+    );
     let mut missing = create(&["true"]);
     missing.container_id = "m".into();
     missing.storages[0].source = "no-such-disk".into();
-    assert_eq!(code(vm.agent.create_container(context(), &missing).await).0, Code::DEADLINE_EXCEEDED);
+    assert_eq!(
+        code(vm.agent.create_container(context(), &missing).await).0,
+        Code::DEADLINE_EXCEEDED
+    );
 }
 
 #[tokio::test]
 async fn a_hundred_megabytes_of_stdin_arrive() {
     let mut vm = Vm::boot().await;
-    let [mut stdin, mut stdout, _err] =
-        vm.run(Vm::request("c", sh("wc -c; echo rest"), &json!({}))).await;
+    let [mut stdin, mut stdout, _err] = vm
+        .run(Vm::request("c", sh("wc -c; echo rest"), &json!({})))
+        .await;
     let writer = tokio::spawn(async move {
         let block: Vec<u8> = (0..=255).cycle().take(1 << 20).collect();
         for _ in 0..100 {
@@ -146,10 +243,15 @@ async fn a_hundred_megabytes_of_stdin_arrive() {
     let mut stdin = writer.await.unwrap();
     assert_eq!(vm.wait("c", "").await.exit_code, 0);
     assert_eq!(stdin.read(&mut [0]).await.unwrap_or(0), 0);
-    vm.agent.remove_container(context(), &container("c")).await.unwrap();
+    vm.agent
+        .remove_container(context(), &container("c"))
+        .await
+        .unwrap();
 
     // The same bytes come back, and what was written last is not lost.
-    let [mut stdin, mut stdout, _err] = vm.run(Vm::request("echo", process(&["cat"]), &json!({}))).await;
+    let [mut stdin, mut stdout, _err] = vm
+        .run(Vm::request("echo", process(&["cat"]), &json!({})))
+        .await;
     let sent: Vec<u8> = (0..=255).cycle().take(3 << 20).collect();
     let copy = sent.clone();
     tokio::spawn(async move {
@@ -165,15 +267,28 @@ async fn a_hundred_megabytes_of_stdin_arrive() {
 async fn a_terminal_resizes_and_ends() {
     let mut vm = Vm::boot().await;
     let mut shell = process(&["sh"]);
-    merge(&mut shell, &json!({"terminal": true, "user": {"uid": 1000, "gid": 1000}}));
+    merge(
+        &mut shell,
+        &json!({"terminal": true, "user": {"uid": 1000, "gid": 1000}}),
+    );
     let mut request = Vm::request("tty", shell.clone(), &json!({}));
     request.terminal = Some(size(91, 33)).into();
     let (mut stdio, [mut keys, mut screen, _]) = vm.stdio().await;
     stdio.stderr = 0;
     request.stdio = Some(stdio).into();
-    vm.agent.create_container(context(), &request).await.unwrap();
-    vm.agent.start_container(context(), &container("tty")).await.unwrap();
-    type_in(&mut keys, "stty size; tty; echo own > /dev/tty; echo done-$((1+1))\n").await;
+    vm.agent
+        .create_container(context(), &request)
+        .await
+        .unwrap();
+    vm.agent
+        .start_container(context(), &container("tty"))
+        .await
+        .unwrap();
+    type_in(
+        &mut keys,
+        "stty size; tty; echo own > /dev/tty; echo done-$((1+1))\n",
+    )
+    .await;
     let text = read_until(&mut screen, "done-2").await;
     assert!(text.contains("33 91") && text.contains("own\r\n"), "{text}");
     let resize = ResizeTerminalRequest {
@@ -200,7 +315,10 @@ async fn a_terminal_resizes_and_ends() {
     type_in(&mut keys2, "stty size; tty; exit 4\n").await;
     let mut text = String::new();
     screen2.read_to_string(&mut text).await.unwrap();
-    assert!(text.contains("20 50") && text.contains("/dev/pts/"), "{text}");
+    assert!(
+        text.contains("20 50") && text.contains("/dev/pts/"),
+        "{text}"
+    );
     assert_eq!(vm.wait("tty", "second").await.exit_code, 4);
 
     type_in(&mut keys, "exit 3\n").await;
@@ -208,7 +326,10 @@ async fn a_terminal_resizes_and_ends() {
     assert_eq!(vm.wait("tty", "").await.exit_code, 3);
     let late = vm.agent.resize_terminal(context(), &resize).await;
     drop(late);
-    vm.agent.remove_container(context(), &container("tty")).await.unwrap();
+    vm.agent
+        .remove_container(context(), &container("tty"))
+        .await
+        .unwrap();
 }
 
 #[tokio::test]
@@ -226,19 +347,33 @@ async fn an_exec_joins_its_container() {
                   grep -E 'CapEff|NoNewPrivs|Seccomp:' /proc/self/status; cat /proc/self/cgroup; \
                   echo $HOME; cat /proc/self/oom_score_adj";
     let mut process = sh(script);
-    merge(&mut process, &json!({
-        "cwd": "/tmp", "user": {"uid": 1000, "gid": 1000, "additionalGids": [7, 8]},
-        "capabilities": {"effective": [], "permitted": []},
-    }));
+    merge(
+        &mut process,
+        &json!({
+            "cwd": "/tmp", "user": {"uid": 1000, "gid": 1000, "additionalGids": [7, 8]},
+            "capabilities": {"effective": [], "permitted": []},
+        }),
+    );
     let (text, code_) = vm.exec("c", "e", process.clone()).await;
     assert_eq!(code_, 0, "{text}");
-    for wanted in ["1000\n1000 7 8\n/tmp\n", "refused", "CapEff:\t0000000000000000",
-        "NoNewPrivs:\t0", "Seccomp:\t2", "0::/\n", "\n/tmp\n", "\n0"] {
+    for wanted in [
+        "1000\n1000 7 8\n/tmp\n",
+        "refused",
+        "CapEff:\t0000000000000000",
+        "NoNewPrivs:\t0",
+        "Seccomp:\t2",
+        "0::/\n",
+        "\n/tmp\n",
+        "\n0",
+    ] {
         assert!(text.contains(wanted), "{wanted:?} is not in {text}");
     }
     merge(&mut process, &json!({"noNewPrivileges": true}));
     let (text, _) = vm.exec("c", "nnp", process).await;
-    assert!(text.contains("NoNewPrivs:\t1") && text.contains("Seccomp:\t2"), "{text}");
+    assert!(
+        text.contains("NoNewPrivs:\t1") && text.contains("Seccomp:\t2"),
+        "{text}"
+    );
 
     // One that outlives its parent and holds its output does not hold the wait.
     let request = ExecProcessRequest {
@@ -248,11 +383,25 @@ async fn an_exec_joins_its_container() {
         ..ExecProcessRequest::default()
     };
     let (stdio, streams) = vm.stdio().await;
-    let request = ExecProcessRequest { stdio: Some(stdio).into(), ..request };
+    let request = ExecProcessRequest {
+        stdio: Some(stdio).into(),
+        ..request
+    };
     vm.agent.exec_process(context(), &request).await.unwrap();
     assert_eq!(vm.wait("c", "bg").await.exit_code, 5);
-    vm.agent.remove_process(context(), &process_of("c", "bg")).await.unwrap();
-    assert_eq!(code(vm.agent.wait_process(context(), &process_of("c", "bg")).await).0, Code::NOT_FOUND);
+    vm.agent
+        .remove_process(context(), &process_of("c", "bg"))
+        .await
+        .unwrap();
+    assert_eq!(
+        code(
+            vm.agent
+                .wait_process(context(), &process_of("c", "bg"))
+                .await
+        )
+        .0,
+        Code::NOT_FOUND
+    );
     drop(streams);
 
     // The first process ends the others.
@@ -265,10 +414,16 @@ async fn an_exec_joins_its_container() {
         ..ExecProcessRequest::default()
     };
     vm.agent.exec_process(context(), &request).await.unwrap();
-    vm.agent.signal_process(context(), &signal("c", "", libc::SIGKILL, false)).await.unwrap();
+    vm.agent
+        .signal_process(context(), &signal("c", "", libc::SIGKILL, false))
+        .await
+        .unwrap();
     assert_eq!(vm.wait("c", "long").await.exit_code, 137);
     assert_eq!(out.read(&mut [0]).await.unwrap(), 0);
-    assert_eq!(code(vm.agent.exec_process(context(), &request).await).0, Code::FAILED_PRECONDITION);
+    assert_eq!(
+        code(vm.agent.exec_process(context(), &request).await).0,
+        Code::FAILED_PRECONDITION
+    );
 }
 
 fn process_long() -> serde_json::Value {
@@ -301,25 +456,52 @@ async fn limits_hold_and_are_reported() {
     let script = "echo up; sleep 1000";
     let [_in, mut stdout, _err] = vm.run(Vm::request("c", sh(script), &limited)).await;
     read_until(&mut stdout, "up").await;
-    let stats = vm.agent.container_stats(context(), &container("c")).await.unwrap();
-    assert_eq!((stats.memory_limit, stats.pids_limit, stats.oom_kills), (16 << 20, 20, 0));
+    let stats = vm
+        .agent
+        .container_stats(context(), &container("c"))
+        .await
+        .unwrap();
+    assert_eq!(
+        (stats.memory_limit, stats.pids_limit, stats.oom_kills),
+        (16 << 20, 20, 0)
+    );
     assert!(stats.pids_current >= 1 && stats.cpu_usage_us > 0 && stats.memory_current > 0);
     let update = UpdateContainerRequest {
         container_id: "c".into(),
-        resources: serde_json::to_vec(&json!({"pids": {"limit": 30}, "memory": {"limit": 24 << 20, "swap": 24 << 20}})).unwrap(),
+        resources: serde_json::to_vec(
+            &json!({"pids": {"limit": 30}, "memory": {"limit": 24 << 20, "swap": 24 << 20}}),
+        )
+        .unwrap(),
         ..UpdateContainerRequest::default()
     };
     vm.agent.update_container(context(), &update).await.unwrap();
-    let stats = vm.agent.container_stats(context(), &container("c")).await.unwrap();
+    let stats = vm
+        .agent
+        .container_stats(context(), &container("c"))
+        .await
+        .unwrap();
     assert_eq!((stats.memory_limit, stats.pids_limit), (24 << 20, 30));
     // dd's buffer is one block: more than the container may have.
     let agent = vm.agent.clone();
     let event = tokio::spawn(async move { agent.next_event(context(), &Empty::new()).await });
-    let (_, code_) = vm.exec("c", "hog", process(&["dd", "if=/dev/zero", "of=/dev/null", "bs=64M", "count=1"])).await;
+    let (_, code_) = vm
+        .exec(
+            "c",
+            "hog",
+            process(&["dd", "if=/dev/zero", "of=/dev/null", "bs=64M", "count=1"]),
+        )
+        .await;
     assert_eq!(code_, 137);
     assert!(vm.wait("c", "hog").await.oom_killed);
     assert_eq!(event.await.unwrap().unwrap().oom().container_id, "c");
-    assert_eq!(vm.agent.container_stats(context(), &container("c")).await.unwrap().oom_kills, 1);
+    assert_eq!(
+        vm.agent
+            .container_stats(context(), &container("c"))
+            .await
+            .unwrap()
+            .oom_kills,
+        1
+    );
 }
 
 #[tokio::test]
@@ -327,13 +509,24 @@ async fn paused_means_paused() {
     let mut vm = Vm::boot().await;
     let script = "n=0; while :; do n=$((n+1)); echo $n > /tmp/n; done";
     let [_in, _out, _err] = vm.run(Vm::request("c", sh(script), &json!({}))).await;
-    vm.agent.pause_container(context(), &container("c")).await.unwrap();
+    vm.agent
+        .pause_container(context(), &container("c"))
+        .await
+        .unwrap();
     let usage = |vm: &Vm| {
         let agent = vm.agent.clone();
-        async move { agent.container_stats(context(), &container("c")).await.unwrap().cpu_usage_us }
+        async move {
+            agent
+                .container_stats(context(), &container("c"))
+                .await
+                .unwrap()
+                .cpu_usage_us
+        }
     };
     let before = usage(&vm).await;
-    let (text, _) = vm.output(Vm::request("other", sh("echo runs"), &json!({}))).await;
+    let (text, _) = vm
+        .output(Vm::request("other", sh("echo runs"), &json!({})))
+        .await;
     assert_eq!(text, "runs\n");
     assert_eq!(usage(&vm).await, before, "the others run, it does not");
     let exec = ExecProcessRequest {
@@ -342,13 +535,25 @@ async fn paused_means_paused() {
         process: serde_json::to_vec(&sh("true")).unwrap(),
         ..ExecProcessRequest::default()
     };
-    assert_eq!(code(vm.agent.exec_process(context(), &exec).await).0, Code::FAILED_PRECONDITION);
-    vm.agent.resume_container(context(), &container("c")).await.unwrap();
+    assert_eq!(
+        code(vm.agent.exec_process(context(), &exec).await).0,
+        Code::FAILED_PRECONDITION
+    );
+    vm.agent
+        .resume_container(context(), &container("c"))
+        .await
+        .unwrap();
     let deadline = std::time::Instant::now() + vm::PATIENCE;
     while usage(&vm).await <= before {
-        assert!(std::time::Instant::now() < deadline, "it does not run again");
+        assert!(
+            std::time::Instant::now() < deadline,
+            "it does not run again"
+        );
     }
-    vm.agent.remove_container(context(), &container("c")).await.unwrap();
+    vm.agent
+        .remove_container(context(), &container("c"))
+        .await
+        .unwrap();
 }
 
 #[tokio::test]
@@ -360,13 +565,25 @@ async fn figures() {
         "linux": {"namespaces": [{"type": "mount"}, {"type": "ipc"}, {"type": "uts"}], "maskedPaths": [], "readonlyPaths": []},
     });
     for round in 0..5 {
-        let mut request = Vm::request("c", sh("grep -E 'Name|Rss' /proc/1/status; grep -E '^(Pss|Rss|Private|Anon)' /proc/1/smaps_rollup; cat /proc/meminfo | head -3"), &watch);
+        let mut request = Vm::request(
+            "c",
+            sh(
+                "grep -E 'Name|Rss' /proc/1/status; grep -E '^(Pss|Rss|Private|Anon)' /proc/1/smaps_rollup; cat /proc/meminfo | head -3",
+            ),
+            &watch,
+        );
         let (stdio, [_in, mut stdout, mut err]) = vm.stdio().await;
         request.stdio = Some(stdio).into();
         let t0 = std::time::Instant::now();
-        vm.agent.create_container(context(), &request).await.unwrap();
+        vm.agent
+            .create_container(context(), &request)
+            .await
+            .unwrap();
         let created = t0.elapsed();
-        vm.agent.start_container(context(), &container("c")).await.unwrap();
+        vm.agent
+            .start_container(context(), &container("c"))
+            .await
+            .unwrap();
         let started = t0.elapsed();
         let first = stdout.read_u8().await.ok();
         let output = t0.elapsed();
@@ -374,7 +591,10 @@ async fn figures() {
         stdout.read_to_string(&mut text).await.unwrap();
         err.read_to_string(&mut text).await.unwrap();
         let t1 = std::time::Instant::now();
-        vm.agent.remove_container(context(), &container("c")).await.unwrap();
+        vm.agent
+            .remove_container(context(), &container("c"))
+            .await
+            .unwrap();
         println!(
             "round {round}: created {created:?} started {started:?} first byte {output:?} removed {:?}",
             t1.elapsed()

@@ -69,8 +69,29 @@ fn image(dir: &Path) -> PathBuf {
     fs::copy("/bin/busybox", root.join("bin/busybox"))
         .expect("busybox is missing: apt-get install busybox-static");
     for name in [
-        "sh", "cat", "echo", "sleep", "true", "id", "stty", "wc", "sha256sum", "head", "dd", "kill",
-        "mknod", "env", "pwd", "ls", "tail", "grep", "tty", "hostname", "mount", "date", "readlink",
+        "sh",
+        "cat",
+        "echo",
+        "sleep",
+        "true",
+        "id",
+        "stty",
+        "wc",
+        "sha256sum",
+        "head",
+        "dd",
+        "kill",
+        "mknod",
+        "env",
+        "pwd",
+        "ls",
+        "tail",
+        "grep",
+        "tty",
+        "hostname",
+        "mount",
+        "date",
+        "readlink",
     ] {
         symlink("busybox", root.join("bin").join(name)).unwrap();
     }
@@ -116,6 +137,8 @@ impl Vm {
             .unwrap();
         until(|| at("vhost").exists()).await;
         let smp = std::env::var("WALNUT_TEST_CPUS").unwrap_or_else(|_| "1".into());
+        let extra = std::env::var("WALNUT_TEST_CMDLINE").unwrap_or_default();
+        let cmdline = format!("console=ttyS0 quiet panic=-1 reboot=t {extra}");
         let mut qemu = Command::new("qemu-system-x86_64");
         qemu.args(["-nodefaults", "-no-user-config", "-no-reboot", "-display", "none"])
             .args(["-M", "microvm,acpi=off,pit=on,pic=on,rtc=on,isa-serial=on,auto-kernel-cmdline=on,x-option-roms=off,memory-backend=mem"])
@@ -123,7 +146,7 @@ impl Vm {
             .args(["-smp", &smp])
             .args(["-object", "memory-backend-memfd,id=mem,size=256M,share=on"])
             .args(["-global", "virtio-mmio.force-legacy=false"])
-            .args(["-append", "console=ttyS0 quiet panic=-1 reboot=t"])
+            .args(["-append", &cmdline])
             .arg("-kernel").arg(kernel)
             .arg("-initrd").arg(initramfs)
             .arg("-chardev").arg(format!("socket,id=vsock,path={}", at("vhost").display()))
@@ -131,7 +154,9 @@ impl Vm {
             .arg("-drive").arg(format!("id=base,if=none,format=raw,read-only=on,file={}", image.display()))
             .args(["-device", "virtio-blk-device,drive=base,serial=base"])
             .arg("-serial").arg(format!("file:{}", at("console").display()));
-        let mut qemu = qemu.spawn().expect("qemu-system-x86_64 is missing: apt-get install qemu-system-x86");
+        let mut qemu = qemu
+            .spawn()
+            .expect("qemu-system-x86_64 is missing: apt-get install qemu-system-x86");
         let connection = tokio::time::timeout(PATIENCE, ready.accept()).await;
         let Ok(Ok((mut peer, _))) = connection else {
             let console = fs::read_to_string(at("console")).unwrap_or_default();
@@ -194,20 +219,27 @@ impl Vm {
             },
         });
         merge(&mut spec, extra);
-        let storage = |driver: &str, source: &str, fstype: &str, options: &[String], at: String| Storage {
-            driver: driver.into(),
-            source: source.into(),
-            fstype: fstype.into(),
-            options: options.to_vec(),
-            mount_point: at,
-            ..Storage::default()
-        };
+        let storage =
+            |driver: &str, source: &str, fstype: &str, options: &[String], at: String| Storage {
+                driver: driver.into(),
+                source: source.into(),
+                fstype: fstype.into(),
+                options: options.to_vec(),
+                mount_point: at,
+                ..Storage::default()
+            };
         let here = format!("/run/walnut/{id}");
         CreateContainerRequest {
             container_id: id.into(),
             spec: serde_json::to_vec(&spec).unwrap(),
             storages: vec![
-                storage("blk", "base", "erofs", &["ro".into()], format!("{here}/base")),
+                storage(
+                    "blk",
+                    "base",
+                    "erofs",
+                    &["ro".into()],
+                    format!("{here}/base"),
+                ),
                 storage(
                     "overlay",
                     "overlay",
@@ -229,8 +261,14 @@ impl Vm {
         let (stdio, streams) = self.stdio().await;
         request.stdio = Some(stdio).into();
         let id = request.container_id.clone();
-        self.agent.create_container(context(), &request).await.unwrap();
-        self.agent.start_container(context(), &container(&id)).await.unwrap();
+        self.agent
+            .create_container(context(), &request)
+            .await
+            .unwrap();
+        self.agent
+            .start_container(context(), &container(&id))
+            .await
+            .unwrap();
         streams
     }
 
@@ -248,19 +286,28 @@ impl Vm {
     }
 
     /// Runs a container to its end: its output, and how it ended.
-    pub(crate) async fn output(&mut self, request: CreateContainerRequest) -> (String, WaitProcessResponse) {
+    pub(crate) async fn output(
+        &mut self,
+        request: CreateContainerRequest,
+    ) -> (String, WaitProcessResponse) {
         let id = request.container_id.clone();
         let [_stdin, mut stdout, mut stderr] = self.run(request).await;
         let mut text = String::new();
         stdout.read_to_string(&mut text).await.unwrap();
         stderr.read_to_string(&mut text).await.unwrap();
         let end = self.wait(&id, "").await;
-        self.agent.remove_container(context(), &container(&id)).await.unwrap();
+        self.agent
+            .remove_container(context(), &container(&id))
+            .await
+            .unwrap();
         (text, end)
     }
 
     pub(crate) async fn wait(&self, id: &str, exec_id: &str) -> WaitProcessResponse {
-        self.agent.wait_process(context(), &process_of(id, exec_id)).await.unwrap()
+        self.agent
+            .wait_process(context(), &process_of(id, exec_id))
+            .await
+            .unwrap()
     }
 
     /// Runs an exec to its end.
@@ -290,7 +337,10 @@ impl Vm {
             sysctls,
             ..ConfigureSandboxRequest::default()
         };
-        self.agent.configure_sandbox(context(), &request).await.map(drop)
+        self.agent
+            .configure_sandbox(context(), &request)
+            .await
+            .map(drop)
     }
 
     /// Waits until QEMU has ended by itself.
@@ -333,8 +383,16 @@ pub(crate) fn sh(script: &str) -> Value {
 }
 
 pub(crate) fn process(args: &[&str]) -> Value {
-    let powers = ["CAP_CHOWN", "CAP_DAC_OVERRIDE", "CAP_FOWNER", "CAP_MKNOD", "CAP_SETUID",
-        "CAP_SETGID", "CAP_KILL", "CAP_SYS_CHROOT"];
+    let powers = [
+        "CAP_CHOWN",
+        "CAP_DAC_OVERRIDE",
+        "CAP_FOWNER",
+        "CAP_MKNOD",
+        "CAP_SETUID",
+        "CAP_SETGID",
+        "CAP_KILL",
+        "CAP_SYS_CHROOT",
+    ];
     json!({
         "args": args, "cwd": "/", "env": ["PATH=/bin"],
         "user": {"uid": 0, "gid": 0},

@@ -80,7 +80,7 @@ async fn serve() -> Result<(), Fatal> {
     let reaper = reaper::start().map_err(|e| Fatal::new("watch for SIGCHLD", e))?;
     let streams = Arc::new(streams::Pending::default());
     let listener = VsockListener::bind(VsockAddr::new(VMADDR_CID_ANY, STREAM_PORT))
-        .map_err(|e| Fatal::new("listen on the stream port (is there a vsock device?)", e))?;
+        .map_err(|e| Fatal::new("listen on the stream port", e))?;
     tokio::spawn(streams::accept(listener, Arc::clone(&streams)));
     let helpers = helper::Helpers::new(Arc::clone(&reaper));
     let service = Arc::new(Service::new(reaper, streams, helpers.clone())?);
@@ -94,6 +94,12 @@ async fn serve() -> Result<(), Fatal> {
         .await
         .map_err(|e| Fatal::new("start the server", e))?;
     if let Err(e) = tell_host().await {
+        if e.raw_os_error() == Some(libc::ENODEV) {
+            return Err(Fatal::new(
+                "tell the host that the guest is ready",
+                "the machine has no vsock device",
+            ));
+        }
         // The host may still find us by trying.
         eprintln!("walnut-agent: cannot tell the host that the guest is ready: {e}");
     }

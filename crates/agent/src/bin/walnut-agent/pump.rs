@@ -64,14 +64,10 @@ pub(crate) async fn feed<S: AsyncRead + Unpin>(
 ) {
     let carry = async {
         loop {
-            let mut buffer = vec![0; CHUNK];
-            let n = match stream.read(&mut buffer).await {
-                Ok(0) | Err(_) => return,
-                Ok(n) => n,
-            };
-            if write_all(&to, buffer.get(..n).unwrap_or_default())
-                .await
-                .is_err()
+            // Reserved, not touched: idle streams cost no memory.
+            let mut buffer = Vec::with_capacity(CHUNK);
+            if stream.read_buf(&mut buffer).await.unwrap_or(0) == 0
+                || write_all(&to, &buffer).await.is_err()
             {
                 return;
             }

@@ -62,10 +62,7 @@ fn text(file: Option<File>) -> String {
 }
 
 /// Puts numbers where the process's user is a name.
-pub(crate) fn resolve(
-    process: &mut Process,
-    names: impl FnOnce() -> Names,
-) -> Result<(), Failure> {
+pub(crate) fn resolve(process: &mut Process, names: impl FnOnce() -> Names) -> Result<(), Failure> {
     let mut user = process.user().clone();
     let Some(wanted) = user.username().clone().filter(|name| !name.is_empty()) else {
         return Ok(());
