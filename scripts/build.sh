@@ -6,9 +6,9 @@ cd "$(dirname "$0")/.."
 
 step() { printf '%s\n' "==> $*"; }
 mkdir -p out/bin out/lib/walnut
+target=${CARGO_TARGET_DIR:-target}
 
-# The two guest programs are static; what they depend on is built once, for
-# host and guest alike, so only their own last step knows of it.
+# What the guest's helper links statically.
 export LIBSECCOMP_LINK_TYPE=static
 LIBSECCOMP_LIB_PATH=$(pkg-config --variable=libdir libseccomp)
 export LIBSECCOMP_LIB_PATH
@@ -19,8 +19,8 @@ cargo build --release --quiet -p walnut-devices --bin walnut-vsock
 
 step "agent"
 for program in walnut-agent walnut-container; do
-    cargo rustc --release --quiet -p walnut-agent --bin "$program" -- -C target-feature=+crt-static
-    install -m 0755 "target/release/$program" "out/lib/walnut/$program"
+    cargo rustc --profile guest --quiet -p walnut-agent --bin "$program" -- -C target-feature=+crt-static
+    install -m 0755 "$target/guest/$program" "out/lib/walnut/$program"
 done
 if file=$(ldd out/lib/walnut/walnut-agent 2>&1) && [[ $file != *static* ]]; then
     echo "walnut-agent is not static: $file" >&2
@@ -28,7 +28,7 @@ if file=$(ldd out/lib/walnut/walnut-agent 2>&1) && [[ $file != *static* ]]; then
 fi
 
 step "initramfs"
-target/release/walnut-initramfs --output out/lib/walnut/initramfs.cpio \
+"$target/release/walnut-initramfs" --output out/lib/walnut/initramfs.cpio \
     init=out/lib/walnut/walnut-agent \
     /walnut-container=out/lib/walnut/walnut-container
 
@@ -37,9 +37,9 @@ guest/kernel/build.sh
 
 # Replaced, not rewritten: a running sandbox keeps the program it has.
 for program in walnut-vsock containerd-shim-walnut-v2; do
-    install -m 0755 "target/release/$program" "out/lib/walnut/.$program"
+    install -m 0755 "$target/release/$program" "out/lib/walnut/.$program"
     mv -f "out/lib/walnut/.$program" "out/lib/walnut/$program"
 done
-install -m 0755 target/release/walnut out/bin/.walnut
+install -m 0755 "$target/release/walnut" out/bin/.walnut
 mv -f out/bin/.walnut out/bin/walnut
 step "built: out/bin/walnut"
