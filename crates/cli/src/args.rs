@@ -116,6 +116,9 @@ pub(crate) struct RunArgs {
     /// Replace the image's entry point
     #[arg(long, value_name = "PROGRAM")]
     pub(crate) entrypoint: Option<String>,
+    /// Write the container's ID to a new file
+    #[arg(long, value_name = "FILE")]
+    pub(crate) cidfile: Option<PathBuf>,
     /// When to ask the registry for the image
     #[arg(long, value_enum, default_value_t)]
     pub(crate) pull: PullWhen,

@@ -1,6 +1,6 @@
 //! `walnut run`.
 
-use std::io::IsTerminal;
+use std::io::{IsTerminal, Write};
 
 use anyhow::{Context, Result, bail};
 use containerd_shim_protos::{
@@ -34,10 +34,19 @@ pub(crate) async fn run(args: RunArgs) -> Result<u8> {
         }
     };
     let container = NewContainer::create(&layout, &args, &image)?;
+    if let Some(path) = &args.cidfile {
+        write_new(path, &container.record.id)
+            .with_context(|| format!("write --cidfile {}", path.display()))?;
+    }
     let mut supervised = container.supervise(&args)?;
     let record = supervised.record.clone();
     let result = drive(&layout, &args, &mut supervised, &image.rootfs).await;
     finish(&layout, &args, &record, &mut supervised, result).await
+}
+
+fn write_new(path: &std::path::Path, text: &str) -> std::io::Result<()> {
+    let mut file = std::fs::File::create_new(path)?;
+    file.write_all(text.as_bytes())
 }
 
 /// Creates and starts the container; in front, sees it to its end.
