@@ -144,6 +144,7 @@ pub fn command(args: &[&str]) -> Command {
 }
 
 /// Runs `walnut` to its end.
+#[track_caller]
 pub fn walnut(args: &[&str]) -> Done {
     output(&mut command(args), b"")
 }
@@ -327,11 +328,13 @@ impl Detached {
     }
 
     /// `walnut exec` in it.
+    #[track_caller]
     pub fn exec(&self, args: &[&str]) -> Done {
         self.exec_with(&[], args, b"")
     }
 
     /// `walnut exec` in it, with options and input.
+    #[track_caller]
     pub fn exec_with(&self, options: &[&str], args: &[&str], input: &[u8]) -> Done {
         let all: Vec<&str> = ["exec"]
             .into_iter()

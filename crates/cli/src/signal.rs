@@ -60,8 +60,10 @@ pub(crate) async fn rm(args: RmArgs) -> Result<u8> {
             // `--rm` was quicker.
             return Ok(());
         }
+        // Its supervisor may be at its last steps.
+        gone(&layout, &record.id).await?;
         let Some(_lock) = Lock::try_take(&lock)? else {
-            bail!("container {} is still ending; try again", record.name);
+            bail!("container {} is being looked at; try again", record.name);
         };
         Ok(remove(&layout, &record.id)?)
     })

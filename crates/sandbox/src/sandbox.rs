@@ -166,13 +166,8 @@ impl Plan {
                 request.id, mount.kind
             )));
         }
-        let read_only = spec
-            .root()
-            .as_ref()
-            .and_then(|r| r.readonly())
-            .unwrap_or(false);
         Ok(Self {
-            rootfs: Rootfs::erofs(&mount.source, &request.id, 0, read_only)?,
+            rootfs: Rootfs::erofs(&mount.source, &request.id, 0)?,
             binds: guest_spec::host_binds(&spec)?,
             size: sizing::size(&spec),
             spec,

@@ -9,9 +9,9 @@ const MIB: u64 = 1 << 20;
 const MEMORY_DEFAULT: u64 = 512 * MIB;
 /// Kernel, agent and page tables, beyond what containers may use. A container
 /// at its limit must meet its own OOM killer, not the guest's.
-const MEMORY_RESERVE: u64 = 64 * MIB;
+const MEMORY_RESERVE: u64 = 96 * MIB;
 /// Smallest guest that boots with room to work.
-const MEMORY_MIN: u64 = 96 * MIB;
+const MEMORY_MIN: u64 = 128 * MIB;
 
 /// vCPUs and bytes of memory.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
@@ -69,7 +69,7 @@ mod tests {
         assert_eq!((default.vcpus, default.memory), (1, MEMORY_DEFAULT));
         let small =
             sized(r#"{"memory":{"limit":67108864},"cpu":{"quota":150000,"period":100000}}"#);
-        assert_eq!((small.vcpus, small.memory), (2, 129 * MIB));
+        assert_eq!((small.vcpus, small.memory), (2, 161 * MIB));
         assert_eq!(sized(r#"{"memory":{"limit":-1}}"#).memory, MEMORY_DEFAULT);
         assert_eq!(sized(r#"{"memory":{"limit":1}}"#).memory, MEMORY_MIN);
         assert_eq!(sized(r#"{"cpu":{"quota":9000000000}}"#).vcpus, VCPUS_MAX);

@@ -24,8 +24,9 @@ impl Rootfs {
     /// `container`; `index` tells it from the machine's other disks.
     ///
     /// Writes go to a tmpfs of the guest, so they end with the machine and count
-    /// as its memory; a `read_only` root has none.
-    pub fn erofs(file: &Path, container: &str, index: u32, read_only: bool) -> Result<Self, Error> {
+    /// as its memory. A root that the container may not write has one too: the
+    /// mount points that the image lacks are made there before it is closed.
+    pub fn erofs(file: &Path, container: &str, index: u32) -> Result<Self, Error> {
         let fail = |source| Error::Source {
             what: "open image",
             path: file.to_path_buf(),
@@ -41,29 +42,19 @@ impl Rootfs {
         let serial = format!("rootfs-{index}");
         let base = format!("{GUEST_ROOT}/{container}");
         let guest_path = format!("{base}/rootfs");
-        let lower = if read_only {
-            guest_path.clone()
-        } else {
-            format!("{base}/lower")
-        };
-        let mut storages = vec![storage("blk", &serial, "erofs", &["ro"], &lower)];
-        if !read_only {
-            let rw = format!("{base}/rw");
-            storages.push(storage("tmpfs", "tmpfs", "tmpfs", &["mode=0755"], &rw));
-            let layers = [
-                format!("lowerdir={lower}"),
-                format!("upperdir={rw}/upper"),
-                format!("workdir={rw}/work"),
-            ];
-            let layers: Vec<&str> = layers.iter().map(String::as_str).collect();
-            storages.push(storage(
-                "overlay",
-                "overlay",
-                "overlay",
-                &layers,
-                &guest_path,
-            ));
-        }
+        let lower = format!("{base}/lower");
+        let rw = format!("{base}/rw");
+        let layers = [
+            format!("lowerdir={lower}"),
+            format!("upperdir={rw}/upper"),
+            format!("workdir={rw}/work"),
+        ];
+        let layers: Vec<&str> = layers.iter().map(String::as_str).collect();
+        let storages = vec![
+            storage("blk", &serial, "erofs", &["ro"], &lower),
+            storage("tmpfs", "tmpfs", "tmpfs", &["mode=0755"], &rw),
+            storage("overlay", "overlay", "overlay", &layers, &guest_path),
+        ];
         Ok(Self {
             disk: Disk {
                 serial,
@@ -102,9 +93,9 @@ mod tests {
     use super::*;
 
     #[test]
-    fn a_writable_root_is_an_overlay() {
+    fn a_root_is_an_overlay() {
         let image = tempfile::NamedTempFile::new().unwrap();
-        let root = Rootfs::erofs(image.path(), "c1", 0, false).unwrap();
+        let root = Rootfs::erofs(image.path(), "c1", 0).unwrap();
         let drivers: Vec<_> = root.storages.iter().map(|s| s.driver.as_str()).collect();
         assert_eq!(drivers, ["blk", "tmpfs", "overlay"]);
         assert_eq!(root.storages[2].mount_point, root.guest_path);
@@ -120,17 +111,9 @@ mod tests {
     }
 
     #[test]
-    fn a_read_only_root_is_the_image() {
-        let image = tempfile::NamedTempFile::new().unwrap();
-        let root = Rootfs::erofs(image.path(), "c1", 0, true).unwrap();
-        assert_eq!(root.storages.len(), 1);
-        assert_eq!(root.storages[0].mount_point, root.guest_path);
-    }
-
-    #[test]
     fn a_missing_image_is_named() {
-        let error = Rootfs::erofs(Path::new("/nowhere.erofs"), "c1", 0, true).unwrap_err();
+        let error = Rootfs::erofs(Path::new("/nowhere.erofs"), "c1", 0).unwrap_err();
         assert!(error.to_string().contains("/nowhere.erofs"), "{error}");
-        assert!(Rootfs::erofs(Path::new("/"), "c1", 0, true).is_err());
+        assert!(Rootfs::erofs(Path::new("/"), "c1", 0).is_err());
     }
 }

@@ -29,10 +29,7 @@ fn two_sandboxes_share_nothing() {
     let count = "import os; print(sum(n.isdigit() for n in os.listdir('/proc')))";
     let seen: u32 = b.exec(&["python3", "-c", count]).text().parse().unwrap();
     assert!(seen < 10, "{seen} processes");
-    assert_eq!(
-        b.exec(&["ls", "/sys/class/net"]).text(),
-        "lo\nsit0".split('\n').next().unwrap()
-    );
+    assert_eq!(b.exec(&["ls", "/sys/class/net"]).text(), "lo");
 }
 
 #[test]
@@ -43,10 +40,15 @@ fn a_memory_limit_holds() {
     assert_eq!(max.text(), (64 << 20).to_string());
     let total = box_.exec(&["sh", "-c", "awk '/MemTotal/{print $2}' /proc/meminfo"]);
     let total: u64 = total.text().parse().unwrap();
-    assert!(total < 160 * 1024, "the machine has {total} kB");
+    assert!(total < 192 * 1024, "the machine has {total} kB");
     box_.exec(&["python3", "-c", eat]).exits(137);
     box_.exec(&["true"]).exits(0);
     drop(box_);
+    // Without a limit it is the machine's memory that binds; the guest survives.
+    let free = Detached::start(&["IMAGE", "sleep", "infinity"]);
+    free.exec(&["python3", "-c", eat]).exits(137);
+    free.exec(&["true"]).exits(0);
+    drop(free);
     let done = run(&["-m", "64m", "IMAGE", "python3", "-c", eat]).exits(137);
     assert_eq!(done.stdout, b"");
     let ended = Detached::start(&["-m", "64m", "IMAGE", "python3", "-c", eat]);

@@ -1,5 +1,7 @@
 //! The product, as its users meet it.
 
+#![allow(clippy::unwrap_used, reason = "a test fails by panicking")]
+
 mod commands;
 mod failures;
 mod image;

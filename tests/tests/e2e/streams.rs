@@ -138,12 +138,15 @@ fn a_terminal_resizes_and_ends() {
         terminal.screen().contains("44 111")
     });
     terminal.keys("sleep 1000\n");
+    let id = std::fs::read_to_string(&cid).unwrap();
+    until("sleep runs", || {
+        walnut_tests::walnut(&["exec", &id, "pgrep", "-x", "sleep"]).code == 0
+    });
     terminal.keys("\u{3}");
     terminal.keys("echo again-$((6*7))\n");
     terminal.shows("again-42");
     terminal.keys("exit 5\n");
     assert_eq!(terminal.end(), 5);
-    let id = std::fs::read_to_string(&cid).unwrap();
     std::fs::remove_file(&cid).unwrap();
     assert_nothing_left(&id);
 }
@@ -159,6 +162,9 @@ fn exec_on_a_terminal_ends_on_ctrl_d() {
     terminal.shows("# ");
     terminal.keys("stty size; (exit 3)\n");
     terminal.shows("24 80");
+    until("the prompt is back", || {
+        terminal.screen().matches("# ").count() >= 2
+    });
     terminal.keys("\u{4}");
     assert_eq!(terminal.end(), 3);
 }
