@@ -49,9 +49,9 @@ fn a_memory_limit_holds() {
     free.exec(&["python3", "-c", eat]).exits(137);
     free.exec(&["true"]).exits(0);
     drop(free);
-    let done = run(&["-m", "64m", "IMAGE", "python3", "-c", eat]).exits(137);
+    let done = run(&["-m", "128m", "IMAGE", "python3", "-c", eat]).exits(137);
     assert_eq!(done.stdout, b"");
-    let ended = Detached::start(&["-m", "64m", "IMAGE", "python3", "-c", eat]);
+    let ended = Detached::start(&["-m", "128m", "IMAGE", "python3", "-c", eat]);
     let record = ended.ended();
     assert_eq!(record["oom_killed"], true, "{record:#}");
 }
