@@ -1,1 +1,115 @@
-fn main() {}
+//! Walnut's own figures, beside `crun` and `runsc` on the same host and image.
+//!
+//! `start`: from exec to the container's first byte of output. `memory`: what a
+//! sandbox costs the host. `all`: both. Machines are noisy, so what counts is
+//! the ratio of runs that took turns.
+
+mod bundle;
+mod memory;
+mod start;
+mod steps;
+
+use std::path::PathBuf;
+
+use anyhow::{Context, Result, ensure};
+use clap::{Parser, Subcommand};
+
+/// Measure Walnut beside crun and runsc
+#[derive(Debug, Parser)]
+struct Cli {
+    #[command(subcommand)]
+    what: What,
+    /// Runs of each
+    #[arg(long, default_value_t = 10, global = true)]
+    runs: usize,
+}
+
+#[derive(Debug, Subcommand)]
+enum What {
+    /// Time to the first byte of output
+    Start,
+    /// Host memory of a sandbox
+    Memory,
+    /// Both
+    All,
+}
+
+/// What is measured, and with what.
+#[derive(Debug)]
+struct Host {
+    walnut: PathBuf,
+    image: String,
+    layout: PathBuf,
+}
+
+fn main() -> Result<()> {
+    let cli = Cli::parse();
+    ensure!(cli.runs > 0, "--runs 0: at least one");
+    let host = Host::find()?;
+    if matches!(cli.what, What::Start | What::All) {
+        start::measure(&host, cli.runs)?;
+        steps::measure(&host, cli.runs)?;
+    }
+    if matches!(cli.what, What::Memory | What::All) {
+        memory::measure(&host)?;
+    }
+    Ok(())
+}
+
+impl Host {
+    fn find() -> Result<Self> {
+        let repository = std::path::Path::new(env!("CARGO_MANIFEST_DIR"))
+            .parent()
+            .context("find the repository")?;
+        let walnut = repository.join("out/bin/walnut");
+        ensure!(
+            walnut.exists(),
+            "{} is missing; run `make build` first",
+            walnut.display()
+        );
+        let layout = last_line(&repository.join("tests/image/build.sh"), &[])?;
+        let image = last_line(&repository.join("tests/image/registry.sh"), &["start"])?;
+        run(&[
+            walnut.as_os_str().to_str().context("path")?,
+            "pull",
+            "-q",
+            &image,
+        ])?;
+        Ok(Self {
+            walnut,
+            image,
+            layout: layout.into(),
+        })
+    }
+
+    fn walnut(&self, args: &[&str]) -> Result<String> {
+        let walnut = self.walnut.to_str().context("path")?;
+        run(&[&[walnut], args].concat())
+    }
+}
+
+/// Runs a command; its output.
+fn run(args: &[&str]) -> Result<String> {
+    let out = std::process::Command::new(args[0])
+        .args(&args[1..])
+        .output()
+        .with_context(|| format!("run {}", args[0]))?;
+    ensure!(
+        out.status.success(),
+        "{}: {}",
+        args.join(" "),
+        String::from_utf8_lossy(&out.stderr).trim()
+    );
+    Ok(String::from_utf8_lossy(&out.stdout).trim().to_owned())
+}
+
+fn last_line(script: &std::path::Path, args: &[&str]) -> Result<String> {
+    let out = run(&[&[script.to_str().context("path")?], args].concat())?;
+    let line = out.lines().last().map(str::to_owned);
+    line.with_context(|| format!("{} printed nothing", script.display()))
+}
+
+/// Says whether a figure meets its aim.
+fn verdict(figure: f64, aim: f64) -> &'static str {
+    if figure <= aim { "OK" } else { "MISS" }
+}

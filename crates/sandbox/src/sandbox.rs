@@ -7,7 +7,7 @@ use std::{
         Arc, Mutex as StdMutex, MutexGuard,
         atomic::{AtomicU32, Ordering},
     },
-    time::Duration,
+    time::{Duration, Instant},
 };
 
 use oci_spec::runtime::Spec;
@@ -179,6 +179,14 @@ impl Sandbox {
     /// Starts a machine sized for the first container, and builds the container
     /// in it. On failure nothing is left.
     pub async fn create(config: SandboxConfig, first: &ContainerRequest) -> Result<Self> {
+        let began = Instant::now();
+        let step = |step: &str| {
+            debug!(
+                step,
+                ms = began.elapsed().as_secs_f64() * 1000.0,
+                "sandbox start"
+            );
+        };
         let plan = Plan::new(first)?;
         let ends = ClientEnds::open(&first.stdio)?;
         let volumes: Vec<_> = plan
@@ -194,8 +202,9 @@ impl Sandbox {
         } else {
             Some(VirtioFs::start(&volumes, &config.run_dir).await?)
         };
-        let (driver, machine) = boot(&config, &plan, shared.as_ref()).await?;
+        let (driver, machine) = boot(&config, &plan, shared.as_ref(), step).await?;
         let agent = agent::connect(machine.as_ref()).await?;
+        step("agent greeted");
         let sandbox = Self {
             id: config.id,
             machine,
@@ -207,7 +216,9 @@ impl Sandbox {
             size: plan.size,
         };
         sandbox.configure(&plan.spec).await?;
+        step("sandbox configured");
         sandbox.create_first(first, plan, ends).await?;
+        step("container created");
         Ok(sandbox)
     }
 
@@ -696,6 +707,7 @@ async fn boot(
     config: &SandboxConfig,
     plan: &Plan,
     shared: Option<&VirtioFs>,
+    step: impl Fn(&str),
 ) -> Result<(&'static str, Box<dyn Machine>)> {
     let programs = Programs {
         qemu: None,
@@ -714,8 +726,11 @@ async fn boot(
         disks: vec![plan.rootfs.disk.clone()],
         shares: shared.map(VirtioFs::share).into_iter().collect(),
     };
+    step("driver chosen");
     let machine = driver.start(spec).await?;
+    step("machine started");
     machine.ready(config.boot_deadline).await?;
+    step("agent ready");
     Ok((driver.name(), machine))
 }
 
