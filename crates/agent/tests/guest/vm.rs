@@ -118,7 +118,7 @@ impl Vm {
         );
         let initramfs = product(
             "WALNUT_INITRAMFS",
-            "out/lib/walnut/initramfs",
+            "out/lib/walnut/initramfs.cpio",
             "build it with `make`",
         );
         let program = product(
