@@ -121,8 +121,8 @@ fn agent() -> Result<f64> {
         "--nocapture",
     ])?;
     out.lines()
-        .find_map(|line| line.trim().strip_prefix("VmRSS:"))
+        .find_map(|line| line.trim().strip_prefix("Rss:"))
         .and_then(|rest| rest.split_whitespace().next())
         .and_then(|kb| kb.parse().ok())
-        .context("the agent's test printed no VmRSS")
+        .context("the agent's test printed no Rss")
 }
