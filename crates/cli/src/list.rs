@@ -70,11 +70,14 @@ fn status(record: &Record, now: i64) -> String {
     }
 }
 
+/// One line of at most `max` characters: a table has no room for more, and a
+/// terminal must not be told anything by a container's command.
 fn cut(text: &str, max: usize) -> String {
+    let mut shown = text.chars().map(|c| if c.is_control() { ' ' } else { c });
     if text.chars().count() <= max {
-        return text.to_owned();
+        return shown.collect();
     }
-    text.chars().take(max - 1).chain(['…']).collect()
+    shown.by_ref().take(max - 1).chain(['…']).collect()
 }
 
 pub(crate) fn version(args: &FormatArgs) -> Result<u8> {
@@ -96,4 +99,16 @@ pub(crate) fn version(args: &FormatArgs) -> Result<u8> {
         }
     }
     Ok(0)
+}
+
+#[cfg(test)]
+mod tests {
+    use super::cut;
+
+    #[test]
+    fn commands_fit_a_cell() {
+        assert_eq!(cut("sh -c a", 30), "sh -c a");
+        assert_eq!(cut("a\nb\u{1b}[2J", 30), "a b [2J");
+        assert_eq!(cut("abcdef", 4), "abc…");
+    }
 }

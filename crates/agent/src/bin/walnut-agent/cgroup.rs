@@ -3,6 +3,8 @@
 use std::fs;
 use std::io;
 use std::path::{Path, PathBuf};
+use std::sync::Arc;
+use std::sync::atomic::{AtomicU64, Ordering};
 use std::time::Duration;
 
 use tokio::time::{Instant, sleep};
@@ -14,16 +16,23 @@ const NESTED_MAX: usize = 1 << 12;
 
 /// The folder of one cgroup.
 #[derive(Debug, Clone)]
-pub(crate) struct Cgroup(PathBuf);
+pub(crate) struct Cgroup {
+    path: PathBuf,
+    /// Processes ended for want of memory by the agent itself.
+    kills: Arc<AtomicU64>,
+}
 
 impl Cgroup {
     pub(crate) fn new(path: PathBuf) -> Self {
-        Self(path)
+        Self {
+            path,
+            kills: Arc::default(),
+        }
     }
 
     /// A file of the cgroup.
     pub(crate) fn file(&self, name: &str) -> PathBuf {
-        self.0.join(name)
+        self.path.join(name)
     }
 
     /// A file's text; empty if there is none.
@@ -100,7 +109,7 @@ impl Cgroup {
 
     /// This cgroup and those below it, parents first.
     fn folders(&self) -> Vec<PathBuf> {
-        let mut folders = vec![self.0.clone()];
+        let mut folders = vec![self.path.clone()];
         let mut at = 0;
         while let Some(folder) = folders.get(at).cloned() {
             at += 1;
@@ -109,9 +118,15 @@ impl Cgroup {
         folders
     }
 
-    /// Times the OOM killer ended a process in here.
+    /// Times the kernel's OOM killer, or the agent's, ended a process in here.
     pub(crate) fn oom_kills(&self) -> u64 {
         keyed(&self.read("memory.events"), "oom_kill")
+            .saturating_add(self.kills.load(Ordering::Relaxed))
+    }
+
+    /// The agent ends a process for want of memory.
+    pub(crate) fn count_kill(&self) {
+        self.kills.fetch_add(1, Ordering::Relaxed);
     }
 }
 

@@ -12,6 +12,7 @@ mod events;
 mod helper;
 mod init;
 mod power;
+mod pressure;
 mod process;
 mod pump;
 mod reaper;

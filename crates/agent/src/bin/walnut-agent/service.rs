@@ -31,7 +31,7 @@ use crate::reaper::Reaper;
 use crate::remove::remove;
 use crate::streams::Pending;
 use crate::table::{CONTAINERS_MAX, Refused, Table};
-use crate::{stats, system};
+use crate::{pressure, stats, system};
 
 /// How long freezing may take.
 const FREEZE_WITHIN: Duration = Duration::from_secs(10);
@@ -231,6 +231,7 @@ impl Service {
             .adopt(answer, container, streams, request.terminal.as_ref())
             .map_err(|e| (internal("connect stdio", e), true))?;
         self.oom.add(container.paths.id(), container.cgroup.clone());
+        tokio::spawn(pressure::watch(container.cgroup.clone(), process.clone()));
         let pid = process.pid;
         container.set_first(process);
         Ok(pid)
