@@ -6,10 +6,15 @@ use std::{
     path::{Path, PathBuf},
     process::{Child, Command, ExitStatus, Stdio},
     sync::{
-        OnceLock,
+        Arc, Mutex, OnceLock,
         atomic::{AtomicU32, Ordering},
     },
     thread::JoinHandle,
+};
+
+use nix::{
+    sys::signal::{Signal, kill},
+    unistd::Pid,
 };
 
 use crate::{assert_nothing_left, until};
@@ -178,6 +183,7 @@ pub struct Running {
     /// The process.
     pub child: Child,
     cidfile: PathBuf,
+    stdout: Arc<Mutex<Vec<u8>>>,
     readers: Vec<JoinHandle<Vec<u8>>>,
 }
 
@@ -192,19 +198,30 @@ pub fn spawn_run(args: &[&str], change: impl FnOnce(&mut Command)) -> Running {
         .collect();
     let mut command = command(&args);
     change(&mut command);
+    spawn(&mut command, cidfile)
+}
+
+/// Starts any `walnut` command, with all three streams piped.
+pub fn spawn_walnut(args: &[&str]) -> Running {
+    spawn(&mut command(args), std::env::temp_dir().join(unique("cid")))
+}
+
+fn spawn(command: &mut Command, cidfile: PathBuf) -> Running {
     let mut child = command
         .stdin(Stdio::piped())
         .stdout(Stdio::piped())
         .stderr(Stdio::piped())
         .spawn()
         .expect("start walnut");
+    let stdout = Arc::default();
     let readers = vec![
-        read(child.stdout.take().expect("piped")),
-        read(child.stderr.take().expect("piped")),
+        read(child.stdout.take().expect("piped"), Arc::clone(&stdout)),
+        read(child.stderr.take().expect("piped"), Arc::default()),
     ];
     Running {
         child,
         cidfile,
+        stdout,
         readers,
     }
 }
@@ -215,6 +232,21 @@ impl Running {
         let read = || fs::read_to_string(&self.cidfile).unwrap_or_default();
         until("the container's ID is written", || read().len() == 32);
         read()
+    }
+
+    /// Waits until it has printed `text`.
+    #[track_caller]
+    pub fn prints(&self, text: &str) {
+        until(&format!("it prints {text:?}"), || {
+            let stdout = self.stdout.lock().expect("no panic");
+            String::from_utf8_lossy(&stdout).contains(text)
+        });
+    }
+
+    /// Sends a signal to the command.
+    pub fn signal(&self, signal: Signal) {
+        let pid = self.child.id().try_into().expect("a PID");
+        kill(Pid::from_raw(pid), signal).expect("signal walnut");
     }
 
     /// Writes all of `bytes` and closes the input.
@@ -232,29 +264,52 @@ impl Running {
         let mut read = self.readers.drain(..).map(|r| r.join().expect("reader"));
         let stdout = read.next().expect("stdout");
         let stderr = read.next().expect("stderr");
-        let id = fs::read_to_string(&self.cidfile).ok();
-        let _ = fs::remove_file(&self.cidfile);
-        Done {
-            code: code(status),
+        drop(read);
+        let done = Done {
+            code: status.map_or(-1, code),
             stdout,
             stderr: String::from_utf8_lossy(&stderr).into_owned(),
-            id,
-        }
+            id: fs::read_to_string(&self.cidfile).ok(),
+        };
+        assert!(
+            status.is_some(),
+            "walnut hangs: {done:#?}\n{}",
+            shim_log(&done)
+        );
+        done
     }
 }
 
-#[track_caller]
-fn end(child: &mut Child) -> ExitStatus {
-    let mut status = None;
+impl Drop for Running {
+    fn drop(&mut self) {
+        // After a failed test: a container in front ends with its command.
+        let _ = self.child.kill();
+        let _ = self.child.wait();
+        let _ = fs::remove_file(&self.cidfile);
+    }
+}
+
+/// What the container's supervisor had to say, while the container is there.
+fn shim_log(done: &Done) -> String {
+    let Some(id) = &done.id else {
+        return String::new();
+    };
+    let path = host().root.join("containers").join(id).join("shim.log");
+    fs::read_to_string(path).unwrap_or_default()
+}
+
+/// Waits for the end; kills what reaches the deadline.
+fn end(child: &mut Child) -> Option<ExitStatus> {
     let start = std::time::Instant::now();
-    while status.is_none() && start.elapsed() < crate::DEADLINE {
-        status = child.try_wait().expect("wait");
+    while start.elapsed() < crate::DEADLINE {
+        if let Some(status) = child.try_wait().expect("wait") {
+            return Some(status);
+        }
         std::thread::sleep(std::time::Duration::from_millis(5));
     }
-    status.unwrap_or_else(|| {
-        let _ = child.kill();
-        panic!("walnut hangs");
-    })
+    let _ = child.kill();
+    let _ = child.wait();
+    None
 }
 
 fn code(status: ExitStatus) -> i32 {
@@ -264,35 +319,25 @@ fn code(status: ExitStatus) -> i32 {
         .unwrap_or_else(|| 128 + status.signal().unwrap_or_default())
 }
 
-fn read(mut from: impl Read + Send + 'static) -> JoinHandle<Vec<u8>> {
+/// Reads to the end; what has come so far can be seen in `seen`.
+fn read(mut from: impl Read + Send + 'static, seen: Arc<Mutex<Vec<u8>>>) -> JoinHandle<Vec<u8>> {
     std::thread::spawn(move || {
-        let mut bytes = Vec::new();
-        let _ = from.read_to_end(&mut bytes);
-        bytes
+        let mut chunk = vec![0; 64 << 10];
+        while let Ok(read @ 1..) = from.read(&mut chunk) {
+            seen.lock()
+                .expect("no panic")
+                .extend_from_slice(&chunk[..read]);
+        }
+        std::mem::take(&mut *seen.lock().expect("no panic"))
     })
 }
 
 /// Runs a command to its end.
 #[track_caller]
 fn output(command: &mut Command, input: &[u8]) -> Done {
-    let mut child = command
-        .stdin(Stdio::piped())
-        .stdout(Stdio::piped())
-        .stderr(Stdio::piped())
-        .spawn()
-        .expect("start walnut");
-    let out = read(child.stdout.take().expect("piped"));
-    let err = read(child.stderr.take().expect("piped"));
-    let mut stdin = child.stdin.take().expect("piped");
-    let _ = stdin.write_all(input);
-    drop(stdin);
-    let status = end(&mut child);
-    Done {
-        code: code(status),
-        stdout: out.join().expect("reader"),
-        stderr: String::from_utf8_lossy(&err.join().expect("reader")).into_owned(),
-        id: None,
-    }
+    let mut running = spawn(command, std::env::temp_dir().join(unique("cid")));
+    running.input(input);
+    running.wait()
 }
 
 /// A name no other test has.

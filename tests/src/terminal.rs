@@ -68,9 +68,15 @@ impl Terminal {
     /// Waits until `text` has been shown.
     #[track_caller]
     pub fn shows(&self, text: &str) {
-        until(&format!("the screen shows {text:?}"), || {
-            self.screen().contains(text)
-        });
+        let start = std::time::Instant::now();
+        while !self.screen().contains(text) {
+            assert!(
+                start.elapsed() < crate::DEADLINE,
+                "{text:?} is not on the screen: {:?}",
+                self.screen()
+            );
+            std::thread::sleep(std::time::Duration::from_millis(20));
+        }
     }
 
     /// Changes the window's size.
@@ -90,6 +96,14 @@ impl Terminal {
             status.is_some()
         });
         status.and_then(|s| s.code()).unwrap_or(-1)
+    }
+}
+
+impl Drop for Terminal {
+    fn drop(&mut self) {
+        // After a failed test: a container in front ends with its command.
+        let _ = self.child.kill();
+        let _ = self.child.wait();
     }
 }
 

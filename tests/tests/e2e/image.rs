@@ -1,6 +1,13 @@
 //! The image in the guest is the image in the registry, to the last attribute.
 
-use walnut_tests::{host, run_with, walnut};
+use std::{
+    fs,
+    net::{TcpListener, TcpStream},
+    path::{Path, PathBuf},
+    process::{Child, Command, Stdio},
+};
+
+use walnut_tests::{host, run_with, until, walnut};
 
 /// What `tests/image/README.md` promises, asked from inside.
 const CHECK: &str = r#"
@@ -82,4 +89,184 @@ fn a_blob_that_was_changed_is_fetched_again() {
 #[test]
 fn a_registry_that_is_not_there_is_named() {
     walnut(&["pull", "127.0.0.1:1/no/registry"]).fails(125, "127.0.0.1:1");
+}
+
+#[test]
+fn a_tag_that_is_not_there_is_named() {
+    let name = host().image.replace(":latest", ":nosuchtag");
+    assert_ne!(name, host().image);
+    walnut(&["pull", &name]).fails(125, "nosuchtag");
+}
+
+/// A docker-registry of a test's own, over a copy of the other's files.
+struct Registry {
+    child: Child,
+    dir: tempfile::TempDir,
+    address: String,
+}
+
+impl Registry {
+    fn start() -> Self {
+        let dir = tempfile::tempdir().unwrap();
+        let cache = host().root.parent().unwrap().join("test-registry/storage");
+        // Links to the blobs: a blob is replaced here, never written to.
+        let copied = Command::new("cp")
+            .arg("-al")
+            .arg(cache)
+            .arg(dir.path())
+            .status();
+        assert!(copied.unwrap().success());
+        // Its number stays unused for a moment after it is given back.
+        let port = TcpListener::bind("127.0.0.1:0")
+            .unwrap()
+            .local_addr()
+            .unwrap()
+            .port();
+        let address = format!("127.0.0.1:{port}");
+        let config = dir.path().join("config.yml");
+        let storage = dir.path().join("storage");
+        let text = format!(
+            "version: 0.1\nlog: {{level: error}}\nstorage: {{filesystem: {{rootdirectory: {}}}}}\nhttp: {{addr: {address}}}\n",
+            storage.display()
+        );
+        fs::write(&config, text).unwrap();
+        let child = Command::new("docker-registry")
+            .arg("serve")
+            .arg(&config)
+            .env("OTEL_TRACES_EXPORTER", "none")
+            .stdin(Stdio::null())
+            .stdout(Stdio::null())
+            .stderr(Stdio::null())
+            .spawn()
+            .expect("docker-registry");
+        until("the registry listens", || {
+            TcpStream::connect(&address).is_ok()
+        });
+        Self {
+            child,
+            dir,
+            address,
+        }
+    }
+
+    fn largest_blob(&self) -> PathBuf {
+        let blobs = self
+            .dir
+            .path()
+            .join("storage/docker/registry/v2/blobs/sha256");
+        let mut all: Vec<_> = files(&blobs);
+        all.sort_by_key(|p| p.metadata().unwrap().len());
+        all.pop().unwrap()
+    }
+}
+
+impl Drop for Registry {
+    fn drop(&mut self) {
+        let _ = self.child.kill();
+        let _ = self.child.wait();
+    }
+}
+
+/// Every file below `dir`.
+fn files(dir: &Path) -> Vec<PathBuf> {
+    let mut found = Vec::new();
+    for entry in fs::read_dir(dir).into_iter().flatten().flatten() {
+        if entry.file_type().unwrap().is_dir() {
+            found.extend(files(&entry.path()));
+        } else {
+            found.push(entry.path());
+        }
+    }
+    found
+}
+
+#[test]
+fn a_registry_that_serves_other_bytes_is_refused() {
+    let registry = Registry::start();
+    let root = tempfile::tempdir().unwrap();
+    let name = host().image.replacen(
+        host().image.split('/').next().unwrap(),
+        &registry.address,
+        1,
+    );
+    let pull = || {
+        let mut command = walnut_tests::command(&["pull", &name]);
+        command.env("WALNUT_ROOT", root.path());
+        let out = command.output().unwrap();
+        (out.status.code(), String::from_utf8(out.stderr).unwrap())
+    };
+    let blob = registry.largest_blob();
+    let good = fs::read(&blob).unwrap();
+    let mut bad = good.clone();
+    let middle = bad.len() / 2;
+    bad[middle] ^= 1;
+    let put = |bytes: &[u8]| {
+        fs::remove_file(&blob).unwrap();
+        fs::write(&blob, bytes).unwrap();
+    };
+    put(&bad);
+    let (code, said) = pull();
+    assert_eq!(code, Some(125), "{said}");
+    let digest = blob
+        .parent()
+        .unwrap()
+        .file_name()
+        .unwrap()
+        .to_str()
+        .unwrap();
+    let sentence = said.lines().find(|l| l.starts_with("walnut: ")).unwrap();
+    assert!(sentence.contains(&digest[..12]), "{said}");
+    // Nothing of it may be believed later.
+    let kept = [
+        files(&root.path().join("images/blobs")),
+        files(&root.path().join("images/rootfs")),
+    ]
+    .concat();
+    assert!(
+        !kept
+            .iter()
+            .any(|p| p.ends_with(digest) || p.extension().is_some_and(|e| e == "erofs")),
+        "{kept:?}"
+    );
+    put(&good);
+    let (code, said) = pull();
+    assert_eq!(code, Some(0), "{said}");
+}
+
+#[test]
+fn a_damaged_root_file_system_is_no_container() {
+    let rootfs = files(&host().root.join("images/rootfs")).pop().unwrap();
+    let name = rootfs.file_name().unwrap();
+    for keep in [0, 512, 4096, 1 << 20] {
+        // A store of its own, with links to all but the damaged file.
+        let dir = tempfile::tempdir_in(host().root.parent().unwrap()).unwrap();
+        let images = dir.path().join("images");
+        let copied = Command::new("cp")
+            .arg("-al")
+            .arg(host().root.join("images"))
+            .arg(&images)
+            .status();
+        assert!(copied.unwrap().success());
+        let file = images.join("rootfs").join(name);
+        fs::remove_file(&file).unwrap();
+        let whole = fs::File::open(&rootfs).unwrap();
+        let mut torn = fs::File::create(&file).unwrap();
+        std::io::copy(&mut std::io::Read::take(whole, keep), &mut torn).unwrap();
+        fs::set_permissions(&file, std::os::unix::fs::PermissionsExt::from_mode(0o444)).unwrap();
+        drop(torn);
+        let run = tempfile::tempdir_in("/tmp").unwrap();
+        let done = run_with(&["IMAGE", "true"], b"", |command| {
+            command
+                .env("WALNUT_ROOT", dir.path())
+                .env("WALNUT_RUN", run.path());
+        });
+        // Refused, or made anew from the layers: never run as it is.
+        let lines = done.stderr.lines().filter(|l| l.starts_with("walnut: "));
+        assert!(
+            (done.code == 125 && lines.count() == 1) || done.code == 0,
+            "{keep} bytes: {done:#?}"
+        );
+        let left: Vec<_> = fs::read_dir(run.path()).unwrap().flatten().collect();
+        assert!(left.is_empty(), "{left:?} after {keep} bytes: {done:#?}");
+    }
 }

@@ -1,6 +1,6 @@
 //! What a sandbox does not share, and what binds it.
 
-use walnut_tests::{Detached, run};
+use walnut_tests::{Detached, run, walnut};
 
 #[test]
 fn two_sandboxes_share_nothing() {
@@ -49,11 +49,29 @@ fn a_memory_limit_holds() {
     free.exec(&["python3", "-c", eat]).exits(137);
     free.exec(&["true"]).exits(0);
     drop(free);
-    let done = run(&["-m", "128m", "IMAGE", "python3", "-c", eat]).exits(137);
+    let done = run(&["-m", "64m", "IMAGE", "python3", "-c", eat]).exits(137);
     assert_eq!(done.stdout, b"");
     let ended = Detached::start(&["-m", "128m", "IMAGE", "python3", "-c", eat]);
     let record = ended.ended();
     assert_eq!(record["oom_killed"], true, "{record:#}");
+    assert_eq!(record["exit_code"], 137, "{record:#}");
+    let table = walnut(&["ps", "-a"]);
+    assert!(table.text().contains("out of memory"), "{table:#?}");
+}
+
+/// A program that leaves its own code no page to stay in: the kernel, which can
+/// always take one more, never comes to its OOM killer.
+#[test]
+fn what_grinds_at_its_limit_is_ended() {
+    let eat = "l = []\nwhile True: l.append(bytearray(4096))";
+    let box_ = Detached::start(&["-m", "64m", "IMAGE", "python3", "-c", eat]);
+    let record = box_.ended();
+    assert_eq!(record["oom_killed"], true, "{record:#}");
+    assert_eq!(record["exit_code"], 137, "{record:#}");
+    // Not the container, but the process that grinds.
+    let box_ = Detached::start(&["-m", "64m", "IMAGE", "sleep", "infinity"]);
+    box_.exec(&["python3", "-c", eat]).exits(137);
+    box_.exec(&["echo", "alive"]).exits(0);
 }
 
 #[test]

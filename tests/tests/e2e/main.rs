@@ -7,5 +7,6 @@ mod failures;
 mod image;
 mod isolation;
 mod programs;
+mod races;
 mod streams;
 mod volumes;
