@@ -198,7 +198,7 @@ fn qemu(programs: &Programs) -> HostItem {
         return item("qemu", Level::Missing, detail, ADVICE);
     };
     let detail = format!("{} ({line})", path.display());
-    match qemu_version(&line) {
+    match version_in(&line) {
         Some(version) if version >= QEMU_MIN => item("qemu", Level::Ok, detail, ""),
         Some(_) => item(
             "qemu",
@@ -222,8 +222,13 @@ fn version_line(program: &Path) -> Option<String> {
     text.lines().next().map(quotable)
 }
 
+/// Major and minor version of the QEMU at `program`, which is run to tell.
+pub(crate) fn qemu_version(program: &Path) -> Option<(u32, u32)> {
+    version_in(&version_line(program)?)
+}
+
 /// Major and minor number in "QEMU emulator version 7.2.22 (Debian …)".
-fn qemu_version(line: &str) -> Option<(u32, u32)> {
+fn version_in(line: &str) -> Option<(u32, u32)> {
     let version = line.split("version ").nth(1)?;
     let mut numbers = version.split(|c: char| !c.is_ascii_digit());
     Some((numbers.next()?.parse().ok()?, numbers.next()?.parse().ok()?))
@@ -357,10 +362,10 @@ mod tests {
     #[test]
     fn versions() {
         assert_eq!(
-            qemu_version("QEMU emulator version 7.2.22 (Debian 1:7.2)"),
+            version_in("QEMU emulator version 7.2.22 (Debian 1:7.2)"),
             Some((7, 2))
         );
-        assert_eq!(qemu_version("QEMU emulator version 10.0.2"), Some((10, 0)));
-        assert_eq!(qemu_version("something else"), None);
+        assert_eq!(version_in("QEMU emulator version 10.0.2"), Some((10, 0)));
+        assert_eq!(version_in("something else"), None);
     }
 }

@@ -105,7 +105,9 @@ async fn two_vcpus_pause_and_resume() {
     let mut spec = spec(&run, "serve");
     spec.vcpus = 2;
     let machine = driver().start(spec).await.unwrap();
-    machine.ready(BOOT).await.unwrap();
+    if let Err(error) = machine.ready(BOOT).await {
+        panic!("{error}\n{}", machine.console_tail());
+    }
     assert_eq!(ask(&*machine, b"c").await, "2\n");
     let pause = machine.as_pause().unwrap();
     let mut stream = machine.connect(1024).await.unwrap();
@@ -192,6 +194,18 @@ async fn a_guest_that_restarts_has_stopped() {
     let mut stream = machine.connect(1024).await.unwrap();
     stream.write_all(b"r").await.unwrap();
     assert_eq!(machine.wait().await, Exit::Stopped);
+    assert_gone(&run, &[]);
+}
+
+#[tokio::test]
+async fn a_guest_that_restarts_before_it_serves_has_failed() {
+    let run = run_dir();
+    let machine = started(&run, "restart").await;
+    let error = machine.ready(BOOT).await.unwrap_err().to_string();
+    assert!(
+        error.starts_with("wait for the agent: the guest restarted while it booted; its console"),
+        "{error}"
+    );
     assert_gone(&run, &[]);
 }
 

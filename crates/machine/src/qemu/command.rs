@@ -14,6 +14,23 @@ const SLOTS: usize = 8;
 const ID_MAX: usize = 128;
 const CMDLINE_MAX: usize = 2048;
 
+/// How a guest's vCPUs and clock run.
+#[derive(Debug, Clone, Copy)]
+pub(super) struct Timing {
+    pub(super) threads: Threads,
+    /// The rate of the guest's TSC, if that is known.
+    pub(super) tsc_khz: Option<u64>,
+}
+
+/// How emulated vCPUs run.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub(super) enum Threads {
+    /// One thread takes turns.
+    Single,
+    /// A thread for each.
+    Multi,
+}
+
 /// Numbers of the descriptors QEMU inherits.
 #[derive(Debug, Default)]
 pub(super) struct Fds {
@@ -124,17 +141,16 @@ fn kernel_cmdline(accel: Accel, spec: &MachineSpec, tsc_khz: Option<u64>) -> Str
     words.join(" ")
 }
 
-/// QEMU's arguments. `spec` has passed [`check`]; `tsc_khz` is the rate of the
-/// guest's TSC, if that is known.
+/// QEMU's arguments. `spec` has passed [`check`].
 pub(super) fn arguments(
     accel: Accel,
     spec: &MachineSpec,
     fds: &Fds,
-    tsc_khz: Option<u64>,
+    timing: Timing,
 ) -> Vec<String> {
     let mut args = Args::default();
-    args.base(accel, spec, fds);
-    args.add("-append", kernel_cmdline(accel, spec, tsc_khz));
+    args.base(accel, spec, fds, timing.threads);
+    args.add("-append", kernel_cmdline(accel, spec, timing.tsc_khz));
     // What a guest can do without gives way to disks: it has the processor's
     // random numbers and the agent's seed, and may keep its free memory.
     let free = SLOTS.saturating_sub(1 + spec.disks.len() + spec.shares.len());
@@ -192,7 +208,7 @@ impl Args {
         self.0.extend([option.to_owned(), value.into()]);
     }
 
-    fn base(&mut self, accel: Accel, spec: &MachineSpec, fds: &Fds) {
+    fn base(&mut self, accel: Accel, spec: &MachineSpec, fds: &Fds, threads: Threads) {
         self.0
             .extend(["-nodefaults", "-no-user-config", "-no-reboot"].map(str::to_owned));
         self.add("-name", format!("walnut-{}", spec.id));
@@ -208,9 +224,10 @@ impl Args {
                  x-option-roms=off,auto-kernel-cmdline=on,dump-guest-core=off,\
                  memory-backend=mem",
         );
-        let (name, cpu) = match accel {
-            Accel::Kvm => ("kvm", "host"),
-            Accel::Tcg => ("tcg,thread=multi", "max"),
+        let (name, cpu) = match (accel, threads) {
+            (Accel::Kvm, _) => ("kvm", "host"),
+            (Accel::Tcg, Threads::Multi) => ("tcg,thread=multi", "max"),
+            (Accel::Tcg, Threads::Single) => ("tcg,thread=single", "max"),
         };
         self.add("-accel", name);
         self.add("-cpu", cpu);
@@ -302,7 +319,11 @@ mod tests {
                 ..Fds::default()
             };
             assert!(check(&spec).is_ok());
-            arguments(Accel::Tcg, &spec, &fds, Some(2_600_000)).join(" ")
+            let timing = Timing {
+                threads: Threads::Single,
+                tsc_khz: Some(2_600_000),
+            };
+            arguments(Accel::Tcg, &spec, &fds, timing).join(" ")
         };
         let (few, more, most) = (line(5), line(6), line(7));
         assert!(few.contains("virtio-rng") && few.contains("balloon"));

@@ -189,7 +189,11 @@ fn spawn_qemu(
         Accel::Tcg => driver.made.rate_khz(),
         Accel::Kvm => None,
     };
-    spawn.args(command::arguments(driver.accel, spec, &fds, tsc_khz));
+    let timing = command::Timing {
+        threads: driver.threads(spec.vcpus),
+        tsc_khz,
+    };
+    spawn.args(command::arguments(driver.accel, spec, &fds, timing));
     spawn.keep_stdout(CONSOLE_MAX);
     if let Some(identity) = files::identity(driver.accel, unique) {
         spawn.identity(identity).new_network();
@@ -332,6 +336,15 @@ impl Machine for QemuMachine {
         };
         let call = self.shared.or_end("wait for the agent", heard(listener));
         let protocol = match tokio::time::timeout(deadline, call).await {
+            Ok(Err(Error::Ended {
+                what,
+                exit: Exit::Stopped,
+            })) => {
+                return Err(Error::Ended {
+                    what,
+                    exit: self.stopped_early(),
+                });
+            }
             Ok(result) => result?,
             Err(_) => {
                 let hint = console::hint(&self.console_tail());
@@ -412,6 +425,16 @@ impl Pause for QemuMachine {
 }
 
 impl QemuMachine {
+    /// A guest that ends before its agent serves has not done what was asked of
+    /// it, however orderly its end looks from outside.
+    fn stopped_early(&self) -> Exit {
+        if self.shared.stopping.load(Ordering::Relaxed) {
+            return Exit::Stopped;
+        }
+        let hint = console::hint(&self.console_tail());
+        Exit::Failed(format!("the guest restarted while it booted; {hint}"))
+    }
+
     async fn monitor(&self, what: &'static str, command: &str) -> Result<(), Error> {
         let Some(qmp) = self.shared.qmp.get() else {
             return Err(Error::Monitor {

@@ -19,18 +19,23 @@ mod machine;
 mod qmp;
 mod tsc;
 
-use std::path::PathBuf;
+use std::{
+    path::PathBuf,
+    sync::{Arc, OnceLock},
+};
 
 use async_trait::async_trait;
 
-use crate::{Driver, Error, Machine, MachineSpec};
+use command::Threads;
+
+use crate::{Driver, Error, Machine, MachineSpec, host};
 
 /// How QEMU runs the guest's instructions.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub enum Accel {
     /// Hardware virtualization.
     Kvm,
-    /// Software emulation, one thread per vCPU.
+    /// Software emulation, a thread for each vCPU where QEMU does that well.
     Tcg,
 }
 
@@ -40,6 +45,8 @@ pub struct Qemu {
     accel: Accel,
     qemu: PathBuf,
     vsock: PathBuf,
+    /// Its major and minor version, once somebody had to know.
+    version: Arc<OnceLock<Option<(u32, u32)>>>,
     /// When the driver was made; see [`tsc`].
     made: tsc::Moment,
 }
@@ -52,7 +59,27 @@ impl Qemu {
             accel,
             qemu,
             vsock,
+            version: Arc::default(),
             made: tsc::Moment::now(),
+        }
+    }
+
+    /// How to run `vcpus` emulated processors.
+    ///
+    /// Before 8.1, QEMU may translate an instruction while another vCPU's thread
+    /// replaces it, and keep the stale translation for good. A kernel replaces
+    /// instructions with all processors running (its static keys), so one boot
+    /// in some hundred with two vCPUs came to a breakpoint that was long gone,
+    /// and died of it. Vcpus that take turns cannot meet that.
+    fn threads(&self, vcpus: u32) -> Threads {
+        const SAFE: (u32, u32) = (8, 1);
+        if vcpus == 1 {
+            return Threads::Multi;
+        }
+        let version = self.version.get_or_init(|| host::qemu_version(&self.qemu));
+        match version {
+            Some(version) if *version >= SAFE => Threads::Multi,
+            _ => Threads::Single,
         }
     }
 }
