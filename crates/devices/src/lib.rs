@@ -10,4 +10,5 @@
 //! This crate must never know KVM, vhost-user (only its programs do), containers
 //! or sandboxes. Everything read from guest memory is hostile.
 
+pub mod virtio;
 pub mod vsock;
