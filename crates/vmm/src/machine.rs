@@ -1,0 +1,211 @@
+//! Putting a machine together, in the one order that works.
+
+use std::{
+    fs::File,
+    os::fd::{IntoRawFd, OwnedFd},
+    sync::Arc,
+    time::Duration,
+};
+
+use kvm_bindings::{KVM_CAP_TSC_DEADLINE_TIMER, kvm_userspace_memory_region};
+use kvm_ioctls::{Kvm, VcpuFd, VmFd};
+use vm_memory::{Address, GuestMemoryBackend, GuestMemoryRegion};
+use vmm_sys_util::eventfd::EventFd;
+use walnut_devices::virtio::Memory;
+use walnut_vmm_api::{Config, End, FdIndex, VERSION};
+
+use crate::{
+    Error,
+    acpi::Tables,
+    boot::Boot,
+    bus::Bus,
+    cpu,
+    irq::Routes,
+    layout, memory,
+    ports::{self, Ports},
+    vcpu::Vcpus,
+};
+
+/// vCPUs at most.
+const VCPUS_MAX: u8 = 32;
+/// How long a device may take to finish what is in flight.
+const QUIESCE: Duration = Duration::from_secs(10);
+/// `KVM_CREATE_VM` is interrupted by signals that a busy host's timers send.
+const CREATE_TRIES: u32 = 5;
+
+/// A running machine.
+#[derive(Debug)]
+pub(crate) struct Machine {
+    vcpus: Vcpus,
+    bus: Arc<Bus>,
+    /// What keeps KVM's machine alive; nothing is asked of it any more.
+    _vm: Arc<VmFd>,
+}
+
+/// The descriptors of a request, each to be taken once.
+struct Fds(Vec<Option<OwnedFd>>);
+
+impl Fds {
+    fn take(&mut self, index: FdIndex) -> Result<OwnedFd, Error> {
+        self.0
+            .get_mut(usize::from(index.0))
+            .and_then(Option::take)
+            .ok_or_else(|| {
+                Error::Config(format!("descriptor {} is missing or named twice", index.0))
+            })
+    }
+}
+
+fn check(config: &Config) -> Result<(), Error> {
+    let complain = |what: String| Err(Error::Config(what));
+    if config.version != VERSION {
+        return complain(format!(
+            "the supervisor speaks version {} of the control protocol, this VMM {VERSION}; \
+             install both from one release",
+            config.version
+        ));
+    }
+    if config.vcpus == 0 || config.max_vcpus < config.vcpus || config.max_vcpus > VCPUS_MAX {
+        return complain(format!(
+            "{} of {} vCPUs were asked for; 1 to {VCPUS_MAX} can be had",
+            config.vcpus, config.max_vcpus
+        ));
+    }
+    if config.memory < 32 << 20 || !config.memory.is_multiple_of(1 << 20) {
+        return complain(format!(
+            "{} bytes of memory are not a multiple of 1 MiB, or less than 32 MiB",
+            config.memory
+        ));
+    }
+    Ok(())
+}
+
+impl Machine {
+    /// Builds the machine of `config`, with every thread waiting and locked in.
+    /// `ended` is rung when the guest has ended.
+    pub(crate) fn build(config: &Config, fds: Vec<OwnedFd>, ended: EventFd) -> Result<Self, Error> {
+        check(config)?;
+        let mut fds = Fds(fds.into_iter().map(Some).collect());
+        let kvm = open_kvm(fds.take(config.kvm)?)?;
+        let vm = Arc::new(create_vm(&kvm)?);
+        let memory = memory::create(config.memory, config.shared_memory)?;
+        map(&vm, &memory)?;
+        vm.set_tss_address(layout::KVM_TSS)
+            .map_err(|e| Error::Kvm("place the TSS", e))?;
+        vm.create_irq_chip()
+            .map_err(|e| Error::Kvm("create the interrupt controllers", e))?;
+        let routes = Arc::new(Routes::new(Arc::clone(&vm)));
+
+        let window64 = layout::window64(config.memory);
+        let bus = Bus::new(&vm, &routes, &memory, window64.clone())?;
+        for device in &config.devices {
+            bus.add(device, |fd| fds.take(fd))?;
+        }
+        let tables = Tables {
+            vcpus: config.vcpus,
+            max_vcpus: config.max_vcpus,
+            last_bus: bus.last(),
+            window64,
+        };
+        let boot = Boot {
+            kernel: fds.take(config.kernel)?.into(),
+            initramfs: config
+                .initramfs
+                .map(|fd| fds.take(fd))
+                .transpose()?
+                .map(File::from),
+            cmdline: &config.cmdline,
+            rsdp: tables.write(&memory)?,
+        };
+        let entry = boot.load(&memory)?;
+        cpu::write_descriptors(&memory)?;
+
+        let console = config.console.map(|fd| fds.take(fd)).transpose()?;
+        let ports = Ports::new(console.map(File::from), routes.pin(ports::SERIAL_IRQ)?);
+        let supported = cpu::supported(&kvm)?;
+        let deadline = kvm.check_extension_raw(u64::from(KVM_CAP_TSC_DEADLINE_TIMER)) > 0;
+        let mut vcpus: Vec<VcpuFd> = Vec::new();
+        for id in 0..config.max_vcpus {
+            let vcpu = vm
+                .create_vcpu(u64::from(id))
+                .map_err(|e| Error::Kvm("create a vCPU", e))?;
+            let cpuid = cpu::cpuid(&supported, id, config.max_vcpus, deadline);
+            cpu::prepare(&vcpu, &cpuid, (id == 0).then_some(entry))?;
+            vcpus.push(vcpu);
+        }
+        let bus = Arc::new(bus);
+        let on_bus: Arc<dyn crate::vcpu::Bus> = bus.clone();
+        let vcpus = Vcpus::new(vcpus, ports, on_bus, ended, || Ok(()))?;
+        Ok(Self {
+            vcpus,
+            bus,
+            _vm: vm,
+        })
+    }
+
+    /// Lets the guest run.
+    pub(crate) fn resume(&self) {
+        self.bus.resume();
+        self.vcpus.run();
+    }
+
+    /// Stops the vCPUs, then lets the devices rest.
+    pub(crate) fn pause(&self) -> Result<(), Error> {
+        self.vcpus.pause();
+        self.bus.pause(QUIESCE)
+    }
+
+    /// Ends it: no vCPU runs, and what was in flight is done or given up. How the
+    /// guest ended.
+    pub(crate) fn wind_up(&self) -> End {
+        self.vcpus.stop();
+        // A device that cannot finish in time is cut off, as by the plug.
+        let _ = self.bus.pause(QUIESCE);
+        self.vcpus.end().unwrap_or(End::Stopped)
+    }
+
+    /// Times that vCPUs left the guest for this process.
+    pub(crate) fn exits(&self) -> u64 {
+        self.vcpus.exits()
+    }
+}
+
+fn open_kvm(fd: OwnedFd) -> Result<Kvm, Error> {
+    // SAFETY: the descriptor is ours, and Kvm takes it over. If it is not
+    // /dev/kvm, the version below says so.
+    let kvm = unsafe { std::os::fd::FromRawFd::from_raw_fd(fd.into_raw_fd()) };
+    let kvm: Kvm = kvm;
+    match kvm.get_api_version() {
+        12 => Ok(kvm),
+        _ => Err(Error::Config(
+            "the descriptor given as /dev/kvm is not KVM's stable API".to_owned(),
+        )),
+    }
+}
+
+fn create_vm(kvm: &Kvm) -> Result<VmFd, Error> {
+    let mut tries = 0;
+    loop {
+        match kvm.create_vm() {
+            Err(e) if e.errno() == libc::EINTR && tries < CREATE_TRIES => tries += 1,
+            other => return other.map_err(|e| Error::Kvm("create a machine", e)),
+        }
+    }
+}
+
+fn map(vm: &VmFd, memory: &Memory) -> Result<(), Error> {
+    for (slot, region) in (0u32..).zip(memory.iter()) {
+        let region = kvm_userspace_memory_region {
+            slot,
+            flags: 0,
+            guest_phys_addr: region.start_addr().raw_value(),
+            memory_size: region.len(),
+            userspace_addr: region.as_ptr() as u64,
+        };
+        // SAFETY: the mapping lives as long as the machine: both end with the
+        // process.
+        unsafe { vm.set_user_memory_region(region) }
+            .map_err(|e| Error::Kvm("map guest memory", e))?;
+    }
+    Ok(())
+}

@@ -1,0 +1,72 @@
+//! `walnut-vmm`: a virtual machine monitor for one microVM, on KVM.
+//!
+//! It is started by a supervisor with one inherited socket (`--control-fd N`),
+//! over which it gets a machine's description and open descriptors, never paths
+//! ([`walnut_vmm_api`]). It builds the machine, gives up every privilege and every
+//! system call that the running guest does not need, and serves until the guest
+//! or the supervisor ends.
+//!
+//! `machine` puts the parts together; `memory`, `boot`, `acpi` and `cpu` make what
+//! the guest finds at its first instruction; `vcpu`, `irq`, `ports` and `bus` run
+//! it; `jail` locks the process in. The devices, and the PCI bus they sit on, come
+//! from `walnut-devices` and know nothing of KVM.
+//!
+//! This program must never know containers, images or what a sandbox is.
+
+mod acpi;
+mod boot;
+mod bus;
+mod control;
+mod cpu;
+mod error;
+mod irq;
+mod layout;
+mod machine;
+mod memory;
+mod ports;
+mod vcpu;
+
+use std::{
+    os::fd::{FromRawFd, OwnedFd, RawFd},
+    process::ExitCode,
+};
+
+pub(crate) use error::Error;
+
+/// Stack of a thread, bytes. Only what is touched is memory.
+const STACK: usize = 256 * 1024;
+
+const USAGE: &str = "usage: walnut-vmm --control-fd N\n\n\
+    Runs one microVM on KVM. Started by Walnut's supervisor, which says over the\n\
+    inherited socket N what the machine is made of; not meant for people.\n";
+
+fn main() -> ExitCode {
+    let args: Vec<String> = std::env::args().skip(1).collect();
+    let args: Vec<&str> = args.iter().map(String::as_str).collect();
+    let fd = match args[..] {
+        ["--version"] => {
+            println!("walnut-vmm {}", env!("CARGO_PKG_VERSION"));
+            return ExitCode::SUCCESS;
+        }
+        ["--help" | "-h"] => {
+            print!("{USAGE}");
+            return ExitCode::SUCCESS;
+        }
+        ["--control-fd", number] => number.parse::<RawFd>().ok().filter(|fd| *fd > 2),
+        _ => None,
+    };
+    let Some(fd) = fd else {
+        eprint!("{USAGE}");
+        return ExitCode::from(2);
+    };
+    // SAFETY: the supervisor left this descriptor to us and nobody else in this
+    // process knows it; if it is none, its first use fails.
+    let control = unsafe { OwnedFd::from_raw_fd(fd) };
+    match control::serve(control.into()) {
+        Ok(()) => ExitCode::SUCCESS,
+        Err(e) => {
+            eprintln!("walnut-vmm: {e}");
+            ExitCode::FAILURE
+        }
+    }
+}

@@ -1,0 +1,86 @@
+//! Guest memory: made here, mapped into KVM by [`crate::machine`].
+
+use std::{
+    fs::File,
+    os::fd::{AsRawFd, FromRawFd, OwnedFd},
+};
+
+use nix::{errno::Errno, sys::memfd::MFdFlags};
+use vm_memory::{
+    FileOffset, GuestAddress, GuestMemoryMmap, GuestRegionMmap, MmapRegion, mmap::MmapRegionBuilder,
+};
+use walnut_devices::virtio::Memory;
+
+use crate::{Error, layout};
+
+/// Memory of `size` bytes; a memfd if others map it as well.
+///
+/// Nothing is reserved: the host gives pages as the guest touches them. Private
+/// memory is anonymous, which is quicker to fault in than a memfd's.
+pub(crate) fn create(size: u64, shared: bool) -> Result<Memory, Error> {
+    let memfd = match shared {
+        true => Some(memfd(size)?),
+        false => None,
+    };
+    let mut regions = Vec::new();
+    let mut offset = 0;
+    for (start, len) in layout::ram(size) {
+        let region = region(len, memfd.as_ref().map(|file| (file, offset)))?;
+        let region = GuestRegionMmap::new(region, GuestAddress(start))
+            .ok_or(Error::Memory("place", Errno::EINVAL))?;
+        regions.push(region);
+        offset += len;
+    }
+    GuestMemoryMmap::from_regions(regions).map_err(|_| Error::Memory("arrange", Errno::EINVAL))
+}
+
+fn memfd(size: u64) -> Result<File, Error> {
+    let fd = nix::sys::memfd::memfd_create(
+        c"walnut-guest",
+        MFdFlags::MFD_CLOEXEC | MFdFlags::MFD_ALLOW_SEALING,
+    )
+    .map_err(|e| Error::Memory("create", e))?;
+    let file = File::from(fd);
+    file.set_len(size)
+        .map_err(|e| Error::Memory("size", Errno::from_raw(e.raw_os_error().unwrap_or(0))))?;
+    // Nobody who maps it can make it end under our feet.
+    nix::fcntl::fcntl(
+        &file,
+        nix::fcntl::FcntlArg::F_ADD_SEALS(
+            nix::fcntl::SealFlag::F_SEAL_SHRINK
+                | nix::fcntl::SealFlag::F_SEAL_GROW
+                | nix::fcntl::SealFlag::F_SEAL_SEAL,
+        ),
+    )
+    .map_err(|e| Error::Memory("seal", e))?;
+    Ok(file)
+}
+
+fn region(len: u64, file: Option<(&File, u64)>) -> Result<MmapRegion, Error> {
+    let size = usize::try_from(len).map_err(|_| Error::Memory("map", Errno::ENOMEM))?;
+    let builder = MmapRegionBuilder::new(size).with_mmap_prot(libc::PROT_READ | libc::PROT_WRITE);
+    let builder = match file {
+        Some((file, offset)) => {
+            let file = duplicate(file)?;
+            builder
+                .with_file_offset(FileOffset::new(file, offset))
+                .with_mmap_flags(libc::MAP_SHARED | libc::MAP_NORESERVE)
+        }
+        None => {
+            builder.with_mmap_flags(libc::MAP_PRIVATE | libc::MAP_ANONYMOUS | libc::MAP_NORESERVE)
+        }
+    };
+    builder
+        .build()
+        .map_err(|_| Error::Memory("map", Errno::ENOMEM))
+}
+
+fn duplicate(file: &File) -> Result<File, Error> {
+    let fd = nix::fcntl::fcntl(
+        file,
+        nix::fcntl::FcntlArg::F_DUPFD_CLOEXEC(file.as_raw_fd()),
+    )
+    .map_err(|e| Error::Memory("share", e))?;
+    // SAFETY: the kernel has just made this descriptor for us.
+    Ok(unsafe { OwnedFd::from_raw_fd(fd) }.into())
+}
