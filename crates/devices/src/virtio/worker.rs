@@ -378,8 +378,9 @@ impl Worker {
             self.paused = desk.pause;
             if desk.pause {
                 self.resting = self.deactivate();
-            } else if desk.activate.is_none() {
-                desk.activate = self.resting.take();
+            } else if let Some(resting) = self.resting.take() {
+                // It was active all the time: whoever says so again is ignored.
+                desk.activate = Some(resting);
             }
         }
         if self.paused && desk.rests.is_none() {

@@ -1,7 +1,7 @@
 //! The device: three virtqueues and the muxer behind them.
 
 use std::{
-    os::fd::AsFd,
+    os::fd::{AsFd, BorrowedFd},
     sync::Arc,
     time::{Duration, Instant},
 };
@@ -14,7 +14,7 @@ use vm_memory::Bytes;
 use super::{
     Config, Error, Log, Memory, SocketDir,
     muxer::{Muxer, Pumped},
-    poller::Token,
+    poller::{self, Token},
     ring::{self, Broken, RxRing},
     sys::IoVec,
 };
@@ -33,6 +33,8 @@ pub const QUEUE_SIZE: u16 = 1024;
 /// indirect descriptors, whose tables Linux would allocate for every packet.
 pub const FEATURES: u64 = 1 << VIRTIO_F_VERSION_1 | 1 << VIRTIO_RING_F_EVENT_IDX;
 
+/// Batches of events taken from the host's sockets before others have their turn.
+const POLLS: usize = 8;
 /// Packets taken from the guest before others have their turn.
 const TX_BUDGET: usize = 512;
 /// `VIRTIO_VSOCK_EVENT_TRANSPORT_RESET` (virtio 1.3 §5.10.6.7).
@@ -92,6 +94,8 @@ pub struct Device {
     mem: Option<Arc<Memory>>,
     /// Work was left over: do not sleep.
     again: bool,
+    /// The guest is yet to be told that its connections are gone.
+    owe_reset: bool,
     events: Vec<(Token, EpollFlags)>,
 }
 
@@ -103,6 +107,7 @@ impl Device {
             vrings: [Vring::new()?, Vring::new()?, Vring::new()?],
             mem: None,
             again: false,
+            owe_reset: false,
             events: Vec::new(),
         })
     }
@@ -169,18 +174,28 @@ impl Device {
     /// Ends every connection: the guest that had them is no more.
     pub fn reset(&mut self) {
         self.muxer.reset();
+        self.owe_reset = false;
     }
 
     /// Ends every connection and tells the guest, whose CID may have changed: for
     /// a machine that was restored from a snapshot.
+    ///
+    /// It is told in [`Self::run`], once its driver has left a buffer for that.
     pub fn transport_reset(&mut self) {
         self.muxer.reset();
+        self.owe_reset = true;
+    }
+
+    fn tell_reset(&mut self, mem: &Memory) {
         let vring = &mut self.vrings[EVENT_QUEUE];
-        let Some(mem) = self.mem.as_deref().filter(|_| vring.usable()) else {
+        if !self.owe_reset || !vring.usable() {
             return;
-        };
+        }
         match send_event(&mut vring.queue, mem, TRANSPORT_RESET) {
-            Ok(sent) => vring.used |= sent,
+            Ok(sent) => {
+                self.owe_reset = !sent;
+                vring.used |= sent;
+            }
             Err(Broken) => self.break_down(EVENT_QUEUE),
         }
     }
@@ -248,19 +263,115 @@ impl Device {
     /// Serves both directions as far as the guest allows, without waiting, and
     /// says which queues' drivers want an interrupt.
     pub fn run(&mut self) -> Signals {
+        match self.mem.clone() {
+            Some(mem) => self.run_on(&mem),
+            None => {
+                self.again = false;
+                Signals::default()
+            }
+        }
+    }
+
+    /// [`Self::run`] on guest memory as it is now.
+    pub(super) fn run_on(&mut self, mem: &Memory) -> Signals {
         self.again = false;
-        let Some(mem) = self.mem.clone() else {
-            return Signals::default();
-        };
+        self.tell_reset(mem);
         if self.guest_up() {
-            if let Err(Broken) = self.run_tx(&mem) {
+            if let Err(Broken) = self.run_tx(mem) {
                 self.break_down(TX_QUEUE);
             }
-            if let Err(Broken) = self.run_rx(&mem) {
+            if let Err(Broken) = self.run_rx(mem) {
                 self.break_down(RX_QUEUE);
             }
         }
-        self.signals(&mem)
+        self.signals(mem)
+    }
+
+    /// Does what [`Self::wait`] does for the host's sockets, without waiting.
+    /// False if there may be more to do at once.
+    pub(super) fn poll(&mut self) -> Result<bool, Error> {
+        let mut events = std::mem::take(&mut self.events);
+        let mut result = Ok(false);
+        for _ in 0..POLLS {
+            if let Err(e) = self.muxer.poller.wait(EpollTimeout::ZERO, &mut events) {
+                result = Err(Error::Poll(e.into()));
+                break;
+            }
+            let last = events.len() < poller::BATCH;
+            for (token, flags) in events.drain(..) {
+                self.muxer.event(token, flags);
+            }
+            if last {
+                result = Ok(true);
+                break;
+            }
+        }
+        self.events = events;
+        self.muxer.expire(Instant::now());
+        result
+    }
+
+    /// Readable when [`Self::poll`] has something to do.
+    pub(super) fn poll_fd(&self) -> BorrowedFd<'_> {
+        self.muxer.poller.fd()
+    }
+
+    /// When to call [`Self::poll`] and [`Self::run_on`] at the latest.
+    pub(super) fn due(&self) -> Option<Instant> {
+        if self.again {
+            return Some(Instant::now());
+        }
+        self.muxer.deadline()
+    }
+
+    /// Takes a queue into service that `mem` contains, event index set; `false` if
+    /// it does not.
+    pub(super) fn start_with(&mut self, index: usize, queue: Queue, mem: &Memory) -> bool {
+        let Some(vring) = self.vrings.get_mut(index) else {
+            return false;
+        };
+        let ready = queue.ready();
+        let valid = !ready || queue.is_valid(mem);
+        *vring = Vring {
+            queue,
+            running: ready && valid,
+            broken: false,
+            used: false,
+            // As in `start`.
+            forced: ready,
+        };
+        self.muxer.guest_up = self.guest_up();
+        valid
+    }
+
+    /// Takes a queue out of service, and gives it back.
+    pub(super) fn take_queue(&mut self, index: usize) -> Queue {
+        let queue = match self.vrings.get_mut(index) {
+            Some(vring) => {
+                vring.running = false;
+                std::mem::take(&mut vring.queue)
+            }
+            None => Queue::default(),
+        };
+        self.muxer.guest_up = self.guest_up();
+        queue
+    }
+
+    /// Whether the driver has made a queue unusable.
+    pub(super) fn is_broken(&self) -> bool {
+        self.vrings
+            .iter()
+            .any(|vring| vring.running && vring.broken)
+    }
+
+    /// The host port that the next connection from the host gets.
+    pub(super) fn next_port(&self) -> u32 {
+        self.muxer.next_port()
+    }
+
+    /// Goes on from another device's [`Self::next_port`].
+    pub(super) fn set_next_port(&mut self, port: u32) {
+        self.muxer.set_next_port(port);
     }
 
     fn run_tx(&mut self, mem: &Memory) -> Result<(), Broken> {

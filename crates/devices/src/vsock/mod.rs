@@ -9,7 +9,8 @@
 //! The parts: `packet` and `handshake` are pure parsers; `ring` turns descriptor
 //! chains into scatter lists; `connection` is one stream with its credit;
 //! `muxer` holds all of them, their timers and turns; [`Device`] joins the muxer
-//! to the virtqueues. One thread drives it all:
+//! to the virtqueues; [`Virtio`] lets a worker drive it in process. Elsewhere
+//! one thread drives it all:
 //!
 //! ```text
 //! loop { device.wait(&mut external)?; …kicks, control…; signals = device.run(); }
@@ -19,21 +20,20 @@ mod connection;
 mod device;
 mod handshake;
 mod host;
-mod log;
 mod muxer;
 mod packet;
 mod poller;
 mod ring;
 mod sys;
+mod virtio;
 
 pub use device::{Device, EVENT_QUEUE, FEATURES, QUEUE_SIZE, QUEUES, RX_QUEUE, Signals, TX_QUEUE};
 pub use host::SocketDir;
-pub use log::Log;
+pub use virtio::Virtio;
+
+pub use crate::{log::Log, virtio::Memory};
 
 use std::time::Duration;
-
-/// Guest memory as the device uses it.
-pub type Memory = vm_memory::GuestMemoryMmap<()>;
 
 /// The host's context identifier (virtio 1.3 §5.10.4).
 pub const HOST_CID: u64 = 2;

@@ -109,6 +109,17 @@ impl Muxer {
         self.live
     }
 
+    /// The host port that the next connection from the host gets.
+    pub(super) fn next_port(&self) -> u32 {
+        self.next_port
+    }
+
+    /// Goes on from another device's [`Self::next_port`]: its guest may still hold
+    /// sockets of the ports before.
+    pub(super) fn set_next_port(&mut self, port: u32) {
+        self.next_port = HOST_PORTS | (port & (HOST_PORTS - 1));
+    }
+
     // --- Slots. A connection is taken out while it is worked on and then either
     // settled or dropped; its identity survives neither.
 

@@ -1,6 +1,6 @@
 //! epoll, with one namespace of tokens for the device and its owner.
 
-use std::os::fd::AsFd;
+use std::os::fd::{AsFd, BorrowedFd};
 
 use nix::{
     errno::Errno,
@@ -12,7 +12,7 @@ const EXTERNAL: u64 = 1 << 63;
 /// The listening socket.
 const LISTENER: u64 = EXTERNAL - 1;
 /// Events taken from the kernel per call.
-const BATCH: usize = 64;
+pub(super) const BATCH: usize = 64;
 
 /// Who an event is for.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
@@ -53,6 +53,11 @@ impl Poller {
     pub(super) fn new() -> Result<Poller, Errno> {
         let epoll = Epoll::new(EpollCreateFlags::EPOLL_CLOEXEC)?;
         Ok(Poller { epoll })
+    }
+
+    /// Readable when [`Self::wait`] would return at once.
+    pub(super) fn fd(&self) -> BorrowedFd<'_> {
+        self.epoll.0.as_fd()
     }
 
     /// Watches for input and hang-up, and for room to write if `output`.

@@ -30,7 +30,7 @@ impl Log {
     }
 
     /// Writes the message unless too many came before it.
-    pub(super) fn say(&mut self, message: fmt::Arguments<'_>) {
+    pub fn say(&mut self, message: fmt::Arguments<'_>) {
         let now = Instant::now();
         if now.duration_since(self.since) >= PERIOD {
             if self.dropped > 0 {
