@@ -13,7 +13,7 @@ use crate::values::{Cpus, EnvVar, Size, VolumeArg};
     version,
     max_term_width = 100,
     after_help = "Environment: WALNUT_ROOT (images and containers), WALNUT_RUN (sockets), WALNUT_LIB \
-                  (kernel and helpers), WALNUT_DRIVER (auto, qemu-kvm, qemu-tcg), WALNUT_BOOT_TIMEOUT (seconds, \
+                  (kernel and helpers), WALNUT_DRIVER (auto, vmm, qemu-kvm, qemu-tcg), WALNUT_BOOT_TIMEOUT (seconds, \
                   60), WALNUT_LOG (debug, info, …)."
 )]
 pub(crate) struct Cli {
@@ -122,8 +122,8 @@ pub(crate) struct RunArgs {
     /// When to ask the registry for the image
     #[arg(long, value_enum, default_value_t)]
     pub(crate) pull: PullWhen,
-    /// Machine driver (auto, qemu-kvm, qemu-tcg)
-    #[arg(long, value_name = "DRIVER", value_parser = ["auto", "qemu-kvm", "qemu-tcg"])]
+    /// Machine driver (auto, vmm, qemu-kvm, qemu-tcg)
+    #[arg(long, value_name = "DRIVER", value_parser = ["auto", "vmm", "qemu-kvm", "qemu-tcg"])]
     pub(crate) driver: Option<String>,
     /// Image, by name or ID
     pub(crate) image: String,

@@ -17,11 +17,7 @@ pub(crate) fn check(args: &CheckArgs) -> Result<u8> {
         None => Assets::find().map_or_else(|_| "/usr/lib/walnut".into(), |a| a.dir),
     };
     let assets = Assets { dir };
-    let programs = Programs {
-        qemu: None,
-        vsock: assets.vsock(),
-        cache: None,
-    };
+    let programs = Programs::new(&assets.dir);
     let files = machine::Assets {
         kernel: assets.kernel(),
         initramfs: assets.initramfs(),

@@ -9,15 +9,15 @@ use walnut_machine::{DriverChoice, MachineSpec, Programs};
 
 fn main() -> Result<(), Box<dyn Error>> {
     let args: Vec<String> = std::env::args().skip(1).collect();
-    let [kernel, initramfs, vsock, ..] = args.as_slice() else {
-        return Err("usage: boot KERNEL INITRAMFS WALNUT-VSOCK [RUNS [WORD…]]".into());
+    let [kernel, initramfs, own, ..] = args.as_slice() else {
+        return Err("usage: boot KERNEL INITRAMFS PROGRAMS [RUNS [WORD…]]".into());
     };
     let runs = args.get(3).map_or(Ok(5), |runs| runs.parse())?;
     tracing_subscriber::fmt()
         .with_max_level(tracing::Level::DEBUG)
         .without_time()
         .init();
-    let driver = walnut_machine::driver(DriverChoice::QemuTcg, &Programs::new(vsock.into()))?;
+    let driver = walnut_machine::driver(DriverChoice::QemuTcg, &Programs::new(own.as_ref()))?;
     let runtime = tokio::runtime::Builder::new_current_thread()
         .enable_all()
         .build()?;

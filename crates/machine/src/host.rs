@@ -75,7 +75,13 @@ impl HostReport {
             cores(),
             memory(),
             kvm_item(&kvm),
-            qemu(programs),
+            file(
+                "walnut-vmm",
+                &programs.vmm,
+                is_executable,
+                "build or reinstall Walnut",
+            ),
+            qemu(programs, &kvm),
             file(
                 "vsock device",
                 &programs.vsock,
@@ -183,7 +189,16 @@ fn kvm_item(kvm: &KvmStatus) -> HostItem {
     item("kvm", Level::Warn, kvm.to_string(), advice)
 }
 
-fn qemu(programs: &Programs) -> HostItem {
+/// QEMU, without which a host with KVM does well.
+fn qemu(programs: &Programs, kvm: &KvmStatus) -> HostItem {
+    let mut item = emulator(programs);
+    if item.status == Level::Missing && matches!(kvm, KvmStatus::Usable { .. }) {
+        item.status = Level::Warn;
+    }
+    item
+}
+
+fn emulator(programs: &Programs) -> HostItem {
     const ADVICE: &str = "on Debian: apt-get install qemu-system-x86";
     let found = match &programs.qemu {
         Some(path) => Ok(path.clone()),
@@ -323,11 +338,7 @@ mod tests {
     use super::*;
 
     fn programs() -> Programs {
-        Programs {
-            qemu: None,
-            vsock: "/nowhere/walnut-vsock".into(),
-            cache: None,
-        }
+        Programs::new(Path::new("/nowhere"))
     }
 
     #[test]

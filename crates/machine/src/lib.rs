@@ -12,12 +12,17 @@
 //! This crate knows hypervisors and nothing of containers, images or front
 //! ends.
 
+mod agent;
+mod console;
 mod error;
+mod files;
 mod host;
 pub mod kvm_probe;
 pub mod process;
 pub mod qemu;
 mod select;
+mod spec;
+pub mod vmm;
 
 use std::{fmt, path::PathBuf, time::Duration};
 

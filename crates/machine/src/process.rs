@@ -29,6 +29,7 @@ use std::{
 pub(crate) use child::quotable;
 pub use child::{Child, Status};
 pub use tail::Tail;
+pub(crate) use tail::pipe;
 
 /// How much of a process's standard error is kept, in bytes.
 const STDERR_MAX: usize = 4096;

@@ -8,6 +8,7 @@ use crate::{
     Driver, Error,
     kvm_probe::{self, KvmStatus},
     qemu::{Accel, Qemu},
+    vmm::Vmm,
 };
 
 /// Programs the drivers start.
@@ -15,19 +16,22 @@ use crate::{
 pub struct Programs {
     /// QEMU; `None` searches `PATH` for `qemu-system-x86_64`.
     pub qemu: Option<PathBuf>,
-    /// Walnut's own `walnut-vsock`.
+    /// Walnut's own `walnut-vsock`, which QEMU's machines need.
     pub vsock: PathBuf,
+    /// Walnut's own `walnut-vmm`.
+    pub vmm: PathBuf,
     /// A directory in which the KVM probe's verdict is kept, if anywhere.
     pub cache: Option<PathBuf>,
 }
 
 impl Programs {
-    /// Walnut's own `vsock` and the QEMU of `PATH`; the KVM probe's verdict is
-    /// not kept.
-    pub fn new(vsock: PathBuf) -> Self {
+    /// Walnut's own programs in the directory `own` and the QEMU of `PATH`; the
+    /// KVM probe's verdict is not kept.
+    pub fn new(own: &Path) -> Self {
         Self {
             qemu: None,
-            vsock,
+            vsock: own.join("walnut-vsock"),
+            vmm: own.join("walnut-vmm"),
             cache: None,
         }
     }
@@ -37,9 +41,11 @@ impl Programs {
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Default, Serialize, Deserialize)]
 #[serde(rename_all = "kebab-case")]
 pub enum DriverChoice {
-    /// KVM where it works, software emulation where not.
+    /// Walnut's own VMM where KVM works, software emulation where not.
     #[default]
     Auto,
+    /// Walnut's own VMM on KVM, or nothing.
+    Vmm,
     /// QEMU on KVM, or nothing.
     QemuKvm,
     /// QEMU's software emulation.
@@ -52,10 +58,11 @@ impl std::str::FromStr for DriverChoice {
     fn from_str(name: &str) -> Result<Self, Error> {
         match name {
             "auto" => Ok(Self::Auto),
+            "vmm" => Ok(Self::Vmm),
             "qemu-kvm" => Ok(Self::QemuKvm),
             "qemu-tcg" => Ok(Self::QemuTcg),
             _ => Err(Error::Other(format!(
-                "driver {name:?} is unknown; use auto, qemu-kvm or qemu-tcg"
+                "driver {name:?} is unknown; use auto, vmm, qemu-kvm or qemu-tcg"
             ))),
         }
     }
@@ -65,6 +72,8 @@ impl std::str::FromStr for DriverChoice {
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, Deserialize)]
 #[serde(rename_all = "kebab-case")]
 pub enum DriverKind {
+    /// Walnut's own VMM on KVM.
+    Vmm,
     /// QEMU on KVM.
     QemuKvm,
     /// QEMU's software emulation.
@@ -75,6 +84,7 @@ impl DriverKind {
     /// Its name for people.
     pub fn name(self) -> &'static str {
         match self {
+            Self::Vmm => "vmm",
             Self::QemuKvm => "qemu-kvm",
             Self::QemuTcg => "qemu-tcg",
         }
@@ -90,8 +100,8 @@ pub struct Chosen {
     pub reason: String,
 }
 
-/// What `choice` leads to on a host whose KVM is `kvm`. Fails only for
-/// [`DriverChoice::QemuKvm`] where KVM does not work.
+/// What `choice` leads to on a host whose KVM is `kvm`. Fails only where a driver
+/// was asked for by name that needs KVM, and KVM does not work.
 pub fn choose(choice: DriverChoice, kvm: &KvmStatus) -> Result<Chosen, Error> {
     let usable = matches!(kvm, KvmStatus::Usable { .. });
     let (driver, reason) = match choice {
@@ -103,13 +113,18 @@ pub fn choose(choice: DriverChoice, kvm: &KvmStatus) -> Result<Chosen, Error> {
             DriverKind::QemuTcg,
             format!("software emulation, because {kvm}"),
         ),
-        DriverChoice::QemuKvm if !usable => {
+        DriverChoice::Vmm | DriverChoice::QemuKvm if !usable => {
+            let driver = match choice {
+                DriverChoice::Vmm => "vmm",
+                _ => "qemu-kvm",
+            };
             return Err(Error::Unusable {
-                driver: "qemu-kvm",
+                driver,
                 reason: kvm.to_string(),
             });
         }
-        DriverChoice::Auto | DriverChoice::QemuKvm => (DriverKind::QemuKvm, kvm.to_string()),
+        DriverChoice::QemuKvm => (DriverKind::QemuKvm, kvm.to_string()),
+        DriverChoice::Auto | DriverChoice::Vmm => (DriverKind::Vmm, kvm.to_string()),
     };
     Ok(Chosen { driver, reason })
 }
@@ -130,6 +145,7 @@ pub fn driver(choice: DriverChoice, programs: &Programs) -> Result<Box<dyn Drive
         "driver chosen"
     );
     let accel = match chosen.driver {
+        DriverKind::Vmm => return Ok(Box::new(Vmm::new(programs.vmm.clone()))),
         DriverKind::QemuKvm => Accel::Kvm,
         DriverKind::QemuTcg => Accel::Tcg,
     };
@@ -188,6 +204,8 @@ mod tests {
             micros: 4000,
         };
         let chosen = choose(DriverChoice::Auto, &usable).unwrap();
+        assert_eq!(chosen.driver, DriverKind::Vmm);
+        let chosen = choose(DriverChoice::QemuKvm, &usable).unwrap();
         assert_eq!(chosen.driver, DriverKind::QemuKvm);
     }
 

@@ -12,7 +12,7 @@ use std::{
     time::{Duration, Instant},
 };
 
-use guest::{ask, initramfs, kernel, vsock};
+use guest::{ask, initramfs, kernel, own};
 use tempfile::TempDir;
 use tokio::io::{AsyncReadExt, AsyncWriteExt};
 use walnut_machine::{Disk, Driver, DriverChoice, Error, Exit, Machine, MachineSpec, Programs};
@@ -21,7 +21,7 @@ use walnut_machine::{Disk, Driver, DriverChoice, Error, Exit, Machine, MachineSp
 const BOOT: Duration = Duration::from_secs(60);
 
 fn driver() -> Box<dyn Driver> {
-    walnut_machine::driver(DriverChoice::QemuTcg, &Programs::new(vsock())).unwrap()
+    walnut_machine::driver(DriverChoice::QemuTcg, &Programs::new(&own())).unwrap()
 }
 
 fn spec(run_dir: &TempDir, test: &str) -> MachineSpec {
@@ -320,7 +320,7 @@ async fn what_cannot_start_says_why_and_leaves_nothing() {
     );
     let programs = Programs {
         vsock: "/bin/false".into(),
-        ..Programs::new(vsock())
+        ..Programs::new(&own())
     };
     let driver = walnut_machine::driver(DriverChoice::QemuTcg, &programs).unwrap();
     let error = driver

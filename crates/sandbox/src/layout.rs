@@ -182,11 +182,6 @@ impl Assets {
     pub fn shim(&self) -> PathBuf {
         self.dir.join("containerd-shim-walnut-v2")
     }
-
-    /// The vsock device.
-    pub fn vsock(&self) -> PathBuf {
-        self.dir.join("walnut-vsock")
-    }
 }
 
 #[cfg(test)]

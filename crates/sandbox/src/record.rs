@@ -94,7 +94,7 @@ pub struct Record {
     pub auto_remove: bool,
     /// Has a terminal.
     pub terminal: bool,
-    /// Machine driver, once started: `qemu-tcg`, `qemu-kvm`.
+    /// Machine driver, once started: `vmm`, `qemu-kvm`, `qemu-tcg`.
     #[serde(default)]
     pub driver: Option<String>,
     /// Guest memory in bytes, once started.

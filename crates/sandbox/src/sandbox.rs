@@ -710,9 +710,8 @@ async fn boot(
     step: impl Fn(&str),
 ) -> Result<(&'static str, Box<dyn Machine>)> {
     let programs = Programs {
-        qemu: None,
-        vsock: config.assets.vsock(),
         cache: config.cache.clone(),
+        ..Programs::new(&config.assets.dir)
     };
     let driver = walnut_machine::driver(config.driver, &programs)?;
     let spec = MachineSpec {

@@ -20,7 +20,7 @@ async fn a_guest_reads_and_writes_what_it_may() {
     };
     let volumes = [volume(&ro, true), volume(&rw, false)];
     let shared = VirtioFs::start(&volumes, run.path()).await.unwrap();
-    let programs = Programs::new(guest::vsock());
+    let programs = Programs::new(&guest::own());
     let driver = walnut_machine::driver(DriverChoice::QemuTcg, &programs).unwrap();
     let spec = MachineSpec {
         id: "share".into(),

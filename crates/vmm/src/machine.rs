@@ -40,6 +40,8 @@ pub(crate) struct Machine {
     bus: Arc<Bus>,
     /// What keeps KVM's machine alive; nothing is asked of it any more.
     _vm: Arc<VmFd>,
+    /// The mapping that KVM reads and writes.
+    _memory: Memory,
 }
 
 /// The descriptors of a request, each to be taken once.
@@ -140,6 +142,7 @@ impl Machine {
             vcpus,
             bus,
             _vm: vm,
+            _memory: memory,
         })
     }
 

@@ -11,6 +11,7 @@ use std::{
     process::{Child, Command, Stdio},
 };
 
+use walnut_initramfs::Archive;
 use walnut_vmm_api::{
     Channel, Config, End, Event, FdIndex, Jail, Message, Received, Reply, Request, VERSION, pair,
 };
@@ -31,7 +32,9 @@ struct Vmm {
 
 /// An init that does what the kernel command line's `test=` says.
 fn initramfs() -> PathBuf {
-    let dir = Path::new(env!("CARGO_TARGET_TMPDIR")).join("vmm-guest");
+    // Of the process, because tests may run beside each other.
+    let name = format!("vmm-guest-{}", std::process::id());
+    let dir = Path::new(env!("CARGO_TARGET_TMPDIR")).join(name);
     std::fs::create_dir_all(&dir).unwrap();
     let init = dir.join("init");
     let source = repository().join("crates/vmm/tests/guest/init.c");
@@ -41,14 +44,12 @@ fn initramfs() -> PathBuf {
         .status()
         .unwrap();
     assert!(status.success(), "cc {}", source.display());
-    let file = dir.join(format!("initramfs-{}", std::process::id()));
-    let mut cpio = Command::new("sh")
-        .args(["-c", "echo init | cpio --quiet -o -H newc"])
-        .current_dir(&dir)
-        .stdout(File::create(&file).unwrap())
-        .spawn()
-        .unwrap();
-    assert!(cpio.wait().unwrap().success());
+    let mut archive = Archive::with_init_nodes().unwrap();
+    archive.file("/init", &init, 0o755).unwrap();
+    let mut bytes = Vec::new();
+    archive.write_to(&mut bytes).unwrap();
+    let file = dir.join("initramfs");
+    std::fs::write(&file, bytes).unwrap();
     file
 }
 
@@ -140,10 +141,10 @@ fn boots_prints_and_resets() {
         let mut vmm = Vmm::spawn();
         assert_eq!(vmm.start("hello", vcpus), Ok(Reply::Done));
         let console = vmm.console();
-        println!("{console}");
-        assert!(console.contains("hello from init"), "{console}");
+        let end = vmm.hear();
+        assert!(console.contains("hello from init"), "{end:?} {console}");
         assert!(console.contains(&format!("vcpus {vcpus}")), "{console}");
-        assert_eq!(vmm.hear(), Some(Message::Event(Event::Ended(End::Reset))));
+        assert_eq!(end, Some(Message::Event(Event::Ended(End::Reset))));
         assert!(vmm.child.wait().unwrap().success());
     }
 }

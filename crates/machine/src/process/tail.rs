@@ -21,7 +21,7 @@ pub struct Tail {
 }
 
 /// A tail of at most `limit` bytes and the pipe that feeds it.
-pub(super) fn pipe(limit: usize) -> io::Result<(Arc<Tail>, OwnedFd)> {
+pub(crate) fn pipe(limit: usize) -> io::Result<(Arc<Tail>, OwnedFd)> {
     let (read, write) = rustix::pipe::pipe_with(rustix::pipe::PipeFlags::CLOEXEC)?;
     let tail = Arc::new(Tail {
         limit,

@@ -10,8 +10,7 @@ use crate::{Error, MachineSpec};
 /// then the kernel has no legacy timer: where the calibration of its TSC fails,
 /// as it does now and then under emulation, it hangs for ever.
 const SLOTS: usize = 8;
-/// QEMU's device lookups and the kernel's command line bound these.
-const ID_MAX: usize = 128;
+/// The kernel's bound.
 const CMDLINE_MAX: usize = 2048;
 
 /// How a guest's vCPUs and clock run.
@@ -44,47 +43,12 @@ pub(super) struct Fds {
 
 /// Refuses what cannot be turned into a machine, with a sentence.
 pub(super) fn check(spec: &MachineSpec) -> Result<(), Error> {
-    match problem(spec) {
-        None => Ok(()),
-        Some(problem) => Err(Error::Spec {
-            id: spec.id.chars().take(ID_MAX).collect(),
-            problem,
-        }),
-    }
+    crate::spec::refuse(spec, problem(spec))
 }
 
 fn problem(spec: &MachineSpec) -> Option<String> {
-    let word = |s: &str, max: usize| {
-        (1..=max).contains(&s.len())
-            && s.bytes()
-                .all(|b| b.is_ascii_alphanumeric() || b"_.-".contains(&b))
-    };
-    if !word(&spec.id, ID_MAX) {
-        return Some(format!("the name must be 1–{ID_MAX} of A-Z a-z 0-9 _ . -"));
-    }
-    if !(1..=32).contains(&spec.vcpus) {
-        return Some(format!(
-            "{} vCPUs were asked for; 1 to 32 can be had",
-            spec.vcpus
-        ));
-    }
-    if spec.memory == 0 || !spec.memory.is_multiple_of(1 << 20) {
-        return Some(format!(
-            "{} bytes of memory are not a multiple of 1 MiB",
-            spec.memory
-        ));
-    }
-    if let Some(disk) = spec.disks.iter().find(|d| !word(&d.serial, 20)) {
-        return Some(format!(
-            "disk serial {:?} is not 1–20 of A-Z a-z 0-9 _ . -",
-            disk.serial
-        ));
-    }
-    if let Some(share) = spec.shares.iter().find(|s| !word(&s.tag, 36)) {
-        return Some(format!(
-            "share tag {:?} is not 1–36 of A-Z a-z 0-9 _ . -",
-            share.tag
-        ));
+    if let Some(problem) = crate::spec::problem(spec) {
+        return Some(problem);
     }
     let devices = spec.disks.len() + spec.shares.len();
     if devices >= SLOTS {

@@ -1,9 +1,7 @@
 //! The life of one QEMU machine: its start, its readiness, its end.
 
 use std::{
-    io,
-    os::unix::net::{UnixListener as StdListener, UnixStream as StdStream},
-    path::{Path, PathBuf},
+    os::unix::net::UnixStream as StdStream,
     sync::{
         Arc, OnceLock,
         atomic::{AtomicBool, Ordering},
@@ -12,27 +10,17 @@ use std::{
 };
 
 use async_trait::async_trait;
-use tokio::{
-    io::AsyncReadExt,
-    net::{UnixListener, UnixStream},
-    sync::{Mutex, watch},
-};
-use walnut_protocol::{READY_LINE_MAX, READY_PORT, connect_hybrid, parse_ready_line};
+use tokio::{net::UnixStream, sync::watch};
 
-use super::{
-    Accel, Qemu, command, console,
-    files::{self, Files},
-    qmp::Qmp,
-};
+use super::{Accel, Qemu, command, qmp::Qmp};
 use crate::{
     Error, Exit, Machine, MachineSpec, Pause,
-    process::{Child, Spawn, Status, quotable},
+    agent::{self, CONSOLE_MAX, Door, GUEST_CID, host, or_end},
+    console,
+    files::{self, Files},
+    process::{Child, Spawn, Status},
 };
 
-/// How much of the console is kept, in bytes.
-const CONSOLE_MAX: usize = 64 * 1024;
-/// The guest's vsock address. One guest per device, so all have the same.
-const GUEST_CID: u32 = 3;
 /// How long one process may outlive the other before it is killed, so that the
 /// one that ended first by itself is blamed.
 const GRACE: Duration = Duration::from_secs(1);
@@ -41,14 +29,13 @@ const GRACE: Duration = Duration::from_secs(1);
 #[derive(Debug)]
 pub(super) struct QemuMachine {
     shared: Arc<Shared>,
-    ready: Mutex<Ready>,
 }
 
 /// What the machine and its supervising task share.
 #[derive(Debug)]
 struct Shared {
     started: Instant,
-    sockets: Sockets,
+    door: Door,
     qemu: Child,
     vsock: Child,
     qmp: OnceLock<Qmp>,
@@ -57,81 +44,20 @@ struct Shared {
     exit: watch::Sender<Option<Exit>>,
 }
 
-/// The agent's call: waited for, or come.
-#[derive(Debug)]
-enum Ready {
-    Waiting(UnixListener),
-    Serves(u32),
-}
-
-/// The machine's names in the file system, removed with it.
-#[derive(Debug)]
-struct Sockets {
-    /// The vsock device's own.
-    uds: PathBuf,
-    /// Where the agent calls.
-    ready: PathBuf,
-}
-
-impl Sockets {
-    fn new(run_dir: &Path) -> Self {
-        Self {
-            uds: run_dir.join("vsock.sock"),
-            ready: run_dir.join(format!("vsock.sock_{READY_PORT}")),
-        }
-    }
-
-    fn remove(&self) {
-        for socket in [&self.uds, &self.ready] {
-            // Most often it is gone already.
-            let _ = std::fs::remove_file(socket);
-        }
-    }
-}
-
-impl Drop for Sockets {
-    fn drop(&mut self) {
-        self.remove();
-    }
-}
-
-fn listen(path: &Path) -> Result<StdListener, Error> {
-    StdListener::bind(path).map_err(|source| Error::File {
-        what: "listen on",
-        path: path.to_owned(),
-        source,
-    })
-}
-
-fn host(what: &'static str) -> impl Fn(io::Error) -> Error {
-    move |source| Error::Host {
-        what: what.to_owned(),
-        source,
-    }
-}
-
 impl QemuMachine {
     pub(super) async fn start(driver: &Qemu, spec: MachineSpec) -> Result<Self, Error> {
         let started = Instant::now();
         command::check(&spec)?;
         let files = Files::open(&spec, files::drops_privileges(driver.accel))?;
-        let sockets = Sockets::new(&spec.run_dir);
-        sockets.remove();
-        let listener = listen(&sockets.ready)?;
-        listener
-            .set_nonblocking(true)
-            .map_err(host("prepare the agent's socket"))?;
-        let listener =
-            UnixListener::from_std(listener).map_err(host("watch the agent's socket"))?;
-
-        let (vsock, to_vsock) = spawn_vsock(driver, &sockets)?;
+        let door = Door::open(&spec.run_dir, "vsock.sock")?;
+        let (vsock, to_vsock) = spawn_vsock(driver, &door)?;
         step(started, "vsock spawned");
         let (qemu, to_qmp) = spawn_qemu(driver, &spec, files, to_vsock, vsock.pid())?;
         step(started, "qemu spawned");
 
         let shared = Arc::new(Shared {
             started,
-            sockets,
+            door,
             qemu,
             vsock,
             qmp: OnceLock::new(),
@@ -141,7 +67,6 @@ impl QemuMachine {
         // From here on a drop of `machine` ends both processes.
         let machine = Self {
             shared: Arc::clone(&shared),
-            ready: Mutex::new(Ready::Waiting(listener)),
         };
         tokio::spawn(Arc::clone(&shared).supervise());
         shared.attach_monitor(to_qmp).await?;
@@ -151,7 +76,7 @@ impl QemuMachine {
 }
 
 /// Starts the vsock device; the other end of its vhost-user socket is returned.
-fn spawn_vsock(driver: &Qemu, sockets: &Sockets) -> Result<(Child, StdStream), Error> {
+fn spawn_vsock(driver: &Qemu, door: &Door) -> Result<(Child, StdStream), Error> {
     let (ours, theirs) = StdStream::pair().map_err(host("make the vsock device's socket"))?;
     let mut spawn = Spawn::new("walnut-vsock", &driver.vsock);
     let fd = spawn.inherit(theirs);
@@ -159,7 +84,7 @@ fn spawn_vsock(driver: &Qemu, sockets: &Sockets) -> Result<(Child, StdStream), E
         .arg("--vhost-fd")
         .arg(fd.to_string())
         .arg("--uds")
-        .arg(&sockets.uds)
+        .arg(door.uds())
         .arg("--cid")
         .arg(GUEST_CID.to_string())
         .arg("--die-with-parent");
@@ -242,7 +167,7 @@ impl Shared {
         self.vsock.kill();
         self.qemu.wait().await;
         self.vsock.wait().await;
-        self.sockets.remove();
+        self.door.close();
         let exit = match self.stopping.load(Ordering::Relaxed) {
             true => Exit::Stopped,
             false => exit,
@@ -299,18 +224,6 @@ impl Shared {
         }
     }
 
-    /// `attempt`, or the machine's end if that comes first.
-    async fn or_end<T>(
-        &self,
-        what: &'static str,
-        attempt: impl Future<Output = Result<T, Error>>,
-    ) -> Result<T, Error> {
-        tokio::select! {
-            result = attempt => result,
-            exit = self.ended() => Err(Error::Ended { what, exit }),
-        }
-    }
-
     fn kill(&self) {
         self.stopping.store(true, Ordering::Relaxed);
         self.qemu.kill();
@@ -329,42 +242,27 @@ async fn sentence(child: &Child, status: Status) -> String {
 #[async_trait]
 impl Machine for QemuMachine {
     async fn ready(&self, deadline: Duration) -> Result<u32, Error> {
-        let mut ready = self.ready.lock().await;
-        let listener = match &*ready {
-            Ready::Serves(protocol) => return Ok(*protocol),
-            Ready::Waiting(listener) => listener,
-        };
-        let call = self.shared.or_end("wait for the agent", heard(listener));
-        let protocol = match tokio::time::timeout(deadline, call).await {
-            Ok(Err(Error::Ended {
-                what,
-                exit: Exit::Stopped,
-            })) => {
-                return Err(Error::Ended {
-                    what,
-                    exit: self.stopped_early(),
-                });
-            }
-            Ok(result) => result?,
-            Err(_) => {
-                let hint = console::hint(&self.console_tail());
-                return Err(Error::NotReady { deadline, hint });
+        let early = async {
+            match self.shared.ended().await {
+                Exit::Stopped if !self.shared.stopping.load(Ordering::Relaxed) => {
+                    agent::stopped_early(&self.console_tail())
+                }
+                exit => exit,
             }
         };
-        *ready = Ready::Serves(protocol);
-        let _ = std::fs::remove_file(&self.shared.sockets.ready);
+        let door = &self.shared.door;
+        let protocol = door.ready(deadline, early, || self.console_tail()).await?;
         step(self.shared.started, "agent ready");
         Ok(protocol)
     }
 
     async fn connect(&self, port: u32) -> Result<UnixStream, Error> {
-        let what = "connect to the guest";
         let exit = self.shared.exit.borrow().clone();
         if let Some(exit) = exit {
+            let what = "connect to the guest";
             return Err(Error::Ended { what, exit });
         }
-        let attempt = async { Ok(connect_hybrid(&self.shared.sockets.uds, port).await?) };
-        self.shared.or_end(what, attempt).await
+        self.shared.door.connect(port, self.shared.ended()).await
     }
 
     async fn wait(&self) -> Exit {
@@ -393,26 +291,6 @@ impl Machine for QemuMachine {
     }
 }
 
-/// The agent's protocol, from the first connection of the guest.
-async fn heard(listener: &UnixListener) -> Result<u32, Error> {
-    let (stream, _) = listener.accept().await.map_err(host("hear the agent"))?;
-    let mut words = Vec::with_capacity(READY_LINE_MAX);
-    let mut line = stream.take(u64::try_from(READY_LINE_MAX).unwrap_or(64));
-    while !words.ends_with(b"\n") {
-        let n = line
-            .read_buf(&mut words)
-            .await
-            .map_err(host("hear the agent"))?;
-        if n == 0 {
-            break;
-        }
-    }
-    let words = String::from_utf8_lossy(&words);
-    parse_ready_line(&words).ok_or_else(|| Error::BadReady {
-        words: quotable(&words),
-    })
-}
-
 #[async_trait]
 impl Pause for QemuMachine {
     async fn pause(&self) -> Result<(), Error> {
@@ -425,16 +303,6 @@ impl Pause for QemuMachine {
 }
 
 impl QemuMachine {
-    /// A guest that ends before its agent serves has not done what was asked of
-    /// it, however orderly its end looks from outside.
-    fn stopped_early(&self) -> Exit {
-        if self.shared.stopping.load(Ordering::Relaxed) {
-            return Exit::Stopped;
-        }
-        let hint = console::hint(&self.console_tail());
-        Exit::Failed(format!("the guest restarted while it booted; {hint}"))
-    }
-
     async fn monitor(&self, what: &'static str, command: &str) -> Result<(), Error> {
         let Some(qmp) = self.shared.qmp.get() else {
             return Err(Error::Monitor {
@@ -443,7 +311,7 @@ impl QemuMachine {
             });
         };
         let attempt = async { qmp.execute(command).await.map(drop) };
-        self.shared.or_end(what, attempt).await
+        or_end(what, attempt, self.shared.ended()).await
     }
 }
 
@@ -452,6 +320,6 @@ impl Drop for QemuMachine {
         self.shared.kill();
         self.shared.qemu.reap_blocking();
         self.shared.vsock.reap_blocking();
-        self.shared.sockets.remove();
+        self.shared.door.close();
     }
 }

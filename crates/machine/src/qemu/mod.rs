@@ -3,18 +3,14 @@
 //!
 //! Two processes per machine: QEMU and `walnut-vsock`, which serves the vsock
 //! device through vhost-user, so that no vhost-vsock module is needed.
-//! `machine` owns their life, `command` writes the command line, `files` opens
-//! what QEMU may touch, `qmp` talks to its monitor, `console` reads a guest's
-//! last words.
+//! `machine` owns their life, `command` writes the command line, `qmp` talks to its monitor.
 //!
 //! QEMU gets descriptors, not paths: kernel, initramfs, disks, sockets and the
 //! monitor are opened here and inherited. Where this process is root, QEMU runs
-//! as a user of its own (`files::identity`), in an empty network namespace,
+//! as a user of its own ([`crate::files`]), in an empty network namespace,
 //! under its own seccomp filter.
 
 mod command;
-mod console;
-mod files;
 mod machine;
 mod qmp;
 mod tsc;

@@ -33,11 +33,15 @@ pub fn kernel() -> PathBuf {
     )
 }
 
-/// `walnut-vsock` beside this test's own target directory.
-pub fn vsock() -> PathBuf {
+/// Walnut's own programs: this test's own target directory.
+pub fn own() -> PathBuf {
     let exe = std::env::current_exe().unwrap();
-    let built = exe.parent().unwrap().parent().unwrap().join("walnut-vsock");
-    needed(built, "cargo build --release -p walnut-devices")
+    let own = exe.parent().unwrap().parent().unwrap().to_owned();
+    needed(
+        own.join("walnut-vsock"),
+        "cargo build --release -p walnut-devices",
+    );
+    own
 }
 
 /// The test init as an initramfs, compiled once.

@@ -8,7 +8,7 @@ const OMENS: [&str; 2] = ["Kernel panic - not syncing: ", "walnut-agent: fatal: 
 /// The sentence with which the guest ended, if its console holds one. An agent
 /// that gives up says so before its exit makes the kernel panic, so the first
 /// sentence of the tail is the cause.
-pub(super) fn last_words(console: &str) -> Option<String> {
+pub(crate) fn last_words(console: &str) -> Option<String> {
     console.lines().find_map(|line| {
         let start = OMENS
             .iter()
@@ -21,7 +21,7 @@ pub(super) fn last_words(console: &str) -> Option<String> {
 }
 
 /// A hint for people to what the guest was doing: its console's last line.
-pub(super) fn hint(console: &str) -> String {
+pub(crate) fn hint(console: &str) -> String {
     let line = console.lines().rev().find(|l| !l.trim().is_empty());
     match line {
         Some(line) => format!("its console ends with {:?}", quotable(line)),

@@ -1,5 +1,5 @@
-//! What QEMU may touch, opened by the supervisor and inherited by QEMU, and
-//! the user QEMU becomes.
+//! What a hypervisor may touch, opened by the supervisor and handed over, and the
+//! user it becomes.
 
 use std::{
     fs::{File, OpenOptions},
@@ -14,8 +14,7 @@ use std::{
     path::Path,
 };
 
-use super::Accel;
-use crate::{Disk, Error, MachineSpec, Share, process::Identity};
+use crate::{Disk, Error, MachineSpec, Share, process::Identity, qemu::Accel};
 
 /// First of 4 million user IDs that no distribution and no container range
 /// uses (systemd.io/UIDS-GIDS: 1879048192–2147483647 is free).
@@ -23,16 +22,16 @@ const UID_BASE: u32 = 1_900_000_000;
 
 /// Everything a machine opens, in the order of its specification.
 #[derive(Debug)]
-pub(super) struct Files {
-    pub(super) kernel: OwnedFd,
-    pub(super) initramfs: OwnedFd,
-    pub(super) disks: Vec<OwnedFd>,
+pub(crate) struct Files {
+    pub(crate) kernel: OwnedFd,
+    pub(crate) initramfs: OwnedFd,
+    pub(crate) disks: Vec<OwnedFd>,
     /// Connections to the back ends of the shares.
-    pub(super) shares: Vec<OwnedFd>,
+    pub(crate) shares: Vec<OwnedFd>,
 }
 
 impl Files {
-    pub(super) fn open(spec: &MachineSpec, private: bool) -> Result<Self, Error> {
+    pub(crate) fn open(spec: &MachineSpec, private: bool) -> Result<Self, Error> {
         let disks: Result<_, _> = spec.disks.iter().map(open_disk).collect();
         let shares: Result<_, _> = spec.shares.iter().map(connect_share).collect();
         Ok(Self {
@@ -106,27 +105,38 @@ fn connect_share(share: &Share) -> Result<OwnedFd, Error> {
         })
 }
 
-/// The user a QEMU of this process runs as: none other where this process is
-/// not root or has no such IDs (a user namespace). `unique` is the PID of a
-/// process that lives as long, so no two machines of a host share a user.
-pub(super) fn identity(accel: Accel, unique: u32) -> Option<Identity> {
-    if !drops_privileges(accel) {
+/// A user of a machine's own, if this process may give it one. `unique` as below.
+pub(crate) fn own_identity(unique: u32) -> Option<Identity> {
+    if !rustix::process::geteuid().is_root() || !ids_exist() {
         return None;
     }
     let id = UID_BASE.checked_add(unique)?;
+    Some(Identity {
+        uid: id,
+        gid: id,
+        extra_group: None,
+    })
+}
+
+/// The user a QEMU of this process runs as: none other where this process is
+/// not root or has no such IDs (a user namespace). `unique` is the PID of a
+/// process that lives as long, so no two machines of a host share a user.
+pub(crate) fn identity(accel: Accel, unique: u32) -> Option<Identity> {
+    if !drops_privileges(accel) {
+        return None;
+    }
     let extra_group = match accel {
         Accel::Kvm => std::fs::metadata("/dev/kvm").ok().map(|m| m.gid()),
         Accel::Tcg => None,
     };
-    Some(Identity {
-        uid: id,
-        gid: id,
+    own_identity(unique).map(|identity| Identity {
         extra_group,
+        ..identity
     })
 }
 
 /// Whether QEMU runs as another user than this process.
-pub(super) fn drops_privileges(accel: Accel) -> bool {
+pub(crate) fn drops_privileges(accel: Accel) -> bool {
     if !rustix::process::geteuid().is_root() || !ids_exist() {
         return false;
     }

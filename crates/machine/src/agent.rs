@@ -1,0 +1,172 @@
+//! The way to a guest's agent: the socket on which it calls when it serves, and
+//! the one through which its ports are reached. The same for every driver whose
+//! vsock device keeps the hybrid convention (`walnut_protocol::connect_hybrid`).
+
+use std::{
+    io,
+    os::unix::net::UnixListener as StdListener,
+    path::{Path, PathBuf},
+    time::Duration,
+};
+
+use tokio::{
+    io::AsyncReadExt,
+    net::{UnixListener, UnixStream},
+    sync::Mutex,
+};
+use walnut_protocol::{READY_LINE_MAX, READY_PORT, connect_hybrid, parse_ready_line};
+
+use crate::{Error, Exit, console, process::quotable};
+
+/// The guest's vsock address. One guest per device, so all have the same.
+pub(crate) const GUEST_CID: u32 = 3;
+/// How much of a console is kept, in bytes.
+pub(crate) const CONSOLE_MAX: usize = 64 * 1024;
+
+/// The agent's call: waited for, or come.
+#[derive(Debug)]
+enum Call {
+    Waiting(UnixListener),
+    Serves(u32),
+}
+
+/// A machine's sockets, removed with it.
+#[derive(Debug)]
+pub(crate) struct Door {
+    /// The vsock device's own.
+    uds: PathBuf,
+    /// Where the agent calls.
+    ready: PathBuf,
+    call: Mutex<Call>,
+}
+
+pub(crate) fn host(what: &'static str) -> impl Fn(io::Error) -> Error {
+    move |source| Error::Host {
+        what: what.to_owned(),
+        source,
+    }
+}
+
+impl Door {
+    /// Listens for the agent's call in `dir`, where the vsock device is to make
+    /// the socket `name`.
+    pub(crate) fn open(dir: &Path, name: &str) -> Result<Self, Error> {
+        let uds = dir.join(name);
+        let ready = dir.join(format!("{name}_{READY_PORT}"));
+        remove(&uds);
+        remove(&ready);
+        let listener = StdListener::bind(&ready).map_err(|source| Error::File {
+            what: "listen on",
+            path: ready.clone(),
+            source,
+        })?;
+        listener
+            .set_nonblocking(true)
+            .map_err(host("prepare the agent's socket"))?;
+        let listener =
+            UnixListener::from_std(listener).map_err(host("watch the agent's socket"))?;
+        Ok(Self {
+            uds,
+            ready,
+            call: Mutex::new(Call::Waiting(listener)),
+        })
+    }
+
+    /// The vsock device's own socket.
+    pub(crate) fn uds(&self) -> &Path {
+        &self.uds
+    }
+
+    /// Removes the sockets' names. Most often they are gone already.
+    pub(crate) fn close(&self) {
+        remove(&self.uds);
+        remove(&self.ready);
+    }
+
+    /// The protocol the agent speaks, once it has called; fails when `ended` comes
+    /// first. `console` is what the guest has printed.
+    pub(crate) async fn ready(
+        &self,
+        deadline: Duration,
+        ended: impl Future<Output = Exit>,
+        console: impl Fn() -> String,
+    ) -> Result<u32, Error> {
+        const WHAT: &str = "wait for the agent";
+        let mut call = self.call.lock().await;
+        let listener = match &*call {
+            Call::Serves(protocol) => return Ok(*protocol),
+            Call::Waiting(listener) => listener,
+        };
+        let answer = tokio::time::timeout(deadline, or_end(WHAT, heard(listener), ended)).await;
+        let protocol = match answer {
+            Ok(result) => result?,
+            Err(_) => {
+                let hint = console::hint(&console());
+                return Err(Error::NotReady { deadline, hint });
+            }
+        };
+        *call = Call::Serves(protocol);
+        remove(&self.ready);
+        Ok(protocol)
+    }
+
+    /// A connection to a port of the guest; fails when `ended` comes first.
+    pub(crate) async fn connect(
+        &self,
+        port: u32,
+        ended: impl Future<Output = Exit>,
+    ) -> Result<UnixStream, Error> {
+        let attempt = async { Ok(connect_hybrid(&self.uds, port).await?) };
+        or_end("connect to the guest", attempt, ended).await
+    }
+}
+
+impl Drop for Door {
+    fn drop(&mut self) {
+        self.close();
+    }
+}
+
+fn remove(path: &Path) {
+    // It fails when there is none, which is what is wanted.
+    let _ = std::fs::remove_file(path);
+}
+
+/// `attempt`, or the machine's end if that comes first.
+pub(crate) async fn or_end<T>(
+    what: &'static str,
+    attempt: impl Future<Output = Result<T, Error>>,
+    ended: impl Future<Output = Exit>,
+) -> Result<T, Error> {
+    tokio::select! {
+        result = attempt => result,
+        exit = ended => Err(Error::Ended { what, exit }),
+    }
+}
+
+/// The agent's protocol, from the first connection of the guest.
+async fn heard(listener: &UnixListener) -> Result<u32, Error> {
+    let (stream, _) = listener.accept().await.map_err(host("hear the agent"))?;
+    let mut words = Vec::with_capacity(READY_LINE_MAX);
+    let mut line = stream.take(u64::try_from(READY_LINE_MAX).unwrap_or(64));
+    while !words.ends_with(b"\n") {
+        let n = line
+            .read_buf(&mut words)
+            .await
+            .map_err(host("hear the agent"))?;
+        if n == 0 {
+            break;
+        }
+    }
+    let words = String::from_utf8_lossy(&words);
+    parse_ready_line(&words).ok_or_else(|| Error::BadReady {
+        words: quotable(&words),
+    })
+}
+
+/// A guest that ends before its agent serves has not done what was asked of it,
+/// however orderly its end looks from outside.
+pub(crate) fn stopped_early(console: &str) -> Exit {
+    let hint = console::hint(console);
+    Exit::Failed(format!("the guest restarted while it booted; {hint}"))
+}

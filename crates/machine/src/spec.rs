@@ -1,0 +1,54 @@
+//! What is wrong with a specification, whatever the driver.
+
+use crate::{Error, MachineSpec};
+
+/// Longest name of a machine.
+const ID_MAX: usize = 128;
+
+/// The error for `problem`, if there is one.
+pub(crate) fn refuse(spec: &MachineSpec, problem: Option<String>) -> Result<(), Error> {
+    match problem {
+        None => Ok(()),
+        Some(problem) => Err(Error::Spec {
+            id: spec.id.chars().take(ID_MAX).collect(),
+            problem,
+        }),
+    }
+}
+
+/// What no driver can make a machine from, as a sentence.
+pub(crate) fn problem(spec: &MachineSpec) -> Option<String> {
+    let word = |s: &str, max: usize| {
+        (1..=max).contains(&s.len())
+            && s.bytes()
+                .all(|b| b.is_ascii_alphanumeric() || b"_.-".contains(&b))
+    };
+    if !word(&spec.id, ID_MAX) {
+        return Some(format!("the name must be 1–{ID_MAX} of A-Z a-z 0-9 _ . -"));
+    }
+    if !(1..=32).contains(&spec.vcpus) {
+        return Some(format!(
+            "{} vCPUs were asked for; 1 to 32 can be had",
+            spec.vcpus
+        ));
+    }
+    if spec.memory == 0 || !spec.memory.is_multiple_of(1 << 20) {
+        return Some(format!(
+            "{} bytes of memory are not a multiple of 1 MiB",
+            spec.memory
+        ));
+    }
+    if let Some(disk) = spec.disks.iter().find(|d| !word(&d.serial, 20)) {
+        return Some(format!(
+            "disk serial {:?} is not 1–20 of A-Z a-z 0-9 _ . -",
+            disk.serial
+        ));
+    }
+    if let Some(share) = spec.shares.iter().find(|s| !word(&s.tag, 36)) {
+        return Some(format!(
+            "share tag {:?} is not 1–36 of A-Z a-z 0-9 _ . -",
+            share.tag
+        ));
+    }
+    None
+}

@@ -1,0 +1,343 @@
+//! The life of one machine on `walnut-vmm`.
+
+use std::{
+    fs::{File, OpenOptions},
+    os::{
+        fd::{AsFd, BorrowedFd, OwnedFd},
+        unix::fs::OpenOptionsExt,
+    },
+    path::{Path, PathBuf},
+    sync::{
+        Arc,
+        atomic::{AtomicBool, Ordering},
+    },
+    time::{Duration, Instant},
+};
+
+use async_trait::async_trait;
+use tokio::{net::UnixStream, sync::watch};
+use walnut_vmm_api::{self as api, Config, Device, End, FdIndex, Request};
+
+use super::{Vmm, control::Control};
+use crate::{
+    Error, Exit, Machine, MachineSpec, Pause,
+    agent::{self, CONSOLE_MAX, Door, GUEST_CID, host, or_end},
+    console,
+    files::Files,
+    process::{Child, Spawn, Status, Tail, pipe},
+    spec,
+};
+
+/// The directory of the vsock device's sockets, and its own socket's name in it.
+const SOCKET_DIR: &str = "vsock";
+const SOCKET: &str = "sock";
+/// Devices a machine may have; each takes a slot of the PCI bus.
+const DEVICES_MAX: usize = 24;
+
+/// A machine of [`Vmm`].
+#[derive(Debug)]
+pub(super) struct VmmMachine {
+    shared: Arc<Shared>,
+}
+
+/// What the machine and its supervising task share.
+#[derive(Debug)]
+struct Shared {
+    started: Instant,
+    door: Door,
+    dir: PathBuf,
+    vmm: Child,
+    console: Arc<Tail>,
+    control: Control,
+    /// The end was asked for.
+    stopping: AtomicBool,
+    exit: watch::Sender<Option<Exit>>,
+}
+
+/// The descriptors of the first request, in order.
+#[derive(Debug, Default)]
+struct Fds(Vec<OwnedFd>);
+
+impl Fds {
+    fn add(&mut self, fd: impl Into<OwnedFd>) -> FdIndex {
+        let index = u8::try_from(self.0.len()).unwrap_or(u8::MAX);
+        self.0.push(fd.into());
+        FdIndex(index)
+    }
+}
+
+fn check(spec: &MachineSpec) -> Result<(), Error> {
+    let devices = spec.disks.len() + spec.shares.len();
+    let problem = spec::problem(spec).or_else(|| {
+        (devices > DEVICES_MAX).then(|| {
+            format!("{devices} disks and shares were asked for; there is room for {DEVICES_MAX}")
+        })
+    });
+    spec::refuse(spec, problem)
+}
+
+fn kernel_cmdline(spec: &MachineSpec) -> String {
+    let words = [
+        "console=ttyS0",
+        "quiet",
+        "panic=-1",
+        "reboot=t",
+        "tsc=reliable",
+        "random.trust_cpu=on",
+        // Links that nobody asked for would show in every container.
+        "fb_tunnels=none",
+        "dummy.numdummies=0",
+    ];
+    let own = words.into_iter();
+    let words: Vec<_> = own.chain(spec.cmdline.iter().map(String::as_str)).collect();
+    words.join(" ")
+}
+
+fn open_kvm() -> Result<File, Error> {
+    OpenOptions::new()
+        .read(true)
+        .write(true)
+        .custom_flags(libc::O_CLOEXEC)
+        .open("/dev/kvm")
+        .map_err(|source| Error::File {
+            what: "open",
+            path: "/dev/kvm".into(),
+            source,
+        })
+}
+
+/// The directory of the vsock device's sockets, which becomes the VMM's root.
+fn socket_dir(run_dir: &Path) -> Result<(PathBuf, File), Error> {
+    let path = run_dir.join(SOCKET_DIR);
+    let error = |what| {
+        let path = path.clone();
+        move |source| Error::File { what, path, source }
+    };
+    use std::os::unix::fs::DirBuilderExt;
+    match std::fs::DirBuilder::new().mode(0o700).create(&path) {
+        Err(e) if e.kind() != std::io::ErrorKind::AlreadyExists => {
+            return Err(error("create directory")(e));
+        }
+        _ => {}
+    }
+    let dir = File::open(&path).map_err(error("open directory"))?;
+    Ok((path, dir))
+}
+
+fn config(spec: &MachineSpec, files: Files, dir: File, fds: &mut Fds) -> Result<Config, Error> {
+    let vcpus = u8::try_from(spec.vcpus).unwrap_or(u8::MAX);
+    let mut devices = vec![Device::Vsock {
+        cid: GUEST_CID.into(),
+        dir: fds.add(dir),
+        name: SOCKET.to_owned(),
+    }];
+    for (share, socket) in spec.shares.iter().zip(files.shares) {
+        devices.push(Device::Fs {
+            tag: share.tag.clone(),
+            socket: fds.add(socket),
+        });
+    }
+    for (disk, file) in spec.disks.iter().zip(files.disks) {
+        devices.push(Device::Block {
+            serial: disk.serial.clone(),
+            read_only: disk.read_only,
+            file: fds.add(file),
+        });
+    }
+    devices.extend([Device::Rng, Device::Balloon]);
+    Ok(Config {
+        version: api::VERSION,
+        kvm: fds.add(open_kvm()?),
+        vcpus,
+        max_vcpus: vcpus,
+        memory: spec.memory,
+        shared_memory: !spec.shares.is_empty(),
+        kernel: fds.add(files.kernel),
+        initramfs: Some(fds.add(files.initramfs)),
+        cmdline: kernel_cmdline(spec),
+        console: None,
+        devices,
+        jail: api::Jail::Full,
+    })
+}
+
+impl VmmMachine {
+    pub(super) async fn start(driver: &Vmm, spec: MachineSpec) -> Result<Self, Error> {
+        let started = Instant::now();
+        check(&spec)?;
+        let files = Files::open(&spec, false)?;
+        let (dir_path, dir) = socket_dir(&spec.run_dir)?;
+        let door = Door::open(&dir_path, SOCKET)?;
+        let mut fds = Fds::default();
+        let mut config = config(&spec, files, dir, &mut fds)?;
+        let (console, to_console) =
+            pipe(CONSOLE_MAX).map_err(host("make a pipe for the console"))?;
+        config.console = Some(fds.add(to_console));
+
+        let (ours, theirs) = api::pair().map_err(|e| Error::Other(e.to_string()))?;
+        let mut spawn = Spawn::new("walnut-vmm", &driver.program);
+        let number = spawn.inherit(OwnedFd::from(theirs));
+        spawn.args(["--control-fd", &number.to_string()]);
+        let vmm = spawn.spawn()?;
+        step(started, "vmm spawned");
+        let control = Control::new(ours)?;
+        let shared = Arc::new(Shared {
+            started,
+            door,
+            dir: dir_path,
+            vmm,
+            console,
+            control,
+            stopping: AtomicBool::new(false),
+            exit: watch::Sender::new(None),
+        });
+        // From here on a drop of `machine` ends the process.
+        let machine = Self {
+            shared: Arc::clone(&shared),
+        };
+        tokio::spawn(Arc::clone(&shared).supervise());
+        let request = Request::Start(Box::new(config));
+        let borrowed: Vec<BorrowedFd<'_>> = fds.0.iter().map(AsFd::as_fd).collect();
+        let attempt = shared.control.ask("start", &request, &borrowed);
+        or_end("start the machine", attempt, shared.ended()).await?;
+        step(started, "guest runs");
+        Ok(machine)
+    }
+
+    async fn ask(&self, what: &'static str, name: &str, request: &Request) -> Result<(), Error> {
+        let attempt = async { self.shared.control.ask(name, request, &[]).await.map(drop) };
+        or_end(what, attempt, self.shared.ended()).await
+    }
+}
+
+/// Where a start's milliseconds go: `RUST_LOG=walnut_machine=debug`.
+fn step(started: Instant, step: &'static str) {
+    let ms = started.elapsed().as_secs_f64() * 1000.0;
+    tracing::debug!(step, ms, "machine start");
+}
+
+impl Shared {
+    /// Waits for the process's end, and says how the machine ended.
+    async fn supervise(self: Arc<Self>) {
+        let status = self.vmm.wait().await;
+        self.control.closed().await;
+        self.clean();
+        let exit = match self.stopping.load(Ordering::Relaxed) {
+            true => Exit::Stopped,
+            false => self.verdict(status).await,
+        };
+        let ms = self.started.elapsed().as_secs_f64() * 1000.0;
+        tracing::debug!(%exit, ms, "machine ended");
+        self.exit.send_replace(Some(exit));
+    }
+
+    async fn verdict(&self, status: Status) -> Exit {
+        match self.control.end() {
+            Some(End::Failed(reason)) => Exit::Failed(format!("walnut-vmm: {reason}")),
+            Some(End::Reset | End::Stopped) => {
+                self.console.settle().await;
+                match console::last_words(&self.console.text()) {
+                    Some(words) => Exit::Panicked(words),
+                    None => Exit::Stopped,
+                }
+            }
+            None => Exit::Failed(match self.vmm.stderr().await {
+                Some(words) => format!("walnut-vmm {status}: {words}"),
+                None => format!("walnut-vmm {status}"),
+            }),
+        }
+    }
+
+    async fn ended(&self) -> Exit {
+        let mut exit = self.exit.subscribe();
+        match exit.wait_for(Option::is_some).await {
+            Ok(exit) => exit.clone().unwrap_or(Exit::Stopped),
+            // The sender is in `self`.
+            Err(_) => Exit::Stopped,
+        }
+    }
+
+    fn kill(&self) {
+        self.stopping.store(true, Ordering::Relaxed);
+        self.vmm.kill();
+    }
+
+    fn clean(&self) {
+        self.door.close();
+        // It is empty now, or somebody else's.
+        let _ = std::fs::remove_dir(&self.dir);
+    }
+}
+
+#[async_trait]
+impl Machine for VmmMachine {
+    async fn ready(&self, deadline: Duration) -> Result<u32, Error> {
+        let shared = &self.shared;
+        let early = async {
+            match shared.ended().await {
+                Exit::Stopped if !shared.stopping.load(Ordering::Relaxed) => {
+                    agent::stopped_early(&self.console_tail())
+                }
+                exit => exit,
+            }
+        };
+        let door = &shared.door;
+        let protocol = door.ready(deadline, early, || self.console_tail()).await?;
+        step(shared.started, "agent ready");
+        Ok(protocol)
+    }
+
+    async fn connect(&self, port: u32) -> Result<UnixStream, Error> {
+        let exit = self.shared.exit.borrow().clone();
+        if let Some(exit) = exit {
+            let what = "connect to the guest";
+            return Err(Error::Ended { what, exit });
+        }
+        self.shared.door.connect(port, self.shared.ended()).await
+    }
+
+    async fn wait(&self) -> Exit {
+        self.shared.ended().await
+    }
+
+    async fn stop(&self) {
+        self.shared.kill();
+        self.shared.ended().await;
+    }
+
+    fn processes(&self) -> Vec<(&'static str, u32)> {
+        let vmm = &self.shared.vmm;
+        match vmm.try_wait() {
+            None => vec![("vmm", vmm.pid())],
+            Some(_) => Vec::new(),
+        }
+    }
+
+    fn console_tail(&self) -> String {
+        self.shared.console.text()
+    }
+
+    fn as_pause(&self) -> Option<&dyn Pause> {
+        Some(self)
+    }
+}
+
+#[async_trait]
+impl Pause for VmmMachine {
+    async fn pause(&self) -> Result<(), Error> {
+        self.ask("pause the guest", "pause", &Request::Pause).await
+    }
+
+    async fn resume(&self) -> Result<(), Error> {
+        self.ask("resume the guest", "resume", &Request::Resume)
+            .await
+    }
+}
+
+impl Drop for VmmMachine {
+    fn drop(&mut self) {
+        self.shared.kill();
+        self.shared.vmm.reap_blocking();
+        self.shared.clean();
+    }
+}

@@ -1,0 +1,38 @@
+//! The driver for Walnut's own virtual machine monitor, `walnut-vmm`, on KVM.
+//!
+//! One process per machine. It gets descriptors over its control socket
+//! (`walnut_vmm_api`), never paths, and locks itself in before the guest runs.
+//! `machine` owns its life, `control` speaks with it.
+
+mod control;
+mod machine;
+
+use std::path::PathBuf;
+
+use async_trait::async_trait;
+
+use crate::{Driver, Error, Machine, MachineSpec};
+
+/// The driver.
+#[derive(Debug, Clone)]
+pub struct Vmm {
+    program: PathBuf,
+}
+
+impl Vmm {
+    /// A driver that runs the program `walnut-vmm`.
+    pub fn new(program: PathBuf) -> Self {
+        Self { program }
+    }
+}
+
+#[async_trait]
+impl Driver for Vmm {
+    fn name(&self) -> &'static str {
+        "vmm"
+    }
+
+    async fn start(&self, spec: MachineSpec) -> Result<Box<dyn Machine>, Error> {
+        Ok(Box::new(machine::VmmMachine::start(self, spec).await?))
+    }
+}
