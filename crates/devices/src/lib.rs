@@ -10,6 +10,8 @@
 //! This crate must never know KVM, vhost-user (only its programs do), containers
 //! or sandboxes. Everything read from guest memory is hostile.
 
+pub mod block;
+pub mod limit;
 mod log;
 pub mod virtio;
 pub mod vsock;

@@ -129,6 +129,10 @@ pub trait Device: Send + Debug {
         false
     }
 
+    /// Take no new requests until [`Self::deactivate`]: the driver resets the device,
+    /// or it is to rest, while something is in flight. May be called again.
+    fn quiesce(&mut self) {}
+
     /// Gives the queues back, with their indices. Nothing is in flight.
     /// Afterwards the device is as new, or as [`Self::save`] found it.
     fn deactivate(&mut self) -> Vec<Queue>;

@@ -323,9 +323,13 @@ impl Worker {
 
     /// Calls the device, if it is active and whole.
     fn tell(&mut self, event: Event) {
+        // What is in flight comes back through a broken device as well: a reset, and
+        // a pause, wait for it.
+        let returning = matches!(event, Event::Watched(_)) && self.device.in_flight();
         if self.active.is_some()
-            && !self.broken
+            && (!self.broken || returning)
             && let Err(Broken) = self.device.event(event)
+            && !self.broken
         {
             self.break_down();
         }
@@ -362,6 +366,7 @@ impl Worker {
         // What is in flight writes to guest memory and to queues: none of these
         // may go before it has come back.
         if (desk.reset || desk.pause || desk.stop) && self.device.in_flight() {
+            self.device.quiesce();
             return false;
         }
         if desk.stop {
