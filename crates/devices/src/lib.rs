@@ -4,15 +4,18 @@
 //! maps that memory, delivers kicks and raises interrupts is the caller's matter:
 //! `walnut-vmm` does it in process, `walnut-vsock` over vhost-user for QEMU.
 //!
-//! Main types: [`vsock::Device`], the guest-host socket device, and
-//! [`vsock::Config`], what it is made of.
+//! Main types: [`virtio::Device`], what all have in common, and [`virtio::Worker`],
+//! the thread of one; [`vsock::Device`], the guest-host socket device;
+//! [`vhost::Frontend`], a device that another process serves.
 //!
-//! This crate must never know KVM, vhost-user (only its programs do), containers
-//! or sandboxes. Everything read from guest memory is hostile.
+//! This crate must never know KVM, PCI, containers or sandboxes. Everything
+//! read from guest memory is hostile.
 
 pub mod block;
+pub mod fs;
 pub mod limit;
 mod log;
+pub mod vhost;
 pub mod virtio;
 pub mod vsock;
 

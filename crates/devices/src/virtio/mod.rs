@@ -108,6 +108,14 @@ pub trait Device: Send + Debug {
         Vec::new()
     }
 
+    /// The eventfds that stand for kicks, one for each queue, when somebody else
+    /// reads them (a vhost-user back end): the worker makes and watches none then,
+    /// and calls [`Self::event`] with [`Event::Queue`] only after an activation.
+    /// Asked for once, when the worker is made.
+    fn external_kicks(&self) -> Option<Vec<BorrowedFd<'_>>> {
+        None
+    }
+
     /// Takes the queues into service. The worker calls [`Self::event`] for each
     /// queue afterwards, so buffers already there are found.
     fn activate(&mut self, activation: Activation) -> Result<(), Broken>;

@@ -228,13 +228,22 @@ impl Worker {
         let bell = eventfd()?;
         watch(&bell, EpollFlags::empty(), BELL)?;
         let mut kicks = Vec::new();
-        for index in 0u64.. {
-            if kicks.len() == device.queue_sizes().len() {
-                break;
+        if let Some(external) = device.external_kicks() {
+            for fd in external {
+                let fd = fd.try_clone_to_owned().map_err(|source| WorkerError {
+                    what: "duplicate an eventfd",
+                    source,
+                })?;
+                // SAFETY: the device vouches for it being an eventfd; were it none,
+                // writing to it would do nothing to our memory.
+                kicks.push(unsafe { EventFd::from_owned_fd(fd) });
             }
-            let kick = eventfd()?;
-            watch(&kick, EpollFlags::empty(), KICK | index)?;
-            kicks.push(kick);
+        } else {
+            for (index, _) in (0u64..).zip(device.queue_sizes()) {
+                let kick = eventfd()?;
+                watch(&kick, EpollFlags::empty(), KICK | index)?;
+                kicks.push(kick);
+            }
         }
         let both = EpollFlags::EPOLLET | EpollFlags::EPOLLOUT;
         for (fd, token) in device.watched() {

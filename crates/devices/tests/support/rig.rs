@@ -297,3 +297,22 @@ impl Rng {
         from[usize::try_from(self.below(from.len() as u64)).unwrap()]
     }
 }
+
+/// Guest memory of `size` bytes that other processes can map, in two regions with
+/// a hole between them if `split` says where.
+pub(crate) fn shared_memory(size: usize, split: Option<usize>) -> Memory {
+    use nix::sys::memfd::{MFdFlags, memfd_create};
+    use vm_memory::FileOffset;
+    let file = memfd_create("guest", MFdFlags::MFD_CLOEXEC).unwrap();
+    let file = Arc::new(std::fs::File::from(file));
+    file.set_len(size as u64).unwrap();
+    let part = |at: u64, offset: usize, len: usize| {
+        let file = FileOffset::from_arc(file.clone(), offset as u64);
+        (GuestAddress(at), len, Some(file))
+    };
+    let regions = match split {
+        None => vec![part(0, 0, size)],
+        Some(at) => vec![part(0, 0, at), part(1 << 32, at, size - at)],
+    };
+    Memory::from_ranges_with_files(regions).unwrap()
+}
