@@ -649,7 +649,12 @@ impl Device for Block {
     }
 
     fn deadline(&self) -> Option<Instant> {
-        match (self.again, self.blocked) {
+        // Nothing new is begun then; what is in flight may have to be.
+        let blocked = self.blocked.filter(|_| {
+            let active = self.active.as_ref();
+            active.is_some_and(|active| !active.quiet && !active.broken)
+        });
+        match (self.again, blocked) {
             (Some(a), Some(b)) => Some(a.min(b)),
             (a, b) => a.or(b),
         }

@@ -334,7 +334,8 @@ impl Worker {
     fn tell(&mut self, event: Event) {
         // What is in flight comes back through a broken device as well: a reset, and
         // a pause, wait for it.
-        let returning = matches!(event, Event::Watched(_)) && self.device.in_flight();
+        let returning =
+            matches!(event, Event::Watched(_) | Event::Deadline) && self.device.in_flight();
         if self.active.is_some()
             && (!self.broken || returning)
             && let Err(Broken) = self.device.event(event)
@@ -352,7 +353,7 @@ impl Worker {
     }
 
     fn timeout(&self) -> EpollTimeout {
-        if self.active.is_none() || self.broken {
+        if self.active.is_none() || (self.broken && !self.device.in_flight()) {
             return EpollTimeout::NONE;
         }
         match self.device.deadline() {
