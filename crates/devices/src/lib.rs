@@ -6,15 +6,19 @@
 //!
 //! Main types: [`virtio::Device`], what all have in common, and [`virtio::Worker`],
 //! the thread of one; [`vsock::Device`], the guest-host socket device;
-//! [`vhost::Frontend`], a device that another process serves.
+//! [`vhost::Frontend`], a device that another process serves; [`pci::Root`], the bus
+//! on which a guest of `walnut-vmm` finds them.
 //!
-//! This crate must never know KVM, PCI, containers or sandboxes. Everything
-//! read from guest memory is hostile.
+//! This crate must never know KVM, containers or sandboxes. Everything read from
+//! guest memory is hostile.
 
+pub mod balloon;
 pub mod block;
 pub mod fs;
 pub mod limit;
 mod log;
+pub mod pci;
+pub mod rng;
 pub mod vhost;
 pub mod virtio;
 pub mod vsock;

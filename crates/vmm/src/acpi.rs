@@ -5,8 +5,8 @@
 use acpi_tables::{
     Aml,
     aml::{
-        AddressSpace, AddressSpaceCacheable, Device, EISAName, IO, Interrupt, Name, Path,
-        ResourceTemplate, Scope,
+        AddressSpace, AddressSpaceCacheable, Arg, Device, EISAName, IO, Interrupt, Method, Name,
+        Path, ResourceTemplate, Return, Scope,
     },
     fadt::{FADTBuilder, Flags},
     gas::{AccessSize, AddressSpace::SystemIo, GAS},
@@ -98,6 +98,9 @@ impl Tables {
         let ecam_size = (u32::from(self.last_bus) + 1) << 20;
         let hid_host = Name::new("_HID".into(), &EISAName::new("PNP0A08"));
         let cid_host = Name::new("_CID".into(), &EISAName::new("PNP0A03"));
+        // The guest may have all of PCI Express: hot-plug above all.
+        let granted = Return::new(&Arg(3));
+        let control = Method::new("_OSC".into(), 4, true, vec![&granted]);
         let segment = Name::new("_SEG".into(), &0u8);
         let bus = Name::new("_BBN".into(), &0u8);
         let host_uid = Name::new("_UID".into(), &0u8);
@@ -128,6 +131,7 @@ impl Tables {
                 &hid_host,
                 &cid_host,
                 &host_uid,
+                &control,
                 &segment,
                 &bus,
                 &host_resources,

@@ -13,11 +13,19 @@ use crate::{Error, machine::Machine};
 
 /// Serves until the guest has ended or the supervisor is gone.
 pub(crate) fn serve(control: Channel) -> Result<(), Error> {
+    let mut machine = None;
+    let result = converse(&control, &mut machine);
+    // The process ends now. To take a machine apart takes system calls that a
+    // jailed process need not have.
+    std::mem::forget(machine);
+    result
+}
+
+fn converse(control: &Channel, machine: &mut Option<Machine>) -> Result<(), Error> {
     let ended = EventFd::new(libc::EFD_CLOEXEC | libc::EFD_NONBLOCK)
         .map_err(|e| Error::Host("make an eventfd", crate::vcpu::errno(&e)))?;
-    let mut machine = None;
     loop {
-        if wait(&control, &ended)? {
+        if wait(control, &ended)? {
             let end = machine.as_ref().map_or(End::Stopped, Machine::wind_up);
             // Fails if the supervisor is gone: then nobody asks.
             let _ = control.send(&Message::Event(Event::Ended(end)), &[]);
@@ -27,7 +35,7 @@ pub(crate) fn serve(control: Channel) -> Result<(), Error> {
             return Ok(());
         };
         let stop = message == Request::Stop;
-        let reply = answer(&mut machine, message, fds, &ended);
+        let reply = answer(machine, message, fds, &ended);
         control.send(&Message::Reply(reply.map_err(|e| e.to_string())), &[])?;
         if stop {
             return Ok(());

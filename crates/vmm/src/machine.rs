@@ -2,8 +2,8 @@
 
 use std::{
     fs::File,
-    os::fd::{IntoRawFd, OwnedFd},
-    sync::Arc,
+    os::fd::{AsFd, IntoRawFd, OwnedFd},
+    sync::{Arc, OnceLock},
     time::Duration,
 };
 
@@ -12,15 +12,16 @@ use kvm_ioctls::{Kvm, VcpuFd, VmFd};
 use vm_memory::{Address, GuestMemoryBackend, GuestMemoryRegion};
 use vmm_sys_util::eventfd::EventFd;
 use walnut_devices::virtio::Memory;
-use walnut_vmm_api::{Config, End, FdIndex, VERSION};
+use walnut_vmm_api::{Config, Device, End, FdIndex, Jail, VERSION};
 
 use crate::{
     Error,
     acpi::Tables,
     boot::Boot,
-    bus::Bus,
+    bus::{Bus, Failures},
     cpu,
     irq::Routes,
+    jail::{self, Filter},
     layout, memory,
     ports::{self, Ports},
     vcpu::Vcpus,
@@ -38,6 +39,8 @@ const CREATE_TRIES: u32 = 5;
 pub(crate) struct Machine {
     vcpus: Vcpus,
     bus: Arc<Bus>,
+    /// Why a device's thread could not go on.
+    failure: Arc<OnceLock<String>>,
     /// What keeps KVM's machine alive; nothing is asked of it any more.
     _vm: Arc<VmFd>,
     /// The mapping that KVM reads and writes.
@@ -99,7 +102,8 @@ impl Machine {
         let routes = Arc::new(Routes::new(Arc::clone(&vm)));
 
         let window64 = layout::window64(config.memory);
-        let bus = Bus::new(&vm, &routes, &memory, window64.clone())?;
+        let mut bus = Bus::new(&vm, &routes, &memory, window64.clone());
+        let root = sockets(config, &fds)?;
         for device in &config.devices {
             bus.add(device, |fd| fds.take(fd))?;
         }
@@ -135,12 +139,33 @@ impl Machine {
             cpu::prepare(&vcpu, &cpuid, (id == 0).then_some(entry))?;
             vcpus.push(vcpu);
         }
+        // From here on everything is open that ever will be.
+        drop(fds);
+        let jailed = match config.jail {
+            Jail::Full { user } => {
+                jail::leave_host(root.as_ref().map(AsFd::as_fd), user)?;
+                true
+            }
+            Jail::Off => false,
+        };
+        drop(root);
+        let failure = Arc::new(OnceLock::new());
+        bus.start(jailed, &failures(&failure, &ended)?)?;
         let bus = Arc::new(bus);
         let on_bus: Arc<dyn crate::vcpu::Bus> = bus.clone();
-        let vcpus = Vcpus::new(vcpus, ports, on_bus, ended, || Ok(()))?;
+        let filter = match jailed {
+            true => Some(Arc::new(Filter::vcpu()?)),
+            false => None,
+        };
+        let lock_in = move || filter.as_ref().map_or(Ok(()), |filter| filter.install());
+        let vcpus = Vcpus::new(vcpus, ports, on_bus, ended, lock_in)?;
+        if jailed {
+            Filter::control()?.install().map_err(Error::Config)?;
+        }
         Ok(Self {
             vcpus,
             bus,
+            failure,
             _vm: vm,
             _memory: memory,
         })
@@ -164,13 +189,43 @@ impl Machine {
         self.vcpus.stop();
         // A device that cannot finish in time is cut off, as by the plug.
         let _ = self.bus.pause(QUIESCE);
-        self.vcpus.end().unwrap_or(End::Stopped)
+        match self.failure.get() {
+            Some(failure) => End::Failed(failure.clone()),
+            None => self.vcpus.end().unwrap_or(End::Stopped),
+        }
     }
 
     /// Times that vCPUs left the guest for this process.
     pub(crate) fn exits(&self) -> u64 {
         self.vcpus.exits()
     }
+}
+
+/// The directory of the sockets, which is to become the root.
+fn sockets(config: &Config, fds: &Fds) -> Result<Option<OwnedFd>, Error> {
+    let dir = config.devices.iter().find_map(|device| match device {
+        Device::Vsock { dir, .. } => Some(*dir),
+        _ => None,
+    });
+    let Some(fd) = dir.and_then(|dir| fds.0.get(usize::from(dir.0))) else {
+        return Ok(None);
+    };
+    fd.as_ref()
+        .map(|fd| fd.try_clone())
+        .transpose()
+        .map_err(|e| Error::Host("copy a descriptor", crate::vcpu::errno(&e)))
+}
+
+/// Keeps the first failure of a device's thread, and rings `ended`.
+fn failures(failure: &Arc<OnceLock<String>>, ended: &EventFd) -> Result<Failures, Error> {
+    let ended = ended
+        .try_clone()
+        .map_err(|e| Error::Host("copy an eventfd", crate::vcpu::errno(&e)))?;
+    let failure = Arc::clone(failure);
+    Ok(Arc::new(move |reason| {
+        let _ = failure.set(reason);
+        let _ = ended.write(1);
+    }))
 }
 
 fn open_kvm(fd: OwnedFd) -> Result<Kvm, Error> {

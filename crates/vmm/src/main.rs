@@ -20,6 +20,7 @@ mod control;
 mod cpu;
 mod error;
 mod irq;
+mod jail;
 mod layout;
 mod machine;
 mod memory;
@@ -62,6 +63,7 @@ fn main() -> ExitCode {
     // SAFETY: the supervisor left this descriptor to us and nobody else in this
     // process knows it; if it is none, its first use fails.
     let control = unsafe { OwnedFd::from_raw_fd(fd) };
+    jail::tame_heap();
     match control::serve(control.into()) {
         Ok(()) => ExitCode::SUCCESS,
         Err(e) => {

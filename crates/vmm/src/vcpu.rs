@@ -2,12 +2,10 @@
 
 use std::{
     fmt,
-    os::unix::thread::JoinHandleExt,
     sync::{
         Arc, Condvar, Mutex, MutexGuard, PoisonError,
-        atomic::{AtomicU8, AtomicU64, Ordering},
+        atomic::{AtomicI32, AtomicU8, AtomicU64, Ordering},
     },
-    thread::JoinHandle,
 };
 
 use kvm_ioctls::{VcpuExit, VcpuFd};
@@ -77,7 +75,8 @@ impl Shared {
 /// A thread, and the byte by which its vCPU is called out of the guest.
 #[derive(Debug)]
 struct Thread {
-    handle: JoinHandle<()>,
+    /// The kernel's number for it, once it has arrived.
+    tid: Arc<AtomicI32>,
     immediate_exit: ImmediateExit,
 }
 
@@ -86,8 +85,8 @@ struct Thread {
 struct ImmediateExit(*const AtomicU8);
 
 // SAFETY: it points to a byte of a mapping that is never unmapped (a vCPU's
-// thread keeps its descriptor and mapping, and leaks them at its end), and is
-// accessed atomically.
+// thread keeps its descriptor and mapping, and never ends), and is accessed
+// atomically.
 unsafe impl Send for ImmediateExit {}
 
 impl ImmediateExit {
@@ -107,6 +106,8 @@ impl ImmediateExit {
 pub(crate) struct Vcpus {
     shared: Arc<Shared>,
     threads: Vec<Thread>,
+    /// Asked for while that could still be asked.
+    pid: u32,
 }
 
 /// The signal that calls a vCPU out of the guest.
@@ -144,7 +145,9 @@ impl Vcpus {
         for (n, mut vcpu) in vcpus.into_iter().enumerate() {
             let immediate_exit = ImmediateExit::of(&mut vcpu);
             let (shared, lock_in) = (Arc::clone(&shared), lock_in.clone());
-            let handle = std::thread::Builder::new()
+            let tid = Arc::new(AtomicI32::new(0));
+            let its_tid = Arc::clone(&tid);
+            std::thread::Builder::new()
                 .name(format!("vcpu{n}"))
                 .stack_size(crate::STACK)
                 .spawn(move || {
@@ -154,6 +157,7 @@ impl Vcpus {
                         shared,
                         inside: false,
                     };
+                    its_tid.store(nix::unistd::gettid().as_raw(), Ordering::Release);
                     let locked = lock_in();
                     vcpu.shared.muster().arrived += 1;
                     vcpu.shared.changed.notify_all();
@@ -161,16 +165,24 @@ impl Vcpus {
                         Ok(()) => vcpu.serve(),
                         Err(e) => vcpu.shared.end(End::Failed(e)),
                     }
-                    // Its mapping holds the byte that others may still set.
-                    std::mem::forget(vcpu);
+                    // It does not end before the process: its mapping holds the
+                    // byte that others may still set, and to end a thread takes
+                    // system calls that it need not have.
+                    loop {
+                        std::thread::park();
+                    }
                 })
                 .map_err(|e| Error::Host("start a vCPU's thread", errno(&e)))?;
             threads.push(Thread {
-                handle,
+                tid,
                 immediate_exit,
             });
         }
-        let vcpus = Self { shared, threads };
+        let vcpus = Self {
+            shared,
+            threads,
+            pid: std::process::id(),
+        };
         let all = vcpus.threads.len();
         vcpus.wait_for(|muster| muster.arrived == all);
         Ok(vcpus)
@@ -192,7 +204,7 @@ impl Vcpus {
         self.gather();
     }
 
-    /// Lets all threads leave, and waits for them.
+    /// Calls all vCPUs out of the guest for good.
     pub(crate) fn stop(&self) {
         self.order(Order::Leave);
         self.gather();
@@ -219,8 +231,9 @@ impl Vcpus {
             // First the byte, for a vCPU on its way in; then the signal, for one
             // that is inside.
             thread.immediate_exit.set(1);
-            // SAFETY: the handle is of a thread that has not been joined.
-            unsafe { libc::pthread_kill(thread.handle.as_pthread_t(), kick_signal()) };
+            let tid = thread.tid.load(Ordering::Acquire);
+            // SAFETY: takes numbers; the thread is one of ours and never ends.
+            unsafe { libc::syscall(libc::SYS_tgkill, self.pid, tid, kick_signal()) };
         }
     }
 

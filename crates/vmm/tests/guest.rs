@@ -1,7 +1,7 @@
 //! The VMM with a real kernel, on real KVM. Where there is none these tests run in
 //! the lab: `tests/lab/README.md`.
 
-#![allow(clippy::unwrap_used)]
+#![allow(clippy::unwrap_used, clippy::panic)]
 
 use std::{
     fs::File,
@@ -96,7 +96,7 @@ impl Vmm {
             cmdline: format!("console=ttyS0 panic=-1 reboot=t test={test}"),
             console: Some(FdIndex(3)),
             devices: Vec::new(),
-            jail: Jail::Full,
+            jail: Jail::Full { user: None },
         };
         let fds: [BorrowedFd<'_>; 4] = [
             kvm.as_fd(),

@@ -144,7 +144,6 @@ fn config(spec: &MachineSpec, files: Files, dir: File, fds: &mut Fds) -> Result<
             file: fds.add(file),
         });
     }
-    devices.extend([Device::Rng, Device::Balloon]);
     Ok(Config {
         version: api::VERSION,
         kvm: fds.add(open_kvm()?),
@@ -157,7 +156,7 @@ fn config(spec: &MachineSpec, files: Files, dir: File, fds: &mut Fds) -> Result<
         cmdline: kernel_cmdline(spec),
         console: None,
         devices,
-        jail: api::Jail::Full,
+        jail: api::Jail::Full { user: None },
     })
 }
 

@@ -148,12 +148,14 @@ pub enum Device {
 }
 
 /// What the process gives up before the guest runs.
-#[derive(Debug, Clone, Copy, PartialEq, Eq, Default, Serialize, Deserialize)]
-#[serde(rename_all = "kebab-case")]
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(rename_all = "kebab-case", deny_unknown_fields)]
 pub enum Jail {
     /// All that it can do without.
-    #[default]
-    Full,
+    Full {
+        /// The user and group to become, where the process may.
+        user: Option<u32>,
+    },
     /// Nothing: for measuring and for debuggers.
     Off,
 }

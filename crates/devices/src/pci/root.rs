@@ -1,0 +1,148 @@
+//! The root complex: one bus, whose first function is the host bridge.
+
+use std::{
+    ops::Range,
+    sync::{Arc, OnceLock},
+};
+
+use super::{
+    config::{Config, Identity, SIZE},
+    transport::{BAR_SIZE, Doorbells, VirtioPci},
+};
+use crate::virtio::{MemoryCell, Port};
+
+/// Slots of a bus.
+const SLOTS: usize = 32;
+/// Bytes of the ECAM per slot: eight functions.
+const SLOT_SIZE: u64 = 8 * SIZE as u64;
+
+/// Why a function could not be added.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, thiserror::Error)]
+#[non_exhaustive]
+pub enum RootError {
+    /// All slots are taken.
+    #[error("the PCI bus is full: it has room for {} devices", SLOTS - 1)]
+    Full,
+    /// The window for BARs is too small.
+    #[error("the window for PCI BARs is full")]
+    Window,
+}
+
+/// The bus. Functions are added before the guest runs.
+#[derive(Debug)]
+pub struct Root {
+    ecam: u64,
+    window: Range<u64>,
+    bridge: Config,
+    slots: [OnceLock<Arc<VirtioPci>>; SLOTS],
+}
+
+impl Root {
+    /// A bus whose configuration space is at `ecam` (1 MiB), and whose BARs are
+    /// placed in `window`.
+    pub fn new(ecam: u64, window: Range<u64>) -> Self {
+        Self {
+            ecam,
+            window,
+            // A bridge that is nothing but there (QEMU's generic one).
+            bridge: Config::new(Identity {
+                vendor: 0x1b36,
+                device: 0x0008,
+                revision: 0,
+                class: [6, 0, 0],
+                subsystem: 0x1100,
+            }),
+            slots: [const { OnceLock::new() }; SLOTS],
+        }
+    }
+
+    /// Bytes of the ECAM.
+    pub fn ecam_size() -> u64 {
+        1 << 20
+    }
+
+    /// Adds a virtio device in the next slot.
+    pub fn add(
+        &self,
+        port: Port,
+        memory: MemoryCell,
+        messages: Arc<dyn super::Messages>,
+        doorbells: Box<dyn Doorbells>,
+    ) -> Result<(), RootError> {
+        for (index, slot) in (0u64..).zip(&self.slots).skip(1) {
+            if slot.get().is_some() {
+                continue;
+            }
+            let bar = self.window.start.next_multiple_of(BAR_SIZE) + index * BAR_SIZE;
+            if bar + BAR_SIZE > self.window.end {
+                return Err(RootError::Window);
+            }
+            let function = VirtioPci::new(port, memory, messages, doorbells, bar);
+            // It was empty a moment ago, and nobody else adds.
+            let _ = slot.set(Arc::new(function));
+            return Ok(());
+        }
+        Err(RootError::Full)
+    }
+
+    /// What is at a physical address; all ones where nothing is.
+    pub fn read(&self, address: u64, data: &mut [u8]) {
+        data.fill(0xff);
+        if let Some((slot, at)) = self.configuration(address) {
+            match slot {
+                0 => self.bridge.read(at, data),
+                _ => {
+                    if let Some(function) = self.function(slot) {
+                        function.read_config(at, data);
+                    }
+                }
+            }
+            return;
+        }
+        for function in self.functions() {
+            if let Some(at) = function.decodes(address) {
+                return function.read_bar(at, data);
+            }
+        }
+    }
+
+    /// Writes to a physical address.
+    pub fn write(&self, address: u64, data: &[u8]) {
+        if let Some((slot, at)) = self.configuration(address) {
+            if let Some(function) = self.function(slot) {
+                function.write_config(at, data);
+            }
+            return;
+        }
+        for function in self.functions() {
+            if let Some(at) = function.decodes(address) {
+                return function.write_bar(at, data);
+            }
+        }
+    }
+
+    fn functions(&self) -> impl Iterator<Item = &VirtioPci> {
+        self.slots
+            .iter()
+            .filter_map(|slot| slot.get().map(Arc::as_ref))
+    }
+
+    fn function(&self, slot: usize) -> Option<&VirtioPci> {
+        self.slots.get(slot)?.get().map(Arc::as_ref)
+    }
+
+    /// Slot and offset of an address in the ECAM, if it is of a function 0.
+    fn configuration(&self, address: u64) -> Option<(usize, usize)> {
+        let offset = address.checked_sub(self.ecam)?;
+        if offset >= Self::ecam_size() {
+            return None;
+        }
+        let slot = usize::try_from(offset / SLOT_SIZE).ok()?;
+        let at = usize::try_from(offset % SLOT_SIZE).ok()?;
+        match at < SIZE {
+            true => Some((slot, at)),
+            // A function that is not there: no slot has this number.
+            false => Some((SLOTS, at)),
+        }
+    }
+}
