@@ -15,6 +15,7 @@
 //! acknowledgements the other.
 
 mod config;
+pub(crate) mod turn;
 mod worker;
 
 pub use config::ConfigSpace;
