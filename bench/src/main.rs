@@ -4,7 +4,9 @@
 //! sandbox costs the host. `all`: both. Machines are noisy, so what counts is
 //! the ratio of runs that took turns.
 
+mod beside;
 mod bundle;
+mod guest;
 mod memory;
 mod start;
 mod steps;

@@ -1,11 +1,15 @@
 //! What a sandbox costs the host: PSS of each of its processes, with the guest's
 //! own memory apart; and the agent's resident size in the guest.
 
-use std::fs;
+use std::{collections::HashSet, fs, path::PathBuf, time::Duration};
 
-use anyhow::{Context, Result, ensure};
+use anyhow::{Context, Result, bail};
 
-use crate::{Host, run, verdict};
+use crate::{
+    Host,
+    beside::{self, Other},
+    guest, run, verdict,
+};
 
 /// Aims, kB.
 const SHIM_AIM: f64 = 5.0 * 1024.0;
@@ -18,39 +22,36 @@ struct Pss {
     guest: u64,
 }
 
-/// Starts one sandbox, reads, prints the table.
-pub(crate) fn measure(host: &Host) -> Result<()> {
-    let name = format!("walnut-bench-{}", std::process::id());
-    let share = tempfile::tempdir()?;
-    let volume = format!("{}:/data", share.path().display());
-    let id = host.walnut(&[
-        "run",
-        "-d",
-        "--name",
-        &name,
-        "-v",
-        &volume,
-        &host.image,
-        "sleep",
-        "infinity",
-    ])?;
-    let rows = processes(&id);
-    host.walnut(&["rm", "-f", &name])?;
-    let rows = rows?;
-    println!("\n## Host memory of one sandbox with a volume, PSS in kB\n");
-    println!("| process | its own | guest memory |\n|---|---|---|");
-    let mut sum = Pss::default();
-    let mut shim = 0.0;
-    for (process, pss) in &rows {
-        println!("| {process} | {} | {} |", pss.own, pss.guest);
-        sum.own += pss.own;
-        sum.guest += pss.guest;
-        if process.starts_with("containerd-shim") {
-            shim = f64::from(u32::try_from(pss.own)?);
+/// One runtime's processes by name.
+type Rows = Vec<(String, Pss)>;
+
+/// A sandbox that is removed when dropped.
+#[derive(Debug)]
+struct Sandbox<'a>(&'a Host, String);
+
+impl Drop for Sandbox<'_> {
+    fn drop(&mut self) {
+        if let Err(e) = self.0.walnut(&["rm", "-f", &self.1]) {
+            eprintln!("remove {}: {e:#}", self.1);
         }
     }
-    println!("| together | {} | {} |", sum.own, sum.guest);
-    ensure!(shim > 0.0, "the supervisor was not found among {rows:?}");
+}
+
+/// Starts a container with each runtime, reads, prints the tables.
+pub(crate) fn measure(host: &Host) -> Result<()> {
+    let walnut = walnut(host, false)?;
+    let mut all = vec![("walnut", walnut)];
+    for (name, words) in beside::runtimes() {
+        let other = Other::start(host, name, words)?;
+        all.push((name, settled(&other.id, Some(other.pid))?));
+    }
+    beside_each_other(&all);
+    let rows = walnut_with_volume(host)?;
+    let shim = rows
+        .iter()
+        .find(|(process, _)| process.starts_with("containerd-shim"));
+    let (_, shim) = shim.with_context(|| format!("the supervisor is not among {rows:?}"))?;
+    let shim = f64::from(u32::try_from(shim.own)?);
     println!(
         "\naim: shim at most {SHIM_AIM:.0} kB: {shim:.0} {}",
         verdict(shim, SHIM_AIM)
@@ -63,24 +64,136 @@ pub(crate) fn measure(host: &Host) -> Result<()> {
     Ok(())
 }
 
-/// The sandbox's processes by name.
-fn processes(id: &str) -> Result<Vec<(String, Pss)>> {
-    let mut rows = Vec::new();
-    for entry in fs::read_dir("/proc")?.flatten() {
-        let Ok(line) = fs::read_to_string(entry.path().join("cmdline")) else {
-            continue;
-        };
-        if !line.contains(id) {
-            continue;
+fn walnut_with_volume(host: &Host) -> Result<Rows> {
+    let rows = walnut(host, true)?;
+    println!("\n## Host memory of one sandbox with a volume, PSS in kB\n");
+    println!("| process | its own | guest memory |\n|---|---|---|");
+    print_rows(&rows);
+    Ok(rows)
+}
+
+fn print_rows(rows: &Rows) {
+    for (process, pss) in rows {
+        println!("| {process} | {} | {} |", pss.own, pss.guest);
+    }
+    let sum = sum(rows);
+    println!("| together | {} | {} |", sum.own, sum.guest);
+}
+
+/// A sandbox's processes. Without a volume, as the other runtimes have none,
+/// also prints where the guest's memory goes.
+fn walnut(host: &Host, volume: bool) -> Result<Rows> {
+    let name = format!("walnut-bench-{}", std::process::id());
+    let share = tempfile::tempdir()?;
+    let share = format!("{}:/data", share.path().display());
+    let mut words = vec!["run", "-d", "--name", &name];
+    if volume {
+        words.extend(["-v", &share]);
+    }
+    words.push(&host.image);
+    words.extend(beside::SLEEP);
+    let id = host.walnut(&words)?;
+    let _sandbox = Sandbox(host, name.clone());
+    if volume {
+        return settled(&id, None);
+    }
+    let rows = settled(&id, None)?;
+    let meminfo = host.walnut(&["exec", &name, "cat", "/proc/meminfo"])?;
+    let memory = family(&id, None)?
+        .iter()
+        .find_map(|process| guest::Memory::of(process))
+        .context("no process of the sandbox has the guest's memory open")?;
+    guest::print(memory, &meminfo)?;
+    Ok(rows)
+}
+
+fn beside_each_other(all: &[(&str, Rows)]) {
+    println!("\n## Host memory of one container without a volume, PSS in kB\n");
+    println!("| runtime | process | its own | memory file of the guest |\n|---|---|---|---|");
+    for (name, rows) in all {
+        for (process, pss) in rows {
+            println!("| {name} | {process} | {} | {} |", pss.own, pss.guest);
         }
+    }
+    println!("\n| runtime | its own | memory file | together | walnut / it, own | together |");
+    println!("|---|---|---|---|---|---|");
+    let kb = |kb: u64| f64::from(u32::try_from(kb).unwrap_or(u32::MAX));
+    let base = all.first().map(|(_, rows)| sum(rows)).unwrap_or_default();
+    for (name, rows) in all {
+        let sum = sum(rows);
+        let both = sum.own + sum.guest;
+        println!(
+            "| {name} | {} | {} | {both} | {:.2} | {:.2} |",
+            sum.own,
+            sum.guest,
+            kb(base.own) / kb(sum.own),
+            kb(base.own + base.guest) / kb(both)
+        );
+    }
+}
+
+fn sum(rows: &Rows) -> Pss {
+    rows.iter().fold(Pss::default(), |sum, (_, pss)| Pss {
+        own: sum.own + pss.own,
+        guest: sum.guest + pss.guest,
+    })
+}
+
+/// The processes once two readings, half a second apart, differ by under 1 %.
+fn settled(id: &str, first: Option<u32>) -> Result<Rows> {
+    let mut last = 0;
+    for _ in 0..40 {
+        let rows = processes(id, first)?;
+        let now = sum(&rows).own + sum(&rows).guest;
+        if !rows.is_empty() && now.abs_diff(last) * 100 < now {
+            return Ok(rows);
+        }
+        last = now;
+        std::thread::sleep(Duration::from_millis(500));
+    }
+    bail!("the memory of {id} did not settle in 20 s; last {last} kB")
+}
+
+fn processes(id: &str, first: Option<u32>) -> Result<Rows> {
+    let mut rows = Vec::new();
+    for process in family(id, first)? {
+        let line = fs::read_to_string(process.join("cmdline")).unwrap_or_default();
         let program = line.split('\0').next().unwrap_or_default();
         let name = program.rsplit('/').next().unwrap_or_default().to_owned();
-        if let Some(pss) = pss(&entry.path().join("smaps")) {
+        if let Some(pss) = pss(&process.join("smaps")) {
             rows.push((name, pss));
         }
     }
     rows.sort_by(|a, b| a.0.cmp(&b.0));
     Ok(rows)
+}
+
+/// The processes that name `id`, the process `first`, and what these started.
+fn family(id: &str, first: Option<u32>) -> Result<Vec<PathBuf>> {
+    let mut all: Vec<(u32, u32, bool)> = Vec::new();
+    for entry in fs::read_dir("/proc")?.flatten() {
+        let Some(pid) = entry.file_name().to_str().and_then(|n| n.parse().ok()) else {
+            continue;
+        };
+        let line = fs::read(entry.path().join("cmdline")).unwrap_or_default();
+        let named = String::from_utf8_lossy(&line).contains(id);
+        let status = fs::read_to_string(entry.path().join("status")).unwrap_or_default();
+        let parent = status.lines().find_map(|l| l.strip_prefix("PPid:"));
+        let parent = parent.and_then(|p| p.trim().parse().ok()).unwrap_or(0);
+        all.push((pid, parent, named || Some(pid) == first));
+    }
+    loop {
+        let ours: HashSet<u32> = all.iter().filter(|p| p.2).map(|p| p.0).collect();
+        for process in &mut all {
+            process.2 |= ours.contains(&process.1);
+        }
+        if all.iter().filter(|p| p.2).count() == ours.len() {
+            return Ok(ours
+                .iter()
+                .map(|pid| format!("/proc/{pid}").into())
+                .collect());
+        }
+    }
 }
 
 fn pss(smaps: &std::path::Path) -> Option<Pss> {

@@ -13,6 +13,14 @@ use crate::{Host, bundle, verdict};
 /// Aim under emulation, milliseconds.
 const AIM_MS: f64 = 1200.0;
 
+/// runsc's leading words: what it can do without KVM and groups of its own.
+pub(crate) const RUNSC: [&str; 4] = [
+    "runsc",
+    "--platform=ptrace",
+    "--network=none",
+    "--ignore-cgroups",
+];
+
 /// Runs each in turn and prints the table.
 pub(crate) fn measure(host: &Host, runs: usize) -> Result<()> {
     let dir = bundle::make(host, &["echo", "x"])?;
@@ -22,19 +30,8 @@ pub(crate) fn measure(host: &Host, runs: usize) -> Result<()> {
     let image = host.image.as_str();
     let commands: [(&str, Vec<&str>); 3] = [
         ("walnut", vec![walnut, "run", "--rm", image, "echo", "x"]),
-        ("crun", crun(bundle)),
-        (
-            "runsc",
-            vec![
-                "runsc",
-                "--platform=ptrace",
-                "--network=none",
-                "--ignore-cgroups",
-                "run",
-                "-bundle",
-                bundle,
-            ],
-        ),
+        ("crun", [crun(), vec!["run", "-b", bundle]].concat()),
+        ("runsc", [&RUNSC[..], &["run", "-bundle", bundle]].concat()),
     ];
     let mut times = vec![Vec::new(); commands.len()];
     // The first round warms caches and is not counted.
@@ -76,14 +73,14 @@ pub(crate) fn measure(host: &Host, runs: usize) -> Result<()> {
 
 /// Debian's crun refuses a host with both versions of cgroups: there it gets a
 /// view without the second, which costs it two execs, some 3 ms.
-fn crun(bundle: &str) -> Vec<&str> {
+pub(crate) fn crun() -> Vec<&'static str> {
     const BOTH: &str = "/sys/fs/cgroup/unified";
     const HIDE: &str = "umount /sys/fs/cgroup/unified && exec \"$@\"";
     let mut command = Vec::new();
     if std::path::Path::new(BOTH).exists() {
         command.extend(["unshare", "-m", "sh", "-c", HIDE, "sh"]);
     }
-    command.extend(["crun", "--cgroup-manager=disabled", "run", "-b", bundle]);
+    command.extend(["crun", "--cgroup-manager=disabled"]);
     command
 }
 

@@ -1,0 +1,83 @@
+//! A container of another runtime, kept running beside Walnut's to be measured.
+
+use std::{
+    fs,
+    path::Path,
+    process::{Command, Stdio},
+};
+
+use anyhow::{Context, Result, ensure};
+
+use crate::{Host, bundle, run, start};
+
+/// What runs in every container whose memory is measured.
+pub(crate) const SLEEP: [&str; 2] = ["sleep", "infinity"];
+
+/// A running container; it is deleted when dropped.
+#[derive(Debug)]
+pub(crate) struct Other {
+    runtime: Vec<&'static str>,
+    /// The container, which also names it in command lines.
+    pub(crate) id: String,
+    /// Its first process.
+    pub(crate) pid: u32,
+    _bundle: tempfile::TempDir,
+}
+
+impl Other {
+    /// Starts a container by a runtime's leading words, say `crun --debug`.
+    pub(crate) fn start(host: &Host, name: &str, runtime: Vec<&'static str>) -> Result<Self> {
+        let dir = bundle::make(host, &SLEEP)?;
+        let pid_file = dir.path().join("pid");
+        let mut other = Self {
+            runtime,
+            id: format!("walnut-bench-{name}-{}", std::process::id()),
+            pid: 0,
+            _bundle: dir,
+        };
+        other.run(&pid_file)?;
+        let pid = fs::read_to_string(&pid_file).with_context(|| format!("{name}'s pid file"))?;
+        other.pid = pid.trim().parse().context("a pid file's number")?;
+        Ok(other)
+    }
+
+    /// Its output goes to a file: a pipe would be held open by the container.
+    fn run(&self, pid_file: &Path) -> Result<()> {
+        let dir = self._bundle.path();
+        let log = fs::File::create(dir.join("log")).context("make a log")?;
+        let status = Command::new(self.runtime[0])
+            .args(&self.runtime[1..])
+            .args(["run", "--detach", "--pid-file"])
+            .arg(pid_file)
+            .arg("--bundle")
+            .arg(dir.join("bundle"))
+            .arg(&self.id)
+            .stdin(Stdio::null())
+            .stdout(Stdio::null())
+            .stderr(log)
+            .status()
+            .with_context(|| format!("run {}", self.runtime[0]))?;
+        ensure!(
+            status.success(),
+            "{}: {}",
+            self.runtime.join(" "),
+            fs::read_to_string(dir.join("log")).unwrap_or_default()
+        );
+        Ok(())
+    }
+}
+
+impl Drop for Other {
+    fn drop(&mut self) {
+        let mut words = self.runtime.clone();
+        words.extend(["delete", "--force", &self.id]);
+        if let Err(e) = run(&words) {
+            eprintln!("delete {}: {e:#}", self.id);
+        }
+    }
+}
+
+/// crun, runsc: a name and the leading words of each.
+pub(crate) fn runtimes() -> [(&'static str, Vec<&'static str>); 2] {
+    [("crun", start::crun()), ("runsc", start::RUNSC.to_vec())]
+}
