@@ -17,14 +17,19 @@ pub(crate) const SLEEP: [&str; 2] = ["sleep", "infinity"];
 #[derive(Debug)]
 pub(crate) struct Other {
     runtime: Vec<&'static str>,
-    /// The container, which also names it in command lines.
-    pub(crate) id: String,
+    id: String,
     /// Its first process.
     pub(crate) pid: u32,
-    _bundle: tempfile::TempDir,
+    dir: tempfile::TempDir,
 }
 
 impl Other {
+    /// What its processes' command lines have in common: runsc's gofer knows the
+    /// bundle alone.
+    pub(crate) fn bundle(&self) -> Result<&str> {
+        self.dir.path().to_str().context("path")
+    }
+
     /// Starts a container by a runtime's leading words, say `crun --debug`.
     pub(crate) fn start(host: &Host, name: &str, runtime: Vec<&'static str>) -> Result<Self> {
         let dir = bundle::make(host, &SLEEP)?;
@@ -33,7 +38,7 @@ impl Other {
             runtime,
             id: format!("walnut-bench-{name}-{}", std::process::id()),
             pid: 0,
-            _bundle: dir,
+            dir,
         };
         other.run(&pid_file)?;
         let pid = fs::read_to_string(&pid_file).with_context(|| format!("{name}'s pid file"))?;
@@ -43,7 +48,7 @@ impl Other {
 
     /// Its output goes to a file: a pipe would be held open by the container.
     fn run(&self, pid_file: &Path) -> Result<()> {
-        let dir = self._bundle.path();
+        let dir = self.dir.path();
         let log = fs::File::create(dir.join("log")).context("make a log")?;
         let status = Command::new(self.runtime[0])
             .args(&self.runtime[1..])

@@ -3,7 +3,7 @@
 
 use std::{collections::HashSet, fs, path::PathBuf, time::Duration};
 
-use anyhow::{Context, Result, bail};
+use anyhow::{Context, Result, bail, ensure};
 
 use crate::{
     Host,
@@ -43,8 +43,13 @@ pub(crate) fn measure(host: &Host) -> Result<()> {
     let mut all = vec![("walnut", walnut)];
     for (name, words) in beside::runtimes() {
         let other = Other::start(host, name, words)?;
-        all.push((name, settled(&other.id, Some(other.pid))?));
+        all.push((name, settled(other.bundle()?, Some(other.pid))?));
     }
+    ensure!(
+        all[2].1.iter().any(|(process, _)| process == "runsc-gofer"),
+        "runsc's gofer was not found among {:?}",
+        all[2].1
+    );
     beside_each_other(&all);
     let rows = walnut_with_volume(host)?;
     let shim = rows
@@ -159,7 +164,12 @@ fn processes(id: &str, first: Option<u32>) -> Result<Rows> {
     for process in family(id, first)? {
         let line = fs::read_to_string(process.join("cmdline")).unwrap_or_default();
         let program = line.split('\0').next().unwrap_or_default();
-        let name = program.rsplit('/').next().unwrap_or_default().to_owned();
+        let mut name = program.rsplit('/').next().unwrap_or_default().to_owned();
+        // runsc's stubs, which run the container's code, have no command line.
+        if name.is_empty() {
+            let comm = fs::read_to_string(process.join("comm")).unwrap_or_default();
+            name = format!("[{}]", comm.trim());
+        }
         if let Some(pss) = pss(&process.join("smaps")) {
             rows.push((name, pss));
         }
@@ -168,7 +178,7 @@ fn processes(id: &str, first: Option<u32>) -> Result<Rows> {
     Ok(rows)
 }
 
-/// The processes that name `id`, the process `first`, and what these started.
+/// The processes whose command line has `id`, the process `first`, and what these started.
 fn family(id: &str, first: Option<u32>) -> Result<Vec<PathBuf>> {
     let mut all: Vec<(u32, u32, bool)> = Vec::new();
     for entry in fs::read_dir("/proc")?.flatten() {
