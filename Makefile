@@ -48,7 +48,7 @@ bench: build ## Start time and memory, beside crun and runsc
 install: build ## Install below PREFIX
 	install -d $(DESTDIR)$(PREFIX)/bin $(DESTDIR)$(PREFIX)/lib/walnut
 	install -m 0755 out/bin/walnut $(DESTDIR)$(PREFIX)/bin/
-	install -m 0755 out/lib/walnut/containerd-shim-walnut-v2 out/lib/walnut/walnut-vsock $(DESTDIR)$(PREFIX)/lib/walnut/
+	install -m 0755 out/lib/walnut/containerd-shim-walnut-v2 out/lib/walnut/walnut-vmm out/lib/walnut/walnut-vsock $(DESTDIR)$(PREFIX)/lib/walnut/
 	install -m 0644 out/lib/walnut/vmlinux out/lib/walnut/initramfs.cpio $(DESTDIR)$(PREFIX)/lib/walnut/
 
 uninstall: ## Remove what install put there

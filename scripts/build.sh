@@ -16,6 +16,7 @@ export LIBSECCOMP_LIB_PATH
 step "programs"
 cargo build --release --quiet -p walnut-cli -p walnut-shim -p walnut-initramfs
 cargo build --release --quiet -p walnut-devices --bin walnut-vsock
+cargo build --release --quiet -p walnut-vmm
 
 step "agent"
 for program in walnut-agent walnut-container; do
@@ -36,7 +37,7 @@ step "sandbox kernel"
 guest/kernel/build.sh
 
 # Replaced, not rewritten: a running sandbox keeps the program it has.
-for program in walnut-vsock containerd-shim-walnut-v2; do
+for program in walnut-vmm walnut-vsock containerd-shim-walnut-v2; do
     install -m 0755 "$target/release/$program" "out/lib/walnut/.$program"
     mv -f "out/lib/walnut/.$program" "out/lib/walnut/$program"
 done

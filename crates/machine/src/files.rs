@@ -87,6 +87,8 @@ fn open(path: &Path, write: bool) -> io::Result<File> {
         .open(path)?;
     let kind = file.metadata()?.file_type();
     if kind.is_file() || kind.is_block_device() {
+        // Whoever reads it wants to wait for it.
+        rustix::io::ioctl_fionbio(&file, false)?;
         return Ok(file);
     }
     Err(io::Error::new(

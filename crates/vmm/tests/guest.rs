@@ -13,7 +13,8 @@ use std::{
 
 use walnut_initramfs::Archive;
 use walnut_vmm_api::{
-    Channel, Config, End, Event, FdIndex, Jail, Message, Received, Reply, Request, VERSION, pair,
+    Channel, Config, Device, End, Event, FdIndex, Jail, Message, Received, Reply, Request, VERSION,
+    pair,
 };
 
 fn repository() -> PathBuf {
@@ -75,6 +76,11 @@ impl Vmm {
     }
 
     fn start(&mut self, test: &str, vcpus: u8) -> Result<Reply, String> {
+        self.start_with(test, vcpus, &[])
+    }
+
+    /// With disks, the first of which is read-only.
+    fn start_with(&mut self, test: &str, vcpus: u8, disks: &[&File]) -> Result<Reply, String> {
         let kernel = File::open(repository().join("out/lib/walnut/vmlinux")).unwrap();
         let initramfs = File::open(initramfs()).unwrap();
         let kvm = File::options()
@@ -95,15 +101,26 @@ impl Vmm {
             initramfs: Some(FdIndex(2)),
             cmdline: format!("console=ttyS0 panic=-1 reboot=t test={test}"),
             console: Some(FdIndex(3)),
-            devices: Vec::new(),
-            jail: Jail::Full { user: None },
+            devices: (0..disks.len())
+                .map(|n| Device::Block {
+                    serial: format!("disk-{n}"),
+                    read_only: n == 0,
+                    file: FdIndex(u8::try_from(4 + n).unwrap()),
+                })
+                .collect(),
+            jail: if std::env::var_os("NOJAIL").is_some() {
+                Jail::Off
+            } else {
+                Jail::Full { user: None }
+            },
         };
-        let fds: [BorrowedFd<'_>; 4] = [
+        let mut fds: Vec<BorrowedFd<'_>> = vec![
             kvm.as_fd(),
             kernel.as_fd(),
             initramfs.as_fd(),
             to_console.as_fd(),
         ];
+        fds.extend(disks.iter().map(|disk| disk.as_fd()));
         self.ask(&Request::Start(Box::new(config)), &fds)
     }
 
@@ -121,9 +138,17 @@ impl Vmm {
     }
 
     fn console(&mut self) -> String {
-        let mut text = String::new();
-        self.console.read_to_string(&mut text).unwrap();
-        text
+        let mut text = Vec::new();
+        let mut chunk = [0; 4096];
+        loop {
+            let n = self.console.read(&mut chunk).unwrap();
+            if n == 0 {
+                break String::from_utf8_lossy(&text).into_owned();
+            }
+            // Seen with --nocapture, should the guest hang.
+            print!("{}", String::from_utf8_lossy(&chunk[..n]));
+            text.extend(&chunk[..n]);
+        }
     }
 }
 
@@ -147,4 +172,25 @@ fn boots_prints_and_resets() {
         assert_eq!(end, Some(Message::Event(Event::Ended(End::Reset))));
         assert!(vmm.child.wait().unwrap().success());
     }
+}
+
+#[test]
+#[ignore = "needs KVM: runs in the lab"]
+fn disks_are_read_and_written() {
+    let mut vmm = Vmm::spawn();
+    let dir = tempfile::tempdir().unwrap();
+    let disk = |name: &str| {
+        let path = dir.path().join(name);
+        std::fs::write(&path, vec![name.as_bytes()[0]; 1 << 20]).unwrap();
+        File::options().read(true).write(true).open(path).unwrap()
+    };
+    let (a, b) = (disk("A"), disk("B"));
+    assert_eq!(vmm.start_with("disks", 1, &[&a, &b]), Ok(Reply::Done));
+    let console = vmm.console();
+    let end = vmm.hear();
+    assert!(console.contains("disk-0 A 0"), "{end:?} {console}");
+    assert!(console.contains("disk-1 B 1"), "{end:?} {console}");
+    assert_eq!(end, Some(Message::Event(Event::Ended(End::Reset))));
+    assert_eq!(std::fs::read(dir.path().join("A")).unwrap()[0], b'A');
+    assert_eq!(std::fs::read(dir.path().join("B")).unwrap()[0], b'W');
 }

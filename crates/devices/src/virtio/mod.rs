@@ -66,7 +66,8 @@ pub struct Activation {
     /// The features agreed on, a subset of [`Device::features`].
     pub features: u64,
     /// As many as [`Device::queue_sizes`]. A queue that the driver left out is not
-    /// `ready()`; one that is has been checked (`is_valid`) against memory.
+    /// `ready()`; one that is has been checked (`is_valid`) against memory, and knows
+    /// whether `VIRTIO_RING_F_EVENT_IDX` was agreed on.
     pub queues: Vec<Queue>,
     /// The way back.
     pub interrupt: Arc<dyn Interrupt>,

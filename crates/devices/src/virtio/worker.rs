@@ -17,6 +17,7 @@ use nix::{
         eventfd::{EfdFlags, EventFd},
     },
 };
+use virtio_bindings::virtio_ring::VIRTIO_RING_F_EVENT_IDX;
 use virtio_queue::{Queue, QueueT};
 use vm_memory::GuestAddressSpace;
 
@@ -433,7 +434,7 @@ impl Worker {
         })
     }
 
-    fn activate(&mut self, activation: Activation) {
+    fn activate(&mut self, mut activation: Activation) {
         // A driver that is ready twice without a reset between is ignored.
         if self.active.is_some() {
             return;
@@ -444,6 +445,10 @@ impl Worker {
             interrupt: Arc::clone(&activation.interrupt),
         });
         self.broken = false;
+        let event_idx = activation.features & 1 << VIRTIO_RING_F_EVENT_IDX != 0;
+        for queue in &mut activation.queues {
+            queue.set_event_idx(event_idx);
+        }
         let memory = activation.memory.memory();
         let valid = activation.queues.len() == self.kicks.len()
             && activation

@@ -23,11 +23,8 @@ pub(super) struct Control {
     end: watch::Receiver<Option<End>>,
 }
 
-fn monitor(request: &str, reason: impl ToString) -> Error {
-    Error::Monitor {
-        command: request.to_owned(),
-        reason: reason.to_string(),
-    }
+fn monitor(request: &str, reason: impl std::fmt::Display) -> Error {
+    Error::Other(format!("walnut-vmm, {request}: {reason}"))
 }
 
 impl Control {

@@ -1,11 +1,34 @@
 /* Init of the test guests: does what the kernel command line's `test=` says. */
+#include <fcntl.h>
 #include <stdio.h>
 #include <stdlib.h>
 #include <string.h>
 #include <sys/mount.h>
 #include <sys/reboot.h>
 #include <sys/stat.h>
+#include <termios.h>
 #include <unistd.h>
+
+/* "serial, first byte, writable?" of every disk. */
+static void disks(void) {
+	for (char c = 'a'; c <= 'z'; c++) {
+		char path[64], serial[32] = "";
+		snprintf(path, sizeof path, "/sys/block/vd%c/serial", c);
+		FILE *f = fopen(path, "r");
+		if (!f)
+			break;
+		(void)!fread(serial, 1, sizeof serial - 1, f);
+		fclose(f);
+		snprintf(path, sizeof path, "/dev/vd%c", c);
+		/* A read-only disk opens for writing, and refuses to. */
+		int fd = open(path, O_RDWR);
+		char first = '?';
+		(void)!pread(fd, &first, 1, 0);
+		int written = pwrite(fd, "W", 1, 0) == 1 && fsync(fd) == 0;
+		printf("%s %c %d\n", serial, first, written);
+		close(fd);
+	}
+}
 
 int main(void) {
 	const char *test = getenv("test");
@@ -20,8 +43,11 @@ int main(void) {
 	if (!strcmp(test, "hello")) {
 		puts("hello from init");
 		printf("vcpus %ld\n", sysconf(_SC_NPROCESSORS_ONLN));
-		fflush(stdout);
 	}
+	if (!strcmp(test, "disks"))
+		disks();
+	fflush(stdout);
+	tcdrain(1);
 	reboot(RB_AUTOBOOT);
 	for (;;)
 		pause();
