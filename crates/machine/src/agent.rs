@@ -77,6 +77,11 @@ impl Door {
         &self.uds
     }
 
+    /// Where the agent calls.
+    pub(crate) fn ready_path(&self) -> &Path {
+        &self.ready
+    }
+
     /// Removes the sockets' names. Most often they are gone already.
     pub(crate) fn close(&self) {
         remove(&self.uds);

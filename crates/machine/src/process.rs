@@ -69,6 +69,7 @@ pub struct Spawn {
     stdout: usize,
     identity: Option<Identity>,
     new_network: bool,
+    new_pids: bool,
     before_exec: Option<BeforeExec>,
 }
 
@@ -93,6 +94,7 @@ impl Spawn {
             stdout: 0,
             identity: None,
             new_network: false,
+            new_pids: false,
             before_exec: None,
         }
     }
@@ -134,6 +136,13 @@ impl Spawn {
     /// Gives the process a network namespace of its own, with nothing in it.
     pub fn new_network(&mut self) -> &mut Self {
         self.new_network = true;
+        self
+    }
+
+    /// Makes the process the first of a PID namespace of its own, where this process
+    /// may: it then sees no other process. Its own PID is seen by us as usual.
+    pub fn new_pids(&mut self) -> &mut Self {
+        self.new_pids = true;
         self
     }
 
@@ -190,8 +199,40 @@ impl Spawn {
         // SAFETY: in_child and the caller's setup (see before_exec) make system
         // calls only.
         unsafe { command.pre_exec(setup) };
-        let child = command.spawn()?;
+        let pids = match self.new_pids {
+            true => PidSpace::enter(),
+            false => None,
+        };
+        let child = command.spawn();
+        drop(pids);
+        let child = child?;
         Child::adopt(self.name, child.id(), stdout, stderr)
+    }
+}
+
+/// While it lives, processes made by this thread are born into a new PID
+/// namespace.
+#[derive(Debug)]
+struct PidSpace {
+    before: std::fs::File,
+}
+
+impl PidSpace {
+    /// `None` where this process may not.
+    fn enter() -> Option<Self> {
+        let before = std::fs::File::open("/proc/thread-self/ns/pid_for_children").ok()?;
+        // SAFETY: concerns the children of this thread only, and is undone below.
+        let rc = unsafe { libc::unshare(libc::CLONE_NEWPID) };
+        (rc == 0).then_some(Self { before })
+    }
+}
+
+impl Drop for PidSpace {
+    fn drop(&mut self) {
+        // It was ours a moment ago: this fails for no reason that is known. (Were it
+        // to, the next process would not start, as the namespace's first has ended.)
+        // SAFETY: takes a descriptor and a flag.
+        unsafe { libc::setns(self.before.as_raw_fd(), libc::CLONE_NEWPID) };
     }
 }
 

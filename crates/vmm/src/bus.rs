@@ -13,8 +13,10 @@ use std::{
 use kvm_ioctls::{IoEventAddress, NoDatamatch, VmFd};
 use vmm_sys_util::eventfd::EventFd;
 use walnut_devices::{
-    Log, block, fs,
+    Log, balloon, block, fs,
+    limit::LimitConfig,
     pci::{self, Doorbells, Messages, Root},
+    rng,
     vhost::Limits,
     virtio::{self, Memory, MemoryCell, Port, Worker},
     vsock,
@@ -137,7 +139,7 @@ impl Bus {
         device: &Device,
         take: impl FnMut(FdIndex) -> Result<OwnedFd, Error>,
     ) -> Result<(), Error> {
-        let (name, device, calls) = make(device, take)?;
+        let (name, device, calls) = make(device, &self.memory, take)?;
         let (worker, port) = Worker::new(device)?;
         let mut kicks = Vec::new();
         let mut lines = vec![self.routes.line()?];
@@ -258,6 +260,7 @@ fn log() -> Log {
 /// A device, its thread's name, and the system calls that it makes.
 fn make(
     device: &Device,
+    memory: &MemoryCell,
     mut take: impl FnMut(FdIndex) -> Result<OwnedFd, Error>,
 ) -> Result<Made, Error> {
     let complain = |what: &str, e: &dyn std::fmt::Display| Error::Config(format!("{what}: {e}"));
@@ -328,6 +331,23 @@ fn make(
             let device = vsock::Virtio::new(device);
             Ok(("vsock".to_owned(), Box::new(device), calls))
         }
-        Device::Rng | Device::Balloon => Err(Error::Config("not yet".to_owned())),
+        Device::Rng => {
+            let device = rng::Rng::new(LimitConfig::default());
+            Ok((
+                "rng".to_owned(),
+                Box::new(device),
+                vec![libc::SYS_getrandom],
+            ))
+        }
+        Device::Balloon => {
+            let release = balloon::Advise::new(memory.clone());
+            let device = balloon::Balloon::new(balloon::Config::default(), Box::new(release))
+                .map_err(|e| complain("balloon", &e))?;
+            Ok((
+                "balloon".to_owned(),
+                Box::new(device),
+                vec![libc::SYS_madvise],
+            ))
+        }
     }
 }

@@ -23,7 +23,7 @@ use crate::{
     Error, Exit, Machine, MachineSpec, Pause,
     agent::{self, CONSOLE_MAX, Door, GUEST_CID, host, or_end},
     console,
-    files::Files,
+    files::{self, Files},
     process::{Child, Spawn, Status, Tail, pipe},
     spec,
 };
@@ -106,6 +106,15 @@ fn open_kvm() -> Result<File, Error> {
         })
 }
 
+/// Makes `id` the owner of what the VMM must reach as another user.
+fn give(path: &Path, id: u32) -> Result<(), Error> {
+    std::os::unix::fs::chown(path, Some(id), Some(id)).map_err(|source| Error::File {
+        what: "change the owner of",
+        path: path.to_owned(),
+        source,
+    })
+}
+
 /// The directory of the vsock device's sockets, which becomes the VMM's root.
 fn socket_dir(run_dir: &Path) -> Result<(PathBuf, File), Error> {
     let path = run_dir.join(SOCKET_DIR);
@@ -124,7 +133,13 @@ fn socket_dir(run_dir: &Path) -> Result<(PathBuf, File), Error> {
     Ok((path, dir))
 }
 
-fn config(spec: &MachineSpec, files: Files, dir: File, fds: &mut Fds) -> Result<Config, Error> {
+fn config(
+    spec: &MachineSpec,
+    files: Files,
+    dir: File,
+    user: Option<u32>,
+    fds: &mut Fds,
+) -> Result<Config, Error> {
     let vcpus = u8::try_from(spec.vcpus).unwrap_or(u8::MAX);
     let mut devices = vec![Device::Vsock {
         cid: GUEST_CID.into(),
@@ -144,6 +159,7 @@ fn config(spec: &MachineSpec, files: Files, dir: File, fds: &mut Fds) -> Result<
             file: fds.add(file),
         });
     }
+    devices.extend([Device::Rng, Device::Balloon]);
     Ok(Config {
         version: api::VERSION,
         kvm: fds.add(open_kvm()?),
@@ -156,7 +172,7 @@ fn config(spec: &MachineSpec, files: Files, dir: File, fds: &mut Fds) -> Result<
         cmdline: kernel_cmdline(spec),
         console: None,
         devices,
-        jail: api::Jail::Full { user: None },
+        jail: api::Jail::Full { user },
     })
 }
 
@@ -168,7 +184,13 @@ impl VmmMachine {
         let (dir_path, dir) = socket_dir(&spec.run_dir)?;
         let door = Door::open(&dir_path, SOCKET)?;
         let mut fds = Fds::default();
-        let mut config = config(&spec, files, dir, &mut fds)?;
+        // One machine to a supervisor, as a rule; two of one supervisor share it.
+        let user = files::own_identity(std::process::id()).map(|identity| identity.uid);
+        if let Some(id) = user {
+            give(&dir_path, id)?;
+            give(door.ready_path(), id)?;
+        }
+        let mut config = config(&spec, files, dir, user, &mut fds)?;
         let (console, to_console) =
             pipe(CONSOLE_MAX).map_err(host("make a pipe for the console"))?;
         config.console = Some(fds.add(to_console));
@@ -177,6 +199,7 @@ impl VmmMachine {
         let mut spawn = Spawn::new("walnut-vmm", &driver.program);
         let number = spawn.inherit(OwnedFd::from(theirs));
         spawn.args(["--control-fd", &number.to_string()]);
+        spawn.new_pids();
         let vmm = spawn.spawn()?;
         step(started, "vmm spawned");
         let control = Control::new(ours)?;
