@@ -20,7 +20,10 @@ cargo build --release --quiet -p walnut-vmm
 
 step "agent"
 for program in walnut-agent walnut-container; do
-    cargo rustc --profile guest --quiet -p walnut-agent --bin "$program" -- -C target-feature=+crt-static
+    # Relative relocations in their packed form: 70 kB less to keep and to touch.
+    cargo rustc --profile guest --quiet -p walnut-agent --bin "$program" -- \
+        -C target-feature=+crt-static -C force-unwind-tables=no \
+        -C link-arg=-Wl,-z,pack-relative-relocs
     install -m 0755 "$target/guest/$program" "out/lib/walnut/$program"
 done
 if file=$(ldd out/lib/walnut/walnut-agent 2>&1) && [[ $file != *static* ]]; then
