@@ -518,6 +518,51 @@ fn a_pause_waits_for_what_is_in_flight_and_goes_on_where_it_was() {
 }
 
 #[test]
+fn a_pause_knows_of_a_driver_that_has_just_become_ready() {
+    for mut bed in beds(Config::default()) {
+        for _ in 0..200 {
+            bed.restart();
+            let rests = bed.rig.port.pause(LIMIT).expect("it rests");
+            assert!(rests.queues.expect("it is active")[0].ready);
+            bed.rig.port.resume();
+        }
+        bed.still_works();
+    }
+}
+
+#[test]
+fn told_to_be_quiet_it_begins_nothing_new() {
+    let config = Config {
+        engine: Engine::IoUring,
+        ..Config::default()
+    };
+    let device = Block::new(new_file().into(), config).unwrap();
+    let mem = memory();
+    let mut ring = Vring::new(&mem, RINGS, 256);
+    let mut direct = Direct::new(device, mem.clone());
+    direct.activate(VERSION_1, &[&ring]);
+    mem.write_slice(&header(READ, 0), GuestAddress(HEADER))
+        .unwrap();
+    ring.write_desc(0, HEADER, 16, NEXT, 1);
+    ring.write_desc(1, DATA, 512, NEXT | WRITE, 2);
+    ring.write_desc(2, STATUS, 1, WRITE, 0);
+    for _ in 0..250 {
+        ring.publish(0);
+    }
+    direct.event(Event::Queue(0));
+    direct.device.quiesce();
+    direct.event(Event::Queue(0));
+    direct.drain();
+    let begun = std::iter::from_fn(|| ring.pop_used()).count();
+    assert!(begun < 250, "{begun}");
+    // The rest is found when it goes on.
+    let queues = direct.device.deactivate();
+    direct.activate_with(VERSION_1, queues);
+    direct.kick(0);
+    assert_eq!(std::iter::from_fn(|| ring.pop_used()).count(), 250 - begun);
+}
+
+#[test]
 fn memory_that_is_unplugged_stays_until_what_is_in_flight_has_come_back() {
     for engine in ENGINES {
         let config = Config {

@@ -503,3 +503,11 @@ fn read_from(pieces: &[Piece], bytes: &mut [u8]) {
         }
     }
 }
+
+#[cfg(test)]
+#[allow(
+    clippy::unwrap_used,
+    clippy::panic,
+    reason = "a test fails by panicking"
+)]
+mod tests;

@@ -393,7 +393,13 @@ impl Worker {
         if desk.pause != self.paused {
             self.paused = desk.pause;
             if desk.pause {
-                self.resting = self.deactivate();
+                // A driver that has just become ready is one that has been served:
+                // a snapshot must not forget it.
+                self.resting = if self.active.is_some() {
+                    self.deactivate()
+                } else {
+                    desk.activate.take()
+                };
             } else if let Some(resting) = self.resting.take() {
                 // It was active all the time: whoever says so again is ignored.
                 desk.activate = Some(resting);
