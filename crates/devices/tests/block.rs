@@ -15,6 +15,7 @@ mod rig;
 
 use std::{
     os::unix::fs::FileExt,
+    sync::atomic::{AtomicBool, Ordering},
     time::{Duration, Instant},
 };
 
@@ -526,6 +527,47 @@ fn a_pause_knows_of_a_driver_that_has_just_become_ready() {
             assert!(rests.queues.expect("it is active")[0].ready);
             bed.rig.port.resume();
         }
+        bed.still_works();
+    }
+}
+
+#[test]
+fn a_pause_and_a_reset_come_though_the_driver_never_stops() {
+    for mut bed in beds(Config::default()) {
+        for reset in [false, true] {
+            bed.restart();
+            bed.put(HEADER, &header(WRITE_OUT, 0));
+            let ring = &bed.rings[0];
+            ring.write_desc(0, HEADER, 16, NEXT, 1);
+            ring.write_desc(1, DATA, 4096, NEXT, 2);
+            ring.write_desc(2, STATUS, 1, WRITE, 0);
+            let (used, mut ring) = (ring.used, bed.rings.remove(0));
+            let (mem, port) = (bed.mem.clone(), bed.rig.port.clone());
+            let done = AtomicBool::new(false);
+            std::thread::scope(|scope| {
+                scope.spawn(|| {
+                    while !done.load(Ordering::Relaxed) {
+                        let used: u16 = mem.read_obj(GuestAddress(used + 2)).unwrap();
+                        if ring.avail_idx.wrapping_sub(used) < 200 {
+                            ring.publish(0);
+                        }
+                        port.kick(0).unwrap().write(1).unwrap();
+                    }
+                });
+                bed.rig.until("under way", || {
+                    let used: u16 = bed.mem.read_obj(GuestAddress(used + 2)).unwrap();
+                    used > 100
+                });
+                if reset {
+                    bed.rig.reset();
+                } else {
+                    assert!(bed.rig.port.pause(LIMIT).is_some());
+                    bed.rig.port.resume();
+                }
+                done.store(true, Ordering::Relaxed);
+            });
+        }
+        bed.restart();
         bed.still_works();
     }
 }

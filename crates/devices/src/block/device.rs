@@ -225,11 +225,18 @@ impl Block {
         let result = self.begin_all();
         // Even if the driver broke it: what has been begun must come back.
         self.submit();
-        result.and_then(|()| self.signal()).inspect_err(|_| {
-            if let Some(active) = &mut self.active {
-                active.broken = true;
-            }
-        })
+        // What the page cache had is there at once: saves waiting to be told. Being
+        // told brings us here again, so nothing that waits for room is forgotten.
+        let reaped = if result.is_ok() { self.reap() } else { Ok(()) };
+        self.submit();
+        result
+            .and(reaped)
+            .and_then(|()| self.signal())
+            .inspect_err(|_| {
+                if let Some(active) = &mut self.active {
+                    active.broken = true;
+                }
+            })
     }
 
     fn begin_all(&mut self) -> Result<(), Broken> {
