@@ -79,6 +79,27 @@ impl Done {
     }
 }
 
+/// The program whose process is the machine here, and what it is called in
+/// messages.
+pub fn machine() -> (&'static str, &'static str) {
+    match driver() {
+        "vmm" => ("walnut-vmm", "walnut-vmm"),
+        _ => ("qemu", "qemu"),
+    }
+}
+
+/// The driver that is chosen here unless another is asked for.
+pub fn driver() -> &'static str {
+    static DRIVER: OnceLock<String> = OnceLock::new();
+    DRIVER.get_or_init(|| {
+        let report = crate::walnut(&["check", "--format", "json"]);
+        let report: serde_json::Value =
+            serde_json::from_slice(&report.stdout).expect("parse `walnut check`");
+        let driver = report["auto"]["driver"].as_str();
+        driver.expect("`walnut check` names a driver").to_owned()
+    })
+}
+
 /// The host under test; the first caller builds up what is missing.
 pub fn host() -> &'static Host {
     static HOST: OnceLock<Host> = OnceLock::new();

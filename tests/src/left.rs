@@ -22,6 +22,7 @@ pub fn processes(word: &str) -> Vec<(i32, String)> {
         let ours = [
             "walnut",
             "containerd-shim-walnut-v2",
+            "walnut-vmm",
             "walnut-vsock",
             "virtiofsd",
         ];

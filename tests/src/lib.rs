@@ -13,8 +13,8 @@ mod left;
 mod terminal;
 
 pub use host::{
-    Detached, Done, Host, Running, command, host, run, run_with, spawn_run, spawn_walnut, unique,
-    walnut,
+    Detached, Done, Host, Running, command, driver, host, machine, run, run_with, spawn_run,
+    spawn_walnut, unique, walnut,
 };
 pub use left::{assert_nothing_left, kill_process, processes};
 pub use terminal::Terminal;

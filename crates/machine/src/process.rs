@@ -140,7 +140,8 @@ impl Spawn {
     }
 
     /// Makes the process the first of a PID namespace of its own, where this process
-    /// may: it then sees no other process. Its own PID is seen by us as usual.
+    /// may: it then sees no other process. Its own PID is seen by us as usual. One
+    /// whose parent dies while it is being started learns it only by a socket.
     pub fn new_pids(&mut self) -> &mut Self {
         self.new_pids = true;
         self
@@ -273,7 +274,9 @@ fn in_child(
     rustix::thread::set_no_new_privs(true)?;
     // After the change of identity, which clears it.
     rustix::process::set_parent_process_death_signal(Some(rustix::process::Signal::KILL))?;
-    if rustix::process::getppid() != Some(parent) {
+    // From a PID namespace of its own it sees no parent, dead or alive: there the
+    // end of a socket must tell.
+    if rustix::process::getppid().is_some_and(|now| now != parent) {
         // The parent died before the line above took effect.
         return Err(io::ErrorKind::BrokenPipe.into());
     }

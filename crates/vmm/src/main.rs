@@ -37,7 +37,7 @@ pub(crate) use error::Error;
 /// Stack of a thread, bytes. Only what is touched is memory.
 const STACK: usize = 256 * 1024;
 
-const USAGE: &str = "usage: walnut-vmm --control-fd N\n\n\
+const USAGE: &str = "usage: walnut-vmm [--id NAME] --control-fd N\n\n\
     Runs one microVM on KVM. Started by Walnut's supervisor, which says over the\n\
     inherited socket N what the machine is made of; not meant for people.\n";
 
@@ -53,7 +53,10 @@ fn main() -> ExitCode {
             print!("{USAGE}");
             return ExitCode::SUCCESS;
         }
-        ["--control-fd", number] => number.parse::<RawFd>().ok().filter(|fd| *fd > 2),
+        // The name is for people, and for whoever looks for its processes.
+        ["--control-fd", number] | ["--id", _, "--control-fd", number] => {
+            number.parse::<RawFd>().ok().filter(|fd| *fd > 2)
+        }
         _ => None,
     };
     let Some(fd) = fd else {

@@ -182,7 +182,7 @@ fn check_agrees_with_itself() {
     let usable = report["kvm"].to_string().contains("usable\":{\"slowdown")
         || report["kvm"]["status"] == "usable";
     assert!(
-        (auto == "qemu-kvm") == usable && !report["auto"]["reason"].as_str().unwrap().is_empty(),
+        (auto == "vmm") == usable && !report["auto"]["reason"].as_str().unwrap().is_empty(),
         "{report:#}"
     );
     let table = walnut(&["check"]).exits(0);

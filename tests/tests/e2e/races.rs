@@ -4,8 +4,8 @@ use std::process::Stdio;
 
 use nix::sys::signal::Signal;
 use walnut_tests::{
-    Detached, assert_nothing_left, command, host, kill_process, processes, spawn_run, spawn_walnut,
-    unique, until, walnut,
+    Detached, assert_nothing_left, command, host, kill_process, machine, processes, spawn_run,
+    spawn_walnut, unique, until, walnut,
 };
 
 #[test]
@@ -69,7 +69,7 @@ fn everybody_hears_that_a_machine_has_died() {
     exec.prints("in");
     let logs = spawn_walnut(&["logs", "-f", &box_.name]);
     logs.prints("begun");
-    kill_process(&box_.id, "qemu");
+    kill_process(&box_.id, machine().0);
     exec.wait().fails(125, "SIGKILL");
     assert_eq!(logs.wait().exits(0).text(), "begun");
     let record = box_.ended();

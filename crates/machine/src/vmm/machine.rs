@@ -198,7 +198,7 @@ impl VmmMachine {
         let (ours, theirs) = api::pair().map_err(|e| Error::Other(e.to_string()))?;
         let mut spawn = Spawn::new("walnut-vmm", &driver.program);
         let number = spawn.inherit(OwnedFd::from(theirs));
-        spawn.args(["--control-fd", &number.to_string()]);
+        spawn.args(["--id", &spec.id, "--control-fd", &number.to_string()]);
         spawn.new_pids();
         let vmm = spawn.spawn()?;
         step(started, "vmm spawned");
