@@ -70,9 +70,10 @@ impl Rng {
         let memory = active.memory.memory();
         let mut later = now;
         let (left, used) = turn(queue, &memory, TURN, |chain| {
-            let bytes = u64::try_from(room(chain.clone())).unwrap_or(u64::MAX);
+            let most = room(chain.clone());
+            let bytes = u64::try_from(most).unwrap_or(u64::MAX);
             match limit.take(1, bytes, now) {
-                Ok(()) => Handled::Used(fill(&memory, chain)),
+                Ok(()) => Handled::Used(fill(&memory, chain, most)),
                 Err(at) => {
                     later = at;
                     Handled::Later
@@ -109,14 +110,15 @@ fn room(chain: Chain<'_>) -> usize {
     sum
 }
 
-/// Fills a chain's buffers up to [`MOST`], or to the first that is not in guest
-/// memory; how many bytes that was.
-fn fill(memory: &Memory, chain: Chain<'_>) -> u32 {
+/// Fills a chain's buffers with `most` bytes, or up to the first that is not in guest
+/// memory; how many bytes that was. The driver may have changed them since they were
+/// measured: it gets no more than it has paid for.
+fn fill(memory: &Memory, chain: Chain<'_>, most: usize) -> u32 {
     let mut done = 0;
     for (at, len) in buffers(chain) {
-        let part = len.min(MOST - done);
+        let part = len.min(most - done);
         if part == 0 {
-            if done == MOST {
+            if done == most {
                 break;
             }
             continue;

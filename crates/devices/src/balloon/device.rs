@@ -55,11 +55,19 @@ struct Shared {
     resized: AtomicBool,
     /// Statistics are wanted.
     wanted: AtomicBool,
-    stats: Mutex<Option<(Instant, Stats)>>,
+    stats: Mutex<Option<Words>>,
+}
+
+/// Statistics as they came: the device's thread allocates nothing.
+#[derive(Debug, Clone, Copy)]
+struct Words {
+    when: Instant,
+    raw: [u8; MOST_STATS],
+    len: usize,
 }
 
 impl Shared {
-    fn stats(&self) -> MutexGuard<'_, Option<(Instant, Stats)>> {
+    fn stats(&self) -> MutexGuard<'_, Option<Words>> {
         // It is replaced as a whole, whoever panicked.
         self.stats.lock().unwrap_or_else(PoisonError::into_inner)
     }
@@ -104,7 +112,13 @@ impl Control {
 
     /// The latest statistics, and when they came.
     pub fn stats(&self) -> Option<(Instant, Stats)> {
-        self.shared.stats().clone()
+        let words = (*self.shared.stats())?;
+        let mut stats = Stats::new();
+        let raw = words.raw.get(..words.len).unwrap_or_default();
+        for [t0, t1, value @ ..] in raw.as_chunks::<STAT>().0 {
+            stats.insert(u16::from_le_bytes([*t0, *t1]), u64::from_le_bytes(*value));
+        }
+        Some((words.when, stats))
     }
 }
 
@@ -224,8 +238,8 @@ impl Balloon {
             }
             Role::Stats => {
                 let head = chain.head_index();
-                let stats = read_stats(&memory, chain);
-                *shared.stats() = Some((Instant::now(), stats));
+                let words = read_stats(&memory, chain);
+                *shared.stats() = Some(words);
                 shared.wanted.store(false, Ordering::Release);
                 // There is to be one buffer; any more go back at once.
                 if kept.is_some() {
@@ -384,32 +398,26 @@ fn report(memory: &Memory, chain: Chain<'_>, release: &dyn Release) {
     }
 }
 
-/// Reads the statistics in a chain's first buffer.
-fn read_stats(memory: &Memory, mut chain: Chain<'_>) -> Stats {
-    let mut stats = Stats::new();
-    let Some(descriptor) = chain
-        .next()
-        .filter(|descriptor| !descriptor.is_write_only())
-    else {
-        return stats;
+/// Reads the statistics in a chain's first buffer; none if it is not there.
+fn read_stats(memory: &Memory, mut chain: Chain<'_>) -> Words {
+    let mut words = Words {
+        when: Instant::now(),
+        raw: [0; MOST_STATS],
+        len: 0,
     };
-    let mut raw = [0; MOST_STATS];
-    let len = usize::try_from(descriptor.len()).unwrap_or(usize::MAX);
-    let len = len.min(MOST_STATS);
-    let at = descriptor.addr();
-    let Some(raw) = raw
-        .get_mut(..len)
-        .filter(|_| inside(memory, at, len as u64))
-    else {
-        return stats;
-    };
-    if memory.read_slice(raw, at).is_err() {
-        return stats;
+    let descriptor = chain.next();
+    if let Some(descriptor) = descriptor.filter(|descriptor| !descriptor.is_write_only()) {
+        let at = descriptor.addr();
+        let len = usize::try_from(descriptor.len()).unwrap_or(usize::MAX);
+        let len = len.min(MOST_STATS);
+        if let Some(raw) = words.raw.get_mut(..len)
+            && inside(memory, at, len as u64)
+            && memory.read_slice(raw, at).is_ok()
+        {
+            words.len = len;
+        }
     }
-    for [t0, t1, value @ ..] in raw.as_chunks::<STAT>().0 {
-        stats.insert(u16::from_le_bytes([*t0, *t1]), u64::from_le_bytes(*value));
-    }
-    stats
+    words
 }
 
 impl Device for Balloon {
