@@ -5,7 +5,8 @@
 //! `walnut-vmm` does it in process, `walnut-vsock` over vhost-user for QEMU.
 //!
 //! Main types: [`virtio::Device`], what all have in common, and [`virtio::Worker`],
-//! the thread of one; [`vsock::Device`], the guest-host socket device;
+//! the thread of one; [`block::Block`], [`rng::Rng`] and [`balloon::Balloon`];
+//! [`vsock::Device`], the guest-host socket device;
 //! [`vhost::Frontend`], a device that another process serves; [`pci::Root`], the bus
 //! on which a guest of `walnut-vmm` finds them.
 //!

@@ -2,10 +2,7 @@
 
 use std::{
     os::fd::{AsFd, BorrowedFd, OwnedFd},
-    sync::{
-        Arc,
-        atomic::{AtomicU64, Ordering},
-    },
+    sync::{Arc, atomic::Ordering},
     time::Instant,
 };
 
@@ -24,11 +21,12 @@ use virtio_queue::{Queue, QueueOwnedT, QueueT};
 use vm_memory::{Bytes, GuestAddress, GuestAddressSpace};
 
 use super::{
-    Config, Engine, Error, MAX_PIECES, MAX_QUEUES, MAX_SEGMENT_SECTORS, MAX_SEGMENTS, MAX_TASKS,
-    QUEUE_SIZE, SECTOR_LEN, SEG_MAX, SIZE_MAX,
+    Config, Engine, Error, MAX_PIECES, MAX_QUEUES, QUEUE_SIZE,
     disk::Disk,
     request,
-    task::{self, Call, Next, Origin, Piece, Pieces, Rules, Status, Task},
+    size::{Resizer, space},
+    slots::Slots,
+    task::{self, Call, Next, Origin, Pieces, Rules, Status, Task},
     uring::Uring,
 };
 use crate::{
@@ -49,74 +47,6 @@ const PLAIN_TURN: usize = 16;
 enum Backend {
     Plain,
     Uring(Box<Uring>),
-}
-
-/// Tells the device that its disk has another size. Any thread may.
-#[derive(Debug, Clone)]
-pub struct Resizer {
-    disk: Arc<Disk>,
-    space: Arc<ConfigSpace>,
-    bell: Arc<EventFd>,
-    count: Arc<AtomicU64>,
-}
-
-impl Resizer {
-    /// Measures the disk, tells the driver, and says how many sectors there are.
-    /// What the driver asks for beyond them fails, even if it has not noticed yet.
-    pub fn resize(&self) -> Result<u64, Error> {
-        let sectors = self.disk.measure()?;
-        self.space.set(0, &sectors.to_le_bytes());
-        self.count.fetch_add(1, Ordering::AcqRel);
-        // Fails only when the counter is full: then it has been rung.
-        let _ = self.bell.write(1);
-        Ok(sectors)
-    }
-}
-
-/// Requests in flight, and room for their pieces.
-#[derive(Debug)]
-struct Slots {
-    tasks: Vec<Option<Task>>,
-    /// Never longer than its first capacity: the kernel knows its addresses.
-    pieces: Vec<Piece>,
-    free: Vec<usize>,
-}
-
-impl Slots {
-    fn new() -> Self {
-        Self {
-            tasks: (0..MAX_TASKS).map(|_| None).collect(),
-            pieces: Vec::with_capacity(MAX_TASKS * MAX_PIECES),
-            free: (0..MAX_TASKS).rev().collect(),
-        }
-    }
-
-    fn used(&self) -> usize {
-        MAX_TASKS - self.free.len()
-    }
-
-    /// The lowest free slots go first, so that memory follows the depth.
-    fn take(&mut self) -> Option<usize> {
-        let slot = self.free.pop()?;
-        let end = (slot + 1) * MAX_PIECES;
-        if self.pieces.len() < end {
-            self.pieces.resize(end, Piece::EMPTY);
-        }
-        Some(slot)
-    }
-
-    fn list(&mut self, slot: usize) -> &mut [Piece] {
-        let from = slot * MAX_PIECES;
-        self.pieces
-            .get_mut(from..from + MAX_PIECES)
-            .unwrap_or_default()
-    }
-
-    fn put_back(&mut self, slot: usize) -> Option<Task> {
-        let task = self.tasks.get_mut(slot)?.take();
-        self.free.push(slot);
-        task
-    }
 }
 
 /// A queue in service.
@@ -543,33 +473,6 @@ impl Line {
         }
         self.finish(memory, task.head, None, used)
     }
-}
-
-/// `struct virtio_blk_config` (§5.2.4).
-fn space(config: &Config, sectors: u64) -> ConfigSpace {
-    let mut bytes = [0; 60];
-    let mut put = |at: usize, data: &[u8]| {
-        for (to, byte) in bytes.iter_mut().skip(at).zip(data) {
-            *to = *byte;
-        }
-    };
-    put(0, &sectors.to_le_bytes());
-    put(8, &SIZE_MAX.to_le_bytes());
-    put(12, &SEG_MAX.to_le_bytes());
-    put(20, &SECTOR_LEN.to_le_bytes());
-    // A physical block is 2^3 sectors, and the least that is worth moving.
-    put(24, &[3]);
-    put(26, &8u16.to_le_bytes());
-    put(34, &config.queues.to_le_bytes());
-    if !config.read_only {
-        put(36, &MAX_SEGMENT_SECTORS.to_le_bytes());
-        put(40, &MAX_SEGMENTS.to_le_bytes());
-        put(44, &8u32.to_le_bytes());
-        put(48, &MAX_SEGMENT_SECTORS.to_le_bytes());
-        put(52, &MAX_SEGMENTS.to_le_bytes());
-        put(56, &[1]);
-    }
-    ConfigSpace::new(bytes, 0..0)
 }
 
 impl Device for Block {

@@ -23,11 +23,14 @@
 mod device;
 mod disk;
 mod request;
+mod size;
+mod slots;
 mod task;
 mod uring;
 
-pub use device::{Block, Resizer};
+pub use device::Block;
 pub use disk::Error;
+pub use size::Resizer;
 
 use crate::limit::LimitConfig;
 
