@@ -9,12 +9,10 @@ mkdir -p "$cache"
 exec 9>"$cache/lock"
 flock 9
 
-package=$(apt-cache depends linux-image-amd64 | sed -n 's/.*Depends: \(linux-image-[0-9].*\)/\1/p' | head -n1)
-if [ -z "$package" ]; then
-    # No package lists: what was fetched before will do.
-    package=$(find "$cache" -maxdepth 1 -name 'linux-image-*' -type d -printf '%f\n' | sort -V | tail -n1)
-    [ -n "$package" ] || { echo 'lab: no package linux-image-amd64: apt-get update' >&2; exit 125; }
-fi
+# One that is there will do; remove the cache to have a newer one.
+package=$(find "$cache" -maxdepth 1 -name 'linux-image-*' -type d -printf '%f\n' | sort -V | tail -n1)
+[ -n "$package" ] || package=$(apt-cache depends linux-image-amd64 | sed -n 's/.*Depends: \(linux-image-[0-9].*\)/\1/p' | head -n1)
+[ -n "$package" ] || { echo 'lab: no package linux-image-amd64: apt-get update' >&2; exit 125; }
 dir=$cache/$package
 if [ ! -e "$dir/vmlinuz" ]; then
     echo "lab: fetching $package" >&2

@@ -4,6 +4,7 @@
 # Two labs side by side take half of the suite each.
 #
 #   tests/lab/test.sh               all
+#   tests/lab/test.sh itself        the lab alone
 #   tests/lab/test.sh vmm           walnut-vmm alone
 #   tests/lab/test.sh e2e [NAME…]   the end-to-end suite, or the tests so named
 set -Eeuo pipefail
@@ -22,6 +23,51 @@ in_lab() {
     # shellcheck disable=SC2016 # expanded in the lab
     tests/lab/lab --timeout 2400 sh -c 'cd "$0" && exec "$@"' \
         "$directory" "$program" --test-threads=1 "$@" </dev/null
+}
+
+# The lab keeps what its help promises.
+itself() {
+    echo '==> the lab itself'
+    local work status lab
+    work=$(mktemp -d)
+    fail() { printf 'the lab: %s\n' "$*" >&2; cat "$work/err" >&2; rm -rf "$work"; exit 1; }
+    mkdir "$work/share"
+    head -c 10000000 /dev/urandom >"$work/in"
+    # shellcheck disable=SC2016 # expanded in the lab
+    status=0
+    tests/lab/lab --timeout 300 --share "$work/share" --env GREETING='two words' bash -c '
+        cat
+        echo "$GREETING" >"$0/back"
+        touch /etc/only-here
+        for module in dm_mod vhost_net vhost_vsock ipvlan macvtap vfio_pci; do
+            modprobe $module || echo "no $module" >&2
+        done
+        ls /dev/kvm /dev/net/tun /dev/mapper/control >&2
+        out/bin/walnut check >&2
+        exit 7' "$work/share" <"$work/in" >"$work/out" 2>"$work/err" || status=$?
+    [ $status = 7 ] || fail "code $status instead of 7"
+    cmp "$work/in" "$work/out" || fail 'what went through it is not what came out'
+    [ "$(cat "$work/share/back")" = 'two words' ] || fail 'no file came back'
+    [ ! -e /etc/only-here ] || fail 'it wrote to this host'
+    grep -q '^auto: vmm: KVM works' "$work/err" || fail 'its KVM does not work'
+    ! grep -q '^no ' "$work/err" || fail 'modules are missing'
+
+    status=0
+    tests/lab/lab --timeout 2 sleep 1000 </dev/null >"$work/out" 2>"$work/err" || status=$?
+    if [ $status != 125 ] || ! grep -q 'took longer than 2 s' "$work/err"; then
+        fail "a time-out ended with code $status"
+    fi
+    tests/lab/lab sleep 1000 </dev/null >"$work/out" 2>"$work/err" &
+    lab=$!
+    until pgrep -f "walnut-lab.$lab[.]" >/dev/null; do sleep 0.1; done
+    kill -KILL $lab
+    wait $lab || true
+    for _ in $(seq 100); do
+        pgrep -f "walnut-lab.$lab[.]" >/dev/null || break
+        sleep 0.1
+    done
+    ! pgrep -f "walnut-lab.$lab[.]" || fail 'it outlived a kill'
+    rm -rf "$work"
 }
 
 vmm() {
@@ -51,7 +97,8 @@ e2e() {
 }
 
 case ${1:-all} in
-    all) vmm && e2e ;;
+    all) itself && vmm && e2e ;;
+    itself) itself ;;
     vmm) vmm ;;
     e2e) shift && e2e "$@" ;;
     *) sed -n '2,9s/^# \{0,1\}//p' "$0" >&2 && exit 2 ;;
