@@ -374,6 +374,16 @@ impl Worker {
     fn desk(&mut self) -> bool {
         let shared = Arc::clone(&self.shared);
         let mut desk = shared.desk();
+        // First what was asked for first: a pause must not forget a driver that has
+        // just become ready.
+        if !self.paused
+            && !desk.stop
+            && let Some(activation) = desk.activate.take()
+        {
+            drop(desk);
+            self.activate(activation);
+            desk = shared.desk();
+        }
         // What is in flight writes to guest memory and to queues: none of these
         // may go before it has come back.
         if (desk.reset || desk.pause || desk.stop) && self.device.in_flight() {
@@ -393,13 +403,7 @@ impl Worker {
         if desk.pause != self.paused {
             self.paused = desk.pause;
             if desk.pause {
-                // A driver that has just become ready is one that has been served:
-                // a snapshot must not forget it.
-                self.resting = if self.active.is_some() {
-                    self.deactivate()
-                } else {
-                    desk.activate.take()
-                };
+                self.resting = self.deactivate();
             } else if let Some(resting) = self.resting.take() {
                 // It was active all the time: whoever says so again is ignored.
                 desk.activate = Some(resting);
