@@ -6,7 +6,7 @@ CARGO ?= cargo
 # Two end-to-end tests at a time: each runs a machine of its own.
 TEST_THREADS ?= 2
 
-.PHONY: all deps build demo test unit e2e lint fmt bench install uninstall clean help
+.PHONY: all deps build demo test unit e2e lab lab-short lint fmt bench install uninstall clean help
 
 all: build
 
@@ -22,7 +22,7 @@ build: deps ## Build everything into out/
 demo: build ## Make a real image, serve it, pull it, run it
 	@scripts/demo.sh
 
-test: lint unit e2e ## Everything that must pass
+test: lint unit e2e lab-short ## Everything that must pass
 	@echo "==> all tests passed"
 
 lint: deps ## Formatting, shell scripts, lints
@@ -40,6 +40,20 @@ e2e: build ## Tests of the product, with the real image
 	@echo "==> end-to-end tests"
 	@tests/image/build.sh
 	@$(CARGO) test --release -p walnut-tests -- --test-threads=$(TEST_THREADS)
+
+# The lab is slow: `make test` takes the part of the suite that shows walnut-vmm
+# at work, `make lab` the whole.
+LAB_TESTS ?= commands:: programs::
+
+lab-short: build
+	@tests/image/build.sh
+	@tests/lab/test.sh itself
+	@tests/lab/test.sh vmm
+	@tests/lab/test.sh e2e $(LAB_TESTS)
+
+lab: build ## Tests with a real KVM, in an emulated host: all
+	@tests/image/build.sh
+	@tests/lab/test.sh
 
 bench: build ## Start time and memory, beside crun and runsc
 	@tests/image/build.sh

@@ -111,7 +111,7 @@ impl Registry {
         let cache = host().root.parent().unwrap().join("test-registry/storage");
         // Links to the blobs: a blob is replaced here, never written to.
         let copied = Command::new("cp")
-            .arg("-al")
+            .args(["-a", "--reflink=auto"])
             .arg(cache)
             .arg(dir.path())
             .status();
@@ -242,7 +242,7 @@ fn a_damaged_root_file_system_is_no_container() {
         let dir = tempfile::tempdir_in(host().root.parent().unwrap()).unwrap();
         let images = dir.path().join("images");
         let copied = Command::new("cp")
-            .arg("-al")
+            .args(["-a", "--reflink=auto"])
             .arg(host().root.join("images"))
             .arg(&images)
             .status();
