@@ -206,6 +206,9 @@ fn free_pages_reported_are_released_whole_and_in_memory_alone() {
         (u64::MAX - 0xfff, 0x1000, true),
         (u64::MAX - 0xffe, 0x2000, true),
         (0, u32::MAX, true),
+        (u64::MAX, 0, true),
+        (u64::MAX - 100, 0, true),
+        (u64::MAX - 100, 1, true),
     ];
     assert_eq!(
         bed.chain(REPORTING, &ranges),

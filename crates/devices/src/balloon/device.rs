@@ -338,8 +338,9 @@ impl Run<'_> {
 
 /// Whether `len` bytes at `at` are guest memory.
 fn inside(memory: &Memory, at: GuestAddress, len: u64) -> bool {
-    // Addresses must not wrap: the range would go on at zero.
-    at.checked_add(len).is_some()
+    // Addresses must not wrap: the range would go on at zero. Nothing is nowhere.
+    len > 0
+        && at.checked_add(len).is_some()
         && usize::try_from(len).is_ok_and(|len| memory.check_range(at, len, Permissions::Write))
 }
 
@@ -389,9 +390,10 @@ fn report(memory: &Memory, chain: Chain<'_>, release: &dyn Release) {
         if !descriptor.is_write_only() || !inside(memory, at, len) {
             continue;
         }
-        // It is in guest memory, so nothing of this overflows.
-        let from = at.raw_value().next_multiple_of(PAGE);
-        let to = (at.raw_value() + len) / PAGE * PAGE;
+        let Some(from) = at.raw_value().checked_next_multiple_of(PAGE) else {
+            continue;
+        };
+        let to = at.raw_value().saturating_add(len) / PAGE * PAGE;
         if from < to {
             release.release(GuestAddress(from), to - from);
         }
