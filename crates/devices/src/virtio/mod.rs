@@ -15,6 +15,7 @@
 //! acknowledgements the other.
 
 mod config;
+pub(crate) mod pieces;
 pub(crate) mod turn;
 mod worker;
 

@@ -2,13 +2,15 @@
 //! guest's word: nothing is used that guest memory does not contain.
 
 use virtio_queue::{DescriptorChain, Queue, QueueOwnedT, QueueT};
-use vm_memory::{Address, Bytes, GuestAddress, GuestMemory, Permissions};
+use vm_memory::{Address, Bytes, GuestAddress, Permissions};
 
 use super::{
     Memory,
     packet::{HEADER_LEN, Header},
     sys::IoVec,
 };
+use crate::virtio::pieces;
+pub(super) use crate::virtio::pieces::Malformed;
 
 /// Most pieces of one chain. Linux uses two; a 64 KiB packet of single pages
 /// needs seventeen.
@@ -28,10 +30,6 @@ impl From<virtio_queue::Error> for Broken {
     }
 }
 
-/// One chain is unusable; the next may be fine.
-#[derive(Debug, Clone, Copy, PartialEq, Eq)]
-pub(super) struct Malformed;
-
 type Chain<'m> = DescriptorChain<&'m Memory>;
 
 /// The next available chain.
@@ -40,7 +38,6 @@ pub(super) fn next<'m>(queue: &mut Queue, mem: &'m Memory) -> Result<Option<Chai
     Ok(iter.next())
 }
 
-/// Adds a piece of guest memory to the list, split where regions meet.
 fn push_pieces(
     mem: &Memory,
     addr: GuestAddress,
@@ -48,24 +45,7 @@ fn push_pieces(
     access: Permissions,
     out: &mut Vec<IoVec>,
 ) -> Result<(), Malformed> {
-    if len == 0 {
-        return Ok(());
-    }
-    // Linear addresses must not wrap: get_slices would start again at zero.
-    addr.checked_add(u64::try_from(len).map_err(|_| Malformed)?)
-        .ok_or(Malformed)?;
-    let slices = mem.get_slices(addr, len, access).map_err(|_| Malformed)?;
-    for slice in slices {
-        let slice = slice.map_err(|_| Malformed)?;
-        if out.len() == MAX_PIECES * MAX_BATCH {
-            return Err(Malformed);
-        }
-        out.push(IoVec {
-            iov_base: slice.ptr_guard_mut().as_ptr().cast(),
-            iov_len: slice.len(),
-        });
-    }
-    Ok(())
+    pieces::push(mem, addr, len, access, MAX_PIECES * MAX_BATCH, out)
 }
 
 /// Reads a packet that the guest sends. The payload's pieces go to `payload`,
