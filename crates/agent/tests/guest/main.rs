@@ -420,6 +420,9 @@ async fn an_exec_joins_its_container() {
         .unwrap();
     assert_eq!(vm.wait("c", "long").await.exit_code, 137);
     assert_eq!(out.read(&mut [0]).await.unwrap(), 0);
+    // The first process ends last: the kernel ends the others of its namespace, then
+    // it. Until then the container runs.
+    assert_eq!(vm.wait("c", "").await.exit_code, 137);
     assert_eq!(
         code(vm.agent.exec_process(context(), &request).await).0,
         Code::FAILED_PRECONDITION
