@@ -18,6 +18,7 @@ pub mod block;
 pub mod fs;
 pub mod limit;
 mod log;
+pub mod mem;
 pub mod net;
 pub mod pci;
 pub mod rng;

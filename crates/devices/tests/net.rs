@@ -503,6 +503,11 @@ fn a_link_that_is_down_carries_nothing() {
         (1, 2)
     );
     assert_eq!(bed.receive(0).unwrap().1, to_guest(100, 1));
+    // A change during a pause is told afterwards.
+    bed.net.deactivate();
+    link.set(false);
+    bed.boot(bed.net.features());
+    assert_eq!(bed.bell.told().config, 3);
 }
 
 #[test]

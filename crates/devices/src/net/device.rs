@@ -327,6 +327,15 @@ impl Net {
         Ok(())
     }
 
+    /// Tells the driver of the link, if it has changed.
+    fn tell(&self) {
+        if let Some(active) = &self.active
+            && self.link.changed()
+        {
+            active.interrupt.config();
+        }
+    }
+
     fn everything(&mut self) -> Result<(), Broken> {
         for index in 0..self.pairs.len() {
             self.run_rx(index)?;
@@ -461,6 +470,8 @@ impl Device for Net {
             },
             unused,
         });
+        // The link may have changed during a pause.
+        self.tell();
         result
     }
 
@@ -471,10 +482,7 @@ impl Device for Net {
                 self.run(self.role(index, features))
             }
             Event::Watched(LINK) => {
-                self.link.heard();
-                if let Some(active) = &self.active {
-                    active.interrupt.config();
-                }
+                self.tell();
                 self.everything()
             }
             Event::Watched(index) => self.tap(usize::try_from(index).unwrap_or(usize::MAX)),

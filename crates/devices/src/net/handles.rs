@@ -76,10 +76,9 @@ impl Link {
         self.bell.as_fd()
     }
 
-    /// The change has been seen.
-    pub(super) fn heard(&self) {
-        // Fails only when there was none.
-        let _ = self.bell.read();
+    /// Whether the link has changed since the last call.
+    pub(super) fn changed(&self) -> bool {
+        self.bell.read().is_ok()
     }
 
     /// Takes the link up or down, and tells the driver. While it is down, nothing
