@@ -64,7 +64,8 @@ impl Owner {
         change: impl Fn(Memory, u64) -> Memory,
     ) -> Result<(), Busy> {
         assert!(range.start >= REGION.addr && range.end <= REGION.addr + REGION.size);
-        assert!(range.start < range.end && range.start % BLOCK == 0 && range.end % BLOCK == 0);
+        let whole = |at: u64| at.is_multiple_of(BLOCK);
+        assert!(range.start < range.end && whole(range.start) && whole(range.end));
         if self.busy.load(Ordering::Relaxed) {
             return Err(Busy);
         }
