@@ -130,7 +130,7 @@ pub fn choose(choice: DriverChoice, kvm: &KvmStatus) -> Result<Chosen, Error> {
 }
 
 /// The driver for `choice` on this host. Probes KVM where the choice depends on
-/// it, which takes up to half a second once per boot of the host if
+/// it, which takes milliseconds, or up to three seconds once per boot of the host if
 /// `programs.cache` is set, else each time.
 pub fn driver(choice: DriverChoice, programs: &Programs) -> Result<Box<dyn Driver>, Error> {
     let kvm = match (choice, &programs.cache) {

@@ -13,39 +13,37 @@ use std::{
 use kvm_ioctls::{IoEventAddress, NoDatamatch, VmFd};
 use vmm_sys_util::eventfd::EventFd;
 use walnut_devices::{
-    Log, balloon, block, fs,
-    limit::LimitConfig,
     pci::{self, Doorbells, Messages, Root},
-    rng,
-    vhost::Limits,
-    virtio::{self, Memory, MemoryCell, Port, Worker},
-    vsock,
+    virtio::{Memory, MemoryCell, Port, Worker},
 };
-use walnut_vmm_api::{Device, FdIndex};
+use walnut_vmm_api::{Attachment, FdIndex, NAME_MAX};
 
 use crate::{
-    Error,
+    Error, devices,
     irq::{Line, Message, Routes},
     jail::Filter,
     layout,
 };
 
-/// Request queues of a file system: one thread serves them anyhow.
-const FS_QUEUES: u16 = 1;
-/// Host programs and guest programs connected at once.
-const VSOCK_CONNECTIONS: usize = 1023;
-
 /// The bus, and the ports of what sits on it.
 #[derive(Debug)]
 pub(crate) struct Bus {
     root: Root,
-    ports: Vec<Port>,
+    members: Vec<Member>,
     /// Until they are started, each with its name and system calls. (Locked only
     /// because a device is not `Sync`.)
     workers: Mutex<Vec<(String, Worker, Vec<libc::c_long>)>>,
     vm: Arc<VmFd>,
     routes: Arc<Routes>,
     memory: MemoryCell,
+}
+
+/// A device on the bus.
+#[derive(Debug)]
+struct Member {
+    /// What requests call it.
+    name: String,
+    port: Port,
 }
 
 /// The messages of one function.
@@ -125,7 +123,7 @@ impl Bus {
     ) -> Self {
         Self {
             root: Root::new(layout::ECAM, window64),
-            ports: Vec::new(),
+            members: Vec::new(),
             workers: Mutex::default(),
             vm: Arc::clone(vm),
             routes: Arc::clone(routes),
@@ -136,10 +134,20 @@ impl Bus {
     /// Adds a device in the next slot. Its thread starts with [`Self::start`].
     pub(crate) fn add(
         &mut self,
-        device: &Device,
+        attachment: &Attachment,
         take: impl FnMut(FdIndex) -> Result<OwnedFd, Error>,
     ) -> Result<(), Error> {
-        let (name, device, calls) = make(device, &self.memory, take)?;
+        let name = &attachment.name;
+        if name.is_empty() || name.len() > NAME_MAX || name.contains('\0') {
+            return Err(Error::Config(format!(
+                "a device cannot be called {name:?}: a name has 1 to {NAME_MAX} bytes"
+            )));
+        }
+        if self.members.iter().any(|member| member.name == *name) {
+            return Err(Error::Config(format!("two devices are called {name}")));
+        }
+        let (device, calls) = devices::make(&attachment.device, &self.memory, take)
+            .map_err(|e| Error::Config(format!("device {name}: {e}")))?;
         let (worker, port) = Worker::new(device)?;
         let mut kicks = Vec::new();
         let mut lines = vec![self.routes.line()?];
@@ -162,8 +170,11 @@ impl Bus {
                 Box::new(doorbells),
             )
             .map_err(|e| Error::Config(e.to_string()))?;
-        self.ports.push(port);
-        self.workers().push((name, worker, calls));
+        self.members.push(Member {
+            name: name.clone(),
+            port,
+        });
+        self.workers().push((name.clone(), worker, calls));
         Ok(())
     }
 
@@ -201,17 +212,16 @@ impl Bus {
     }
 
     pub(crate) fn resume(&self) {
-        for port in &self.ports {
-            port.resume();
+        for member in &self.members {
+            member.port.resume();
         }
     }
 
     /// Lets the devices rest. No vCPU runs.
     pub(crate) fn pause(&self, limit: Duration) -> Result<(), Error> {
-        for port in &self.ports {
-            port.pause(limit).ok_or_else(|| {
-                Error::Config(format!("a device (virtio ID {}) does not rest", port.id()))
-            })?;
+        for Member { name, port } in &self.members {
+            port.pause(limit)
+                .ok_or_else(|| Error::Config(format!("device {name} does not rest")))?;
         }
         Ok(())
     }
@@ -248,106 +258,5 @@ impl crate::vcpu::Bus for Bus {
 
     fn write(&self, address: u64, data: &[u8]) {
         self.root.write(address, data);
-    }
-}
-
-type Made = (String, Box<dyn virtio::Device>, Vec<libc::c_long>);
-
-fn log() -> Log {
-    Log::new(|message| eprintln!("walnut-vmm: {message}"))
-}
-
-/// A device, its thread's name, and the system calls that it makes.
-fn make(
-    device: &Device,
-    memory: &MemoryCell,
-    mut take: impl FnMut(FdIndex) -> Result<OwnedFd, Error>,
-) -> Result<Made, Error> {
-    let complain = |what: &str, e: &dyn std::fmt::Display| Error::Config(format!("{what}: {e}"));
-    match device {
-        Device::Block {
-            serial,
-            read_only,
-            file,
-        } => {
-            let mut config = block::Config {
-                read_only: *read_only,
-                ..block::Config::default()
-            };
-            if serial.len() > config.serial.len() {
-                return Err(Error::Config(format!("disk serial {serial:?} is too long")));
-            }
-            for (to, from) in config.serial.iter_mut().zip(serial.bytes()) {
-                *to = from;
-            }
-            let device = block::Block::new(take(*file)?, config)
-                .map_err(|e| complain(&format!("disk {serial}"), &e))?;
-            let calls = match device.engine() {
-                block::Engine::IoUring => vec![libc::SYS_io_uring_enter],
-                _ => vec![
-                    libc::SYS_preadv,
-                    libc::SYS_pwritev,
-                    libc::SYS_fdatasync,
-                    libc::SYS_fallocate,
-                ],
-            };
-            Ok((format!("disk {serial}"), Box::new(device), calls))
-        }
-        Device::Fs { tag, socket } => {
-            let device = fs::connect(take(*socket)?, tag, FS_QUEUES, Limits::default(), log())
-                .map_err(|e| complain(&format!("file system {tag}"), &e))?;
-            let calls = vec![
-                libc::SYS_sendmsg,
-                libc::SYS_recvmsg,
-                libc::SYS_recvfrom,
-                libc::SYS_poll,
-                libc::SYS_close,
-            ];
-            Ok((format!("fs {tag}"), Box::new(device), calls))
-        }
-        Device::Vsock { cid, dir, name } => {
-            // The directory becomes the root: here and there it is the working
-            // directory, so its sockets have the same names.
-            let dir = take(*dir)?;
-            nix::unistd::fchdir(&dir).map_err(|e| Error::Host("enter the socket directory", e))?;
-            let config = vsock::Config {
-                cid: *cid,
-                name: name.clone(),
-                max_connections: VSOCK_CONNECTIONS,
-                timeouts: vsock::Timeouts::default(),
-            };
-            let device = vsock::Device::new(config, vsock::SocketDir::current(), log())?;
-            let calls = vec![
-                libc::SYS_epoll_ctl,
-                libc::SYS_recvmsg,
-                libc::SYS_sendmsg,
-                libc::SYS_recvfrom,
-                libc::SYS_accept4,
-                libc::SYS_socket,
-                libc::SYS_connect,
-                libc::SYS_shutdown,
-                libc::SYS_close,
-            ];
-            let device = vsock::Virtio::new(device);
-            Ok(("vsock".to_owned(), Box::new(device), calls))
-        }
-        Device::Rng => {
-            let device = rng::Rng::new(LimitConfig::default());
-            Ok((
-                "rng".to_owned(),
-                Box::new(device),
-                vec![libc::SYS_getrandom],
-            ))
-        }
-        Device::Balloon => {
-            let release = balloon::Advise::new(memory.clone());
-            let device = balloon::Balloon::new(balloon::Config::default(), Box::new(release))
-                .map_err(|e| complain("balloon", &e))?;
-            Ok((
-                "balloon".to_owned(),
-                Box::new(device),
-                vec![libc::SYS_madvise],
-            ))
-        }
     }
 }

@@ -7,7 +7,7 @@ use nix::{
     poll::{PollFd, PollFlags, PollTimeout, poll},
 };
 use vmm_sys_util::eventfd::EventFd;
-use walnut_vmm_api::{Channel, End, Event, Message, Received, Reply, Request, Stats};
+use walnut_vmm_api::{Channel, End, Event, Message, Received, Reply, Request};
 
 use crate::{Error, machine::Machine};
 
@@ -77,7 +77,10 @@ fn answer(
             *machine = Some(built);
             Ok(Reply::Done)
         }
-        (Request::Start(_), Some(_)) => Err(Error::Config("the machine has been started".into())),
+        (Request::Restore(_), None) => Err(Error::Config("not there yet".into())),
+        (Request::Start(_) | Request::Restore(_), Some(_)) => {
+            Err(Error::Config("the machine has been started".into()))
+        }
         (Request::Stop, None) => Ok(Reply::Done),
         (_, None) => Err(Error::Config("no machine has been started".into())),
         (Request::Pause, Some(machine)) => machine.pause().map(|()| Reply::Done),
@@ -85,9 +88,14 @@ fn answer(
             machine.resume();
             Ok(Reply::Done)
         }
-        (Request::Stats, Some(machine)) => Ok(Reply::Stats(Stats {
-            exits: machine.exits(),
-        })),
+        (Request::Stats, Some(machine)) => Ok(Reply::Stats(machine.stats())),
+        (
+            Request::Attach(_)
+            | Request::Detach { .. }
+            | Request::Resize { .. }
+            | Request::Snapshot { .. },
+            Some(_),
+        ) => Err(Error::Config("not there yet".into())),
         (Request::Stop, Some(machine)) => {
             machine.wind_up();
             Ok(Reply::Done)

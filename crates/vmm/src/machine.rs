@@ -12,7 +12,7 @@ use kvm_ioctls::{Kvm, VcpuFd, VmFd};
 use vm_memory::{Address, GuestMemoryBackend, GuestMemoryRegion};
 use vmm_sys_util::eventfd::EventFd;
 use walnut_devices::virtio::Memory;
-use walnut_vmm_api::{Config, Device, End, FdIndex, Jail, VERSION};
+use walnut_vmm_api::{Config, Device, End, FdIndex, Jail, Stats, VERSION};
 
 use crate::{
     Error,
@@ -44,7 +44,7 @@ pub(crate) struct Machine {
     /// What keeps KVM's machine alive; nothing is asked of it any more.
     _vm: Arc<VmFd>,
     /// The mapping that KVM reads and writes.
-    _memory: Memory,
+    memory: Memory,
 }
 
 /// The descriptors of a request, each to be taken once.
@@ -76,6 +76,9 @@ fn check(config: &Config) -> Result<(), Error> {
             config.vcpus, config.max_vcpus
         ));
     }
+    if config.max_memory != config.memory {
+        return complain("memory that grows is not there yet".to_owned());
+    }
     if config.memory < 32 << 20 || !config.memory.is_multiple_of(1 << 20) {
         return complain(format!(
             "{} bytes of memory are not a multiple of 1 MiB, or less than 32 MiB",
@@ -93,7 +96,7 @@ impl Machine {
         let mut fds = Fds(fds.into_iter().map(Some).collect());
         let kvm = open_kvm(fds.take(config.kvm)?)?;
         let vm = Arc::new(create_vm(&kvm)?);
-        let memory = memory::create(config.memory, config.shared_memory)?;
+        let memory = memory::create(config.memory, config.backing)?;
         map(&vm, &memory)?;
         vm.set_tss_address(layout::KVM_TSS)
             .map_err(|e| Error::Kvm("place the TSS", e))?;
@@ -104,8 +107,8 @@ impl Machine {
         let window64 = layout::window64(config.memory);
         let mut bus = Bus::new(&vm, &routes, &memory, window64.clone());
         let root = sockets(config, &fds)?;
-        for device in &config.devices {
-            bus.add(device, |fd| fds.take(fd))?;
+        for attachment in &config.devices {
+            bus.add(attachment, |fd| fds.take(fd))?;
         }
         let tables = Tables {
             vcpus: config.vcpus,
@@ -167,7 +170,7 @@ impl Machine {
             bus,
             failure,
             _vm: vm,
-            _memory: memory,
+            memory,
         })
     }
 
@@ -195,18 +198,24 @@ impl Machine {
         }
     }
 
-    /// Times that vCPUs left the guest for this process.
-    pub(crate) fn exits(&self) -> u64 {
-        self.vcpus.exits()
+    /// What it has done so far.
+    pub(crate) fn stats(&self) -> Stats {
+        Stats {
+            exits: self.vcpus.exits(),
+            memory: self.memory.iter().map(GuestMemoryRegion::len).sum(),
+        }
     }
 }
 
 /// The directory of the sockets, which is to become the root.
 fn sockets(config: &Config, fds: &Fds) -> Result<Option<OwnedFd>, Error> {
-    let dir = config.devices.iter().find_map(|device| match device {
-        Device::Vsock { dir, .. } => Some(*dir),
-        _ => None,
-    });
+    let dir = config
+        .devices
+        .iter()
+        .find_map(|attachment| match &attachment.device {
+            Device::Vsock { dir, .. } => Some(*dir),
+            _ => None,
+        });
     let Some(fd) = dir.and_then(|dir| fds.0.get(usize::from(dir.0))) else {
         return Ok(None);
     };

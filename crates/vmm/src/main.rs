@@ -18,6 +18,7 @@ mod boot;
 mod bus;
 mod control;
 mod cpu;
+mod devices;
 mod error;
 mod irq;
 mod jail;

@@ -10,6 +10,7 @@ use vm_memory::{
     FileOffset, GuestAddress, GuestMemoryMmap, GuestRegionMmap, MmapRegion, mmap::MmapRegionBuilder,
 };
 use walnut_devices::virtio::Memory;
+use walnut_vmm_api::Backing;
 
 use crate::{Error, layout};
 
@@ -17,8 +18,8 @@ use crate::{Error, layout};
 ///
 /// Nothing is reserved: the host gives pages as the guest touches them. Private
 /// memory is anonymous, which is quicker to fault in than a memfd's.
-pub(crate) fn create(size: u64, shared: bool) -> Result<Memory, Error> {
-    let memfd = match shared {
+pub(crate) fn create(size: u64, backing: Backing) -> Result<Memory, Error> {
+    let memfd = match backing.shared {
         true => Some(memfd(size)?),
         false => None,
     };

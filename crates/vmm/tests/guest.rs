@@ -13,8 +13,8 @@ use std::{
 
 use walnut_initramfs::Archive;
 use walnut_vmm_api::{
-    Channel, Config, Device, End, Event, FdIndex, Jail, Message, Received, Reply, Request, VERSION,
-    pair,
+    Attachment, Backing, Channel, Config, Device, End, Event, FdIndex, Jail, Limits, Message,
+    Received, Reply, Request, VERSION, pair,
 };
 
 fn repository() -> PathBuf {
@@ -96,16 +96,22 @@ impl Vmm {
             vcpus,
             max_vcpus: vcpus,
             memory: 128 << 20,
-            shared_memory: false,
+            max_memory: 128 << 20,
+            backing: Backing::default(),
             kernel: FdIndex(1),
             initramfs: Some(FdIndex(2)),
             cmdline: format!("console=ttyS0 panic=-1 reboot=t test={test}"),
             console: Some(FdIndex(3)),
             devices: (0..disks.len())
-                .map(|n| Device::Block {
-                    serial: format!("disk-{n}"),
-                    read_only: n == 0,
-                    file: FdIndex(u8::try_from(4 + n).unwrap()),
+                .map(|n| Attachment {
+                    name: format!("disk-{n}"),
+                    device: Device::Block {
+                        serial: format!("disk-{n}"),
+                        read_only: n == 0,
+                        file: FdIndex(u8::try_from(4 + n).unwrap()),
+                        queues: 1,
+                        limits: Limits::default(),
+                    },
                 })
                 .collect(),
             jail: if std::env::var_os("NOJAIL").is_some() {

@@ -95,6 +95,8 @@ async fn listen(
             Err(ChannelError::Socket(_, Errno::EAGAIN)) => ready.clear_ready(),
             Ok(Some(Received { message, .. })) => match message {
                 Message::Event(Event::Ended(how)) => drop(end.send_replace(Some(how))),
+                // Nothing is detached yet.
+                Message::Event(Event::Detached { .. }) => {}
                 // One that nobody waits for is a VMM's mistake, or its malice.
                 Message::Reply(reply) => drop(replies.try_send(reply)),
             },

@@ -16,7 +16,9 @@ use std::{
 
 use async_trait::async_trait;
 use tokio::{net::UnixStream, sync::watch};
-use walnut_vmm_api::{self as api, Config, Device, End, FdIndex, Request};
+use walnut_vmm_api::{
+    self as api, Attachment, Backing, Config, Device, End, FdIndex, Limits, Request,
+};
 
 use super::{Vmm, control::Control};
 use crate::{
@@ -133,6 +135,13 @@ fn socket_dir(run_dir: &Path) -> Result<(PathBuf, File), Error> {
     Ok((path, dir))
 }
 
+fn attachment(name: &str, device: Device) -> Attachment {
+    Attachment {
+        name: name.to_owned(),
+        device,
+    }
+}
+
 fn config(
     spec: &MachineSpec,
     files: Files,
@@ -141,32 +150,42 @@ fn config(
     fds: &mut Fds,
 ) -> Result<Config, Error> {
     let vcpus = u8::try_from(spec.vcpus).unwrap_or(u8::MAX);
-    let mut devices = vec![Device::Vsock {
+    let vsock = Device::Vsock {
         cid: GUEST_CID.into(),
         dir: fds.add(dir),
         name: SOCKET.to_owned(),
-    }];
+    };
+    let mut devices = vec![attachment("vsock", vsock)];
     for (share, socket) in spec.shares.iter().zip(files.shares) {
-        devices.push(Device::Fs {
+        let device = Device::Fs {
             tag: share.tag.clone(),
             socket: fds.add(socket),
-        });
+        };
+        devices.push(attachment(&format!("fs-{}", share.tag), device));
     }
     for (disk, file) in spec.disks.iter().zip(files.disks) {
-        devices.push(Device::Block {
+        let device = Device::Block {
             serial: disk.serial.clone(),
             read_only: disk.read_only,
             file: fds.add(file),
-        });
+            queues: vcpus.into(),
+            limits: Limits::default(),
+        };
+        devices.push(attachment(&format!("disk-{}", disk.serial), device));
     }
-    devices.extend([Device::Rng, Device::Balloon]);
+    devices.push(attachment("rng", Device::Rng));
+    devices.push(attachment("balloon", Device::Balloon));
     Ok(Config {
         version: api::VERSION,
         kvm: fds.add(open_kvm()?),
         vcpus,
         max_vcpus: vcpus,
         memory: spec.memory,
-        shared_memory: !spec.shares.is_empty(),
+        max_memory: spec.memory,
+        backing: Backing {
+            shared: !spec.shares.is_empty(),
+            huge_pages: false,
+        },
         kernel: fds.add(files.kernel),
         initramfs: Some(fds.add(files.initramfs)),
         cmdline: kernel_cmdline(spec),

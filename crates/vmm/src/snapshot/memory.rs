@@ -79,6 +79,7 @@ mod tests {
     use std::os::unix::fs::MetadataExt;
 
     use vm_memory::GuestAddress;
+    use walnut_vmm_api::Backing;
 
     use super::*;
 
@@ -86,7 +87,7 @@ mod tests {
 
     #[test]
     fn memory_is_at_its_offsets_and_zeroes_are_holes() {
-        let memory = crate::memory::create(SIZE, false).unwrap();
+        let memory = crate::memory::create(SIZE, Backing::default()).unwrap();
         memory.write_slice(b"first", GuestAddress(1)).unwrap();
         let last = SIZE - 4;
         memory.write_slice(b"last", GuestAddress(last)).unwrap();
@@ -105,7 +106,7 @@ mod tests {
 
     #[test]
     fn another_memory_is_refused() {
-        let memory = crate::memory::create(SIZE, false).unwrap();
+        let memory = crate::memory::create(SIZE, Backing::default()).unwrap();
         let file = tempfile::tempfile().unwrap();
         write(&memory, &[3; 16], &file).unwrap();
         let other = check(&file, &[4; 16], SIZE);
