@@ -14,7 +14,7 @@ use kvm_ioctls::{IoEventAddress, NoDatamatch, VmFd};
 use vmm_sys_util::eventfd::EventFd;
 use walnut_devices::{
     pci::{self, Doorbells, Messages, Root},
-    virtio::{Memory, MemoryCell, Port, Worker},
+    virtio::{MemoryCell, Port, Quiesced, Worker},
 };
 use walnut_vmm_api::{Attachment, FdIndex, NAME_MAX};
 
@@ -23,7 +23,11 @@ use crate::{
     irq::{Line, Message, Routes},
     jail::Filter,
     layout,
+    snapshot::state,
 };
+
+/// virtio 1.3 §5.11.
+const VIRTIO_ID_FS: u32 = 26;
 
 /// The bus, and the ports of what sits on it.
 #[derive(Debug)]
@@ -43,7 +47,10 @@ pub(crate) struct Bus {
 struct Member {
     /// What requests call it.
     name: String,
+    slot: usize,
     port: Port,
+    /// What it said when it came to rest.
+    rest: Mutex<Quiesced>,
 }
 
 /// The messages of one function.
@@ -118,7 +125,7 @@ impl Bus {
     pub(crate) fn new(
         vm: &Arc<VmFd>,
         routes: &Arc<Routes>,
-        memory: &Memory,
+        memory: &MemoryCell,
         window64: Range<u64>,
     ) -> Self {
         Self {
@@ -127,7 +134,7 @@ impl Bus {
             workers: Mutex::default(),
             vm: Arc::clone(vm),
             routes: Arc::clone(routes),
-            memory: MemoryCell::new(memory.clone()),
+            memory: memory.clone(),
         }
     }
 
@@ -135,6 +142,45 @@ impl Bus {
     pub(crate) fn add(
         &mut self,
         attachment: &Attachment,
+        take: impl FnMut(FdIndex) -> Result<OwnedFd, Error>,
+    ) -> Result<(), Error> {
+        self.put(attachment, None, take)
+    }
+
+    /// Adds the devices of a snapshot where they were. Their threads start with
+    /// [`Self::start`], and [`Self::restore`] makes them what they were.
+    pub(crate) fn add_saved(
+        &mut self,
+        attachments: &[Attachment],
+        saved: &[state::Device],
+        mut take: impl FnMut(FdIndex) -> Result<OwnedFd, Error>,
+    ) -> Result<(), Error> {
+        if let Some(stranger) = attachments
+            .iter()
+            .find(|a| !saved.iter().any(|device| device.name == a.name))
+        {
+            return Err(Error::Config(format!(
+                "the snapshot has no device {}: attach it once the guest runs",
+                stranger.name
+            )));
+        }
+        for device in saved {
+            let named = attachments.iter().find(|a| a.name == device.name);
+            let attachment = named.ok_or_else(|| {
+                Error::Config(format!(
+                    "the snapshot has a device {:?}, which is to be given as well",
+                    device.name
+                ))
+            })?;
+            self.put(attachment, Some(device), &mut take)?;
+        }
+        Ok(())
+    }
+
+    fn put(
+        &mut self,
+        attachment: &Attachment,
+        saved: Option<&state::Device>,
         take: impl FnMut(FdIndex) -> Result<OwnedFd, Error>,
     ) -> Result<(), Error> {
         let name = &attachment.name;
@@ -146,8 +192,15 @@ impl Bus {
         if self.members.iter().any(|member| member.name == *name) {
             return Err(Error::Config(format!("two devices are called {name}")));
         }
-        let (device, calls) = devices::make(&attachment.device, &self.memory, take)
+        let (mut device, calls) = devices::make(&attachment.device, &self.memory, take)
             .map_err(|e| Error::Config(format!("device {name}: {e}")))?;
+        if let Some(saved) = saved {
+            device.restore(&saved.own).map_err(|_| {
+                Error::Config(format!(
+                    "device {name}: what the snapshot says of it makes no sense"
+                ))
+            })?;
+        }
         let (worker, port) = Worker::new(device)?;
         let mut kicks = Vec::new();
         let mut lines = vec![self.routes.line()?];
@@ -162,17 +215,22 @@ impl Bus {
             kicks,
             at: Mutex::new(None),
         };
-        self.root
-            .add(
-                port.clone(),
-                self.memory.clone(),
-                Arc::new(Lines(lines)),
-                Box::new(doorbells),
-            )
-            .map_err(|e| Error::Config(e.to_string()))?;
+        let lines = Arc::new(Lines(lines));
+        let (memory, doorbells) = (self.memory.clone(), Box::new(doorbells));
+        let slot = match saved {
+            None => self.root.add(port.clone(), memory, lines, doorbells),
+            Some(saved) => {
+                let slot = usize::from(saved.slot);
+                self.root
+                    .insert(slot, port.clone(), memory, lines, doorbells)
+                    .map(|()| slot)
+            }
+        };
         self.members.push(Member {
             name: name.clone(),
+            slot: slot.map_err(|e| Error::Config(e.to_string()))?,
             port,
+            rest: Mutex::default(),
         });
         self.workers().push((name.clone(), worker, calls));
         Ok(())
@@ -219,9 +277,45 @@ impl Bus {
 
     /// Lets the devices rest. No vCPU runs.
     pub(crate) fn pause(&self, limit: Duration) -> Result<(), Error> {
-        for Member { name, port } in &self.members {
-            port.pause(limit)
-                .ok_or_else(|| Error::Config(format!("device {name} does not rest")))?;
+        for member in &self.members {
+            let rest = (member.port.pause(limit))
+                .ok_or_else(|| Error::Config(format!("device {} does not rest", member.name)))?;
+            *member.rest.lock().unwrap_or_else(PoisonError::into_inner) = rest;
+        }
+        Ok(())
+    }
+
+    /// What the devices are, all of which rest.
+    pub(crate) fn save(&self) -> Result<Vec<state::Device>, Error> {
+        let mut devices = Vec::with_capacity(self.members.len());
+        for member in &self.members {
+            let name = &member.name;
+            if member.port.id() == VIRTIO_ID_FS {
+                return Err(Error::Config(format!(
+                    "device {name} cannot be saved: what its guest has open is known to the \
+                     process that serves it; detach it first"
+                )));
+            }
+            let rest = member.rest.lock().unwrap_or_else(PoisonError::into_inner);
+            let function = self.root.save(member.slot, &rest);
+            devices.push(state::Device {
+                name: name.clone(),
+                slot: u8::try_from(member.slot).unwrap_or(0),
+                function: function
+                    .ok_or_else(|| Error::Config(format!("device {name} is not on the bus")))?,
+                own: rest.state.clone(),
+            });
+        }
+        Ok(devices)
+    }
+
+    /// Makes the devices of [`Self::add_saved`] what they were; they rest.
+    pub(crate) fn restore(&self, saved: &[state::Device]) -> Result<(), Error> {
+        for device in saved {
+            let slot = usize::from(device.slot);
+            self.root
+                .restore(slot, &device.function)
+                .map_err(|e| Error::Config(format!("restore device {}: {e}", device.name)))?;
         }
         Ok(())
     }

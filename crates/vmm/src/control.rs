@@ -9,7 +9,10 @@ use nix::{
 use vmm_sys_util::eventfd::EventFd;
 use walnut_vmm_api::{Channel, End, Event, Message, Received, Reply, Request};
 
-use crate::{Error, machine::Machine};
+use crate::{
+    Error,
+    machine::{Fds, Machine},
+};
 
 /// Serves until the guest has ended or the supervisor is gone.
 pub(crate) fn serve(control: Channel) -> Result<(), Error> {
@@ -67,17 +70,22 @@ fn answer(
     fds: Vec<OwnedFd>,
     ended: &EventFd,
 ) -> Result<Reply, Error> {
+    let copy = || {
+        ended
+            .try_clone()
+            .map_err(|e| Error::Host("copy an eventfd", crate::vcpu::errno(&e)))
+    };
     match (request, &machine) {
         (Request::Start(config), None) => {
-            let ended = ended
-                .try_clone()
-                .map_err(|e| Error::Host("copy an eventfd", crate::vcpu::errno(&e)))?;
-            let built = Machine::build(&config, fds, ended)?;
+            let built = Machine::build(&config, fds, copy()?)?;
             built.resume();
             *machine = Some(built);
             Ok(Reply::Done)
         }
-        (Request::Restore(_), None) => Err(Error::Config("not there yet".into())),
+        (Request::Restore(restore), None) => {
+            *machine = Some(Machine::restore(&restore, fds, copy()?)?);
+            Ok(Reply::Done)
+        }
         (Request::Start(_) | Request::Restore(_), Some(_)) => {
             Err(Error::Config("the machine has been started".into()))
         }
@@ -89,13 +97,14 @@ fn answer(
             Ok(Reply::Done)
         }
         (Request::Stats, Some(machine)) => Ok(Reply::Stats(machine.stats())),
-        (
-            Request::Attach(_)
-            | Request::Detach { .. }
-            | Request::Resize { .. }
-            | Request::Snapshot { .. },
-            Some(_),
-        ) => Err(Error::Config("not there yet".into())),
+        (Request::Snapshot { state, memory }, Some(machine)) => {
+            let mut fds = Fds::new(fds);
+            let (state, memory) = (fds.take(state)?, fds.take(memory)?);
+            machine.save(state, memory).map(|()| Reply::Done)
+        }
+        (Request::Attach(_) | Request::Detach { .. } | Request::Resize { .. }, Some(_)) => {
+            Err(Error::Config("not there yet".into()))
+        }
         (Request::Stop, Some(machine)) => {
             machine.wind_up();
             Ok(Reply::Done)

@@ -28,6 +28,9 @@ pub(crate) enum Error {
     /// The vsock device could not be made.
     #[error(transparent)]
     Vsock(#[from] walnut_devices::vsock::Error),
+    /// A snapshot could not be written or must not be used.
+    #[error(transparent)]
+    Snapshot(#[from] crate::snapshot::Error),
     /// The control socket failed.
     #[error(transparent)]
     Control(#[from] ChannelError),

@@ -13,6 +13,7 @@
 //! |---|---|
 //! | vCPU | `ioctl` (run the guest; route a message, move a doorbell), `write` (eventfds, the console), `futex`, `rt_sigreturn` (after a call out of the guest), `brk` (a message table may grow) |
 //! | device | `epoll_wait`, `read` and `write` (eventfds), `futex`, `brk`, and what [`walnut_devices`] says the device needs |
+//! | snapshot | `ioctl` (read what KVM has of the guest), `pwrite64`, `ftruncate`, `fdatasync`, `close` (the files), `futex`, `brk` |
 //! | control | `poll`, `recvmsg`, `sendmsg`, `close`, `read`, `write`, `futex`, `brk`, `tgkill` (call a vCPU out), `exit_group` |
 
 use std::{
@@ -42,6 +43,21 @@ use crate::Error;
 const KVM_RUN: u32 = 0xae80;
 const KVM_SET_GSI_ROUTING: u32 = 0x4008_ae6a;
 const KVM_IOEVENTFD: u32 = 0x4040_ae79;
+
+/// Requests of `ioctl` by which a machine is saved.
+const KVM_GET_MP_STATE: u32 = 0x8004_ae98;
+const KVM_GET_REGS: u32 = 0x8090_ae81;
+const KVM_GET_SREGS: u32 = 0x8138_ae83;
+const KVM_GET_XSAVE: u32 = 0x9000_aea4;
+const KVM_GET_XCRS: u32 = 0x8188_aea6;
+const KVM_GET_DEBUGREGS: u32 = 0x8080_aea1;
+const KVM_GET_LAPIC: u32 = 0x8400_ae8e;
+const KVM_GET_MSRS: u32 = 0xc008_ae88;
+const KVM_GET_VCPU_EVENTS: u32 = 0x8040_ae9f;
+const KVM_GET_TSC_KHZ: u32 = 0xaea3;
+const KVM_KVMCLOCK_CTRL: u32 = 0xaead;
+const KVM_GET_CLOCK: u32 = 0x8030_ae7c;
+const KVM_GET_IRQCHIP: u32 = 0xc208_ae62;
 
 /// Descriptors: the vsock device's connections above all.
 const FILES: u64 = 2048;
@@ -229,6 +245,35 @@ impl Filter {
             libc::SYS_clock_gettime,
         ];
         filter(&[&own, calls].concat(), &[])
+    }
+
+    /// For the thread that saves the machine.
+    pub(crate) fn snapshot() -> Result<Self, Error> {
+        filter(
+            &[
+                libc::SYS_pwrite64,
+                libc::SYS_ftruncate,
+                libc::SYS_fdatasync,
+                libc::SYS_close,
+                libc::SYS_futex,
+                libc::SYS_brk,
+            ],
+            &[
+                KVM_GET_MP_STATE,
+                KVM_GET_REGS,
+                KVM_GET_SREGS,
+                KVM_GET_XSAVE,
+                KVM_GET_XCRS,
+                KVM_GET_DEBUGREGS,
+                KVM_GET_LAPIC,
+                KVM_GET_MSRS,
+                KVM_GET_VCPU_EVENTS,
+                KVM_GET_TSC_KHZ,
+                KVM_KVMCLOCK_CTRL,
+                KVM_GET_CLOCK,
+                KVM_GET_IRQCHIP,
+            ],
+        )
     }
 
     /// For the thread that serves the control socket.

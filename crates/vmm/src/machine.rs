@@ -3,16 +3,21 @@
 use std::{
     fs::File,
     os::fd::{AsFd, IntoRawFd, OwnedFd},
-    sync::{Arc, OnceLock},
+    sync::{
+        Arc, OnceLock,
+        atomic::{AtomicBool, Ordering},
+    },
     time::Duration,
 };
 
-use kvm_bindings::{KVM_CAP_TSC_DEADLINE_TIMER, kvm_userspace_memory_region};
+use kvm_bindings::{
+    CpuId, KVM_CAP_TSC_DEADLINE_TIMER, kvm_clock_data, kvm_userspace_memory_region,
+};
 use kvm_ioctls::{Kvm, VcpuFd, VmFd};
-use vm_memory::{Address, GuestMemoryBackend, GuestMemoryRegion};
+use vm_memory::{Address, GuestAddressSpace, GuestMemoryBackend, GuestMemoryRegion};
 use vmm_sys_util::eventfd::EventFd;
-use walnut_devices::virtio::Memory;
-use walnut_vmm_api::{Config, Device, End, FdIndex, Jail, Stats, VERSION};
+use walnut_devices::virtio::{Memory, MemoryCell};
+use walnut_vmm_api::{Attachment, Config, Device, End, FdIndex, Jail, Restore, Stats, VERSION};
 
 use crate::{
     Error,
@@ -24,6 +29,10 @@ use crate::{
     jail::{self, Filter},
     layout, memory,
     ports::{self, Ports},
+    snapshot::{
+        self,
+        scribe::{Processor, Scribe, Subject},
+    },
     vcpu::Vcpus,
 };
 
@@ -41,17 +50,22 @@ pub(crate) struct Machine {
     bus: Arc<Bus>,
     /// Why a device's thread could not go on.
     failure: Arc<OnceLock<String>>,
-    /// What keeps KVM's machine alive; nothing is asked of it any more.
-    _vm: Arc<VmFd>,
+    scribe: Scribe,
+    /// Neither vCPUs nor devices run.
+    paused: AtomicBool,
     /// The mapping that KVM reads and writes.
-    memory: Memory,
+    memory: MemoryCell,
 }
 
 /// The descriptors of a request, each to be taken once.
-struct Fds(Vec<Option<OwnedFd>>);
+pub(crate) struct Fds(Vec<Option<OwnedFd>>);
 
 impl Fds {
-    fn take(&mut self, index: FdIndex) -> Result<OwnedFd, Error> {
+    pub(crate) fn new(fds: Vec<OwnedFd>) -> Self {
+        Self(fds.into_iter().map(Some).collect())
+    }
+
+    pub(crate) fn take(&mut self, index: FdIndex) -> Result<OwnedFd, Error> {
         self.0
             .get_mut(usize::from(index.0))
             .and_then(Option::take)
@@ -61,15 +75,19 @@ impl Fds {
     }
 }
 
+fn check_version(version: u32) -> Result<(), Error> {
+    match version {
+        VERSION => Ok(()),
+        other => Err(Error::Config(format!(
+            "the supervisor speaks version {other} of the control protocol, this VMM {VERSION}; \
+             install both from one release"
+        ))),
+    }
+}
+
 fn check(config: &Config) -> Result<(), Error> {
     let complain = |what: String| Err(Error::Config(what));
-    if config.version != VERSION {
-        return complain(format!(
-            "the supervisor speaks version {} of the control protocol, this VMM {VERSION}; \
-             install both from one release",
-            config.version
-        ));
-    }
+    check_version(config.version)?;
     if config.vcpus == 0 || config.max_vcpus < config.vcpus || config.max_vcpus > VCPUS_MAX {
         return complain(format!(
             "{} of {} vCPUs were asked for; 1 to {VCPUS_MAX} can be had",
@@ -88,25 +106,75 @@ fn check(config: &Config) -> Result<(), Error> {
     Ok(())
 }
 
-impl Machine {
-    /// Builds the machine of `config`, with every thread waiting and locked in.
-    /// `ended` is rung when the guest has ended.
-    pub(crate) fn build(config: &Config, fds: Vec<OwnedFd>, ended: EventFd) -> Result<Self, Error> {
-        check(config)?;
-        let mut fds = Fds(fds.into_iter().map(Some).collect());
-        let kvm = open_kvm(fds.take(config.kvm)?)?;
+/// KVM's side of a machine, before anything is on it.
+struct Base {
+    kvm: Kvm,
+    vm: Arc<VmFd>,
+    routes: Arc<Routes>,
+    memory: MemoryCell,
+    /// The MSRs that KVM has here.
+    msrs: Vec<u32>,
+}
+
+impl Base {
+    fn new(kvm: OwnedFd, memory: Memory) -> Result<Self, Error> {
+        let kvm = open_kvm(kvm)?;
         let vm = Arc::new(create_vm(&kvm)?);
-        let memory = memory::create(config.memory, config.backing)?;
         map(&vm, &memory)?;
         vm.set_tss_address(layout::KVM_TSS)
             .map_err(|e| Error::Kvm("place the TSS", e))?;
         vm.create_irq_chip()
             .map_err(|e| Error::Kvm("create the interrupt controllers", e))?;
-        let routes = Arc::new(Routes::new(Arc::clone(&vm)));
+        Ok(Self {
+            routes: Arc::new(Routes::new(Arc::clone(&vm))),
+            msrs: snapshot::cpu::msrs(&kvm)?,
+            memory: MemoryCell::new(memory),
+            kvm,
+            vm,
+        })
+    }
 
+    fn vcpu(&self, id: u8) -> Result<VcpuFd, Error> {
+        self.vm
+            .create_vcpu(u64::from(id))
+            .map_err(|e| Error::Kvm("create a vCPU", e))
+    }
+
+    /// The CPUID of each of `count` vCPUs on this host.
+    fn cpuids(&self, count: u8) -> Result<Vec<CpuId>, Error> {
+        let supported = cpu::supported(&self.kvm)?;
+        let deadline = self
+            .kvm
+            .check_extension_raw(u64::from(KVM_CAP_TSC_DEADLINE_TIMER))
+            > 0;
+        Ok((0..count)
+            .map(|id| cpu::cpuid(&supported, id, count, deadline))
+            .collect())
+    }
+}
+
+/// What is put together before the process is locked in.
+struct Parts {
+    base: Base,
+    bus: Bus,
+    ports: Ports,
+    processors: Vec<Processor>,
+    /// The directory of the sockets, which is to become the root.
+    root: Option<OwnedFd>,
+    jail: Jail,
+}
+
+impl Machine {
+    /// Builds the machine of `config`, with every thread waiting and locked in.
+    /// `ended` is rung when the guest has ended.
+    pub(crate) fn build(config: &Config, fds: Vec<OwnedFd>, ended: EventFd) -> Result<Self, Error> {
+        check(config)?;
+        let mut fds = Fds::new(fds);
+        let memory = memory::create(config.memory, config.backing)?;
+        let base = Base::new(fds.take(config.kvm)?, memory.clone())?;
         let window64 = layout::window64(config.memory);
-        let mut bus = Bus::new(&vm, &routes, &memory, window64.clone());
-        let root = sockets(config, &fds)?;
+        let mut bus = Bus::new(&base.vm, &base.routes, &base.memory, window64.clone());
+        let root = sockets(&config.devices, &fds)?;
         for attachment in &config.devices {
             bus.add(attachment, |fd| fds.take(fd))?;
         }
@@ -130,21 +198,101 @@ impl Machine {
         cpu::write_descriptors(&memory)?;
 
         let console = config.console.map(|fd| fds.take(fd)).transpose()?;
-        let ports = Ports::new(console.map(File::from), routes.pin(ports::SERIAL_IRQ)?);
-        let supported = cpu::supported(&kvm)?;
-        let deadline = kvm.check_extension_raw(u64::from(KVM_CAP_TSC_DEADLINE_TIMER)) > 0;
-        let mut vcpus: Vec<VcpuFd> = Vec::new();
-        for id in 0..config.max_vcpus {
-            let vcpu = vm
-                .create_vcpu(u64::from(id))
-                .map_err(|e| Error::Kvm("create a vCPU", e))?;
-            let cpuid = cpu::cpuid(&supported, id, config.max_vcpus, deadline);
+        let ports = Ports::new(console.map(File::from), base.routes.pin(ports::SERIAL_IRQ)?);
+        let mut processors = Vec::new();
+        for (id, cpuid) in (0..).zip(base.cpuids(config.max_vcpus)?) {
+            let vcpu = base.vcpu(id)?;
             cpu::prepare(&vcpu, &cpuid, (id == 0).then_some(entry))?;
-            vcpus.push(vcpu);
+            processors.push(Processor::new(vcpu, cpuid));
         }
-        // From here on everything is open that ever will be.
-        drop(fds);
-        let jailed = match config.jail {
+        Self::lock_in(
+            Parts {
+                base,
+                bus,
+                ports,
+                processors,
+                root,
+                jail: config.jail,
+            },
+            ended,
+            |_| Ok(()),
+        )
+    }
+
+    /// Builds the machine that a snapshot describes, as [`Self::build`] does. What the
+    /// files say is hostile.
+    pub(crate) fn restore(
+        restore: &Restore,
+        fds: Vec<OwnedFd>,
+        ended: EventFd,
+    ) -> Result<Self, Error> {
+        check_version(restore.version)?;
+        let mut fds = Fds::new(fds);
+        let (state, memory) = (fds.take(restore.state)?, fds.take(restore.memory)?);
+        let (state, memory) = snapshot::read(&state.into(), &memory.into(), restore.backing)?;
+        let size = memory.iter().map(GuestMemoryRegion::len).sum();
+        let base = Base::new(fds.take(restore.kvm)?, memory)?;
+        let mut bus = Bus::new(&base.vm, &base.routes, &base.memory, layout::window64(size));
+        let root = sockets(&restore.devices, &fds)?;
+        bus.add_saved(&restore.devices, &state.devices, |fd| fds.take(fd))?;
+
+        let console = restore.console.map(|fd| fds.take(fd)).transpose()?;
+        let irq = base.routes.pin(ports::SERIAL_IRQ)?;
+        let ports = Ports::restore(console.map(File::from), irq, &(&state.serial).into())?;
+        let failed = |e| Error::Kvm("set an interrupt controller to what the snapshot says", e);
+        for chip in &state.chips {
+            base.vm.set_irqchip(chip).map_err(failed)?;
+        }
+        let count = u8::try_from(state.vcpus.len()).unwrap_or(u8::MAX);
+        let mut processors = Vec::new();
+        for (saved, (id, own)) in state.vcpus.iter().zip((0..).zip(base.cpuids(count)?)) {
+            let vcpu = base.vcpu(id)?;
+            let cpuid = snapshot::cpu::restore(&base.kvm, &vcpu, saved, &own, &base.msrs)?;
+            processors.push(Processor::new(vcpu, cpuid));
+        }
+        // Only what the clock showed: where it stood beside the host's does not count.
+        let clock = kvm_clock_data {
+            clock: state.clock.clock,
+            ..Default::default()
+        };
+        let failed = |e| Error::Kvm("set the guest's clock", e);
+        base.vm.set_clock(&clock).map_err(failed)?;
+        Self::lock_in(
+            Parts {
+                base,
+                bus,
+                ports,
+                processors,
+                root,
+                jail: restore.jail,
+            },
+            ended,
+            // After the local APICs, which the interrupts of devices may reach.
+            |bus| {
+                bus.pause(QUIESCE)?;
+                bus.restore(&state.devices)
+            },
+        )
+    }
+
+    /// Starts the threads, and gives up what the running guest does not need.
+    /// Everything is open that ever will be. `settle` is called when the devices'
+    /// threads are there.
+    fn lock_in(
+        parts: Parts,
+        ended: EventFd,
+        settle: impl FnOnce(&Bus) -> Result<(), Error>,
+    ) -> Result<Self, Error> {
+        let Parts {
+            base,
+            mut bus,
+            ports,
+            processors,
+            root,
+            jail,
+        } = parts;
+        let seed = random()?;
+        let jailed = match jail {
             Jail::Full { user } => {
                 jail::leave_host(root.as_ref().map(AsFd::as_fd), user)?;
                 true
@@ -154,28 +302,50 @@ impl Machine {
         drop(root);
         let failure = Arc::new(OnceLock::new());
         bus.start(jailed, &failures(&failure, &ended)?)?;
-        let bus = Arc::new(bus);
+        settle(&bus)?;
+        let (bus, ports) = (Arc::new(bus), Arc::new(ports));
         let on_bus: Arc<dyn crate::vcpu::Bus> = bus.clone();
-        let filter = match jailed {
-            true => Some(Arc::new(Filter::vcpu()?)),
-            false => None,
+        let filter = |make: fn() -> Result<Filter, Error>| jailed.then(make).transpose();
+        let vcpu_filter = filter(Filter::vcpu)?.map(Arc::new);
+        let lock_in = move || vcpu_filter.as_ref().map_or(Ok(()), |it| it.install());
+        let fds = processors.iter().map(|it| Arc::clone(&it.fd)).collect();
+        let vcpus = Vcpus::new(fds, Arc::clone(&ports), on_bus, ended, lock_in)?;
+        let subject = Subject {
+            vm: base.vm,
+            processors,
+            msrs: base.msrs,
+            ports,
+            bus: Arc::clone(&bus),
+            memory: base.memory.clone(),
+            seed,
         };
-        let lock_in = move || filter.as_ref().map_or(Ok(()), |filter| filter.install());
-        let vcpus = Vcpus::new(vcpus, ports, on_bus, ended, lock_in)?;
+        let scribe = Scribe::start(subject, filter(Filter::snapshot)?)?;
         if jailed {
             Filter::control()?.install().map_err(Error::Config)?;
         }
         Ok(Self {
             vcpus,
             bus,
+            scribe,
+            paused: AtomicBool::new(true),
             failure,
-            _vm: vm,
-            memory,
+            memory: base.memory,
         })
+    }
+
+    /// Saves the machine, which must be paused.
+    pub(crate) fn save(&self, state: OwnedFd, memory: OwnedFd) -> Result<(), Error> {
+        if !self.paused.load(Ordering::Acquire) {
+            return Err(Error::Config(
+                "the machine runs; pause it before it is saved".to_owned(),
+            ));
+        }
+        self.scribe.save(state.into(), memory.into())
     }
 
     /// Lets the guest run.
     pub(crate) fn resume(&self) {
+        self.paused.store(false, Ordering::Release);
         self.bus.resume();
         self.vcpus.run();
     }
@@ -183,7 +353,9 @@ impl Machine {
     /// Stops the vCPUs, then lets the devices rest.
     pub(crate) fn pause(&self) -> Result<(), Error> {
         self.vcpus.pause();
-        self.bus.pause(QUIESCE)
+        self.bus.pause(QUIESCE)?;
+        self.paused.store(true, Ordering::Release);
+        Ok(())
     }
 
     /// Ends it: no vCPU runs, and what was in flight is done or given up. How the
@@ -202,15 +374,14 @@ impl Machine {
     pub(crate) fn stats(&self) -> Stats {
         Stats {
             exits: self.vcpus.exits(),
-            memory: self.memory.iter().map(GuestMemoryRegion::len).sum(),
+            memory: self.memory.memory().iter().map(|r| r.len()).sum(),
         }
     }
 }
 
 /// The directory of the sockets, which is to become the root.
-fn sockets(config: &Config, fds: &Fds) -> Result<Option<OwnedFd>, Error> {
-    let dir = config
-        .devices
+fn sockets(devices: &[Attachment], fds: &Fds) -> Result<Option<OwnedFd>, Error> {
+    let dir = devices
         .iter()
         .find_map(|attachment| match &attachment.device {
             Device::Vsock { dir, .. } => Some(*dir),
@@ -235,6 +406,16 @@ fn failures(failure: &Arc<OnceLock<String>>, ended: &EventFd) -> Result<Failures
         let _ = failure.set(reason);
         let _ = ended.write(1);
     }))
+}
+
+fn random() -> Result<[u8; 16], Error> {
+    let mut bytes = [0; 16];
+    // SAFETY: the buffer is that long, and so few bytes come whole.
+    let got = unsafe { libc::getrandom(bytes.as_mut_ptr().cast(), bytes.len(), 0) };
+    match usize::try_from(got) {
+        Ok(len) if len == bytes.len() => Ok(bytes),
+        _ => Err(Error::Host("get random bytes", nix::errno::Errno::last())),
+    }
 }
 
 fn open_kvm(fd: OwnedFd) -> Result<Kvm, Error> {

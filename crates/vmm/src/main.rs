@@ -26,8 +26,6 @@ mod layout;
 mod machine;
 mod memory;
 mod ports;
-// Until `Request::Snapshot` is there to call it.
-#[cfg_attr(not(test), expect(dead_code, reason = "the request comes next"))]
 mod snapshot;
 mod vcpu;
 

@@ -35,6 +35,27 @@ pub(crate) fn create(size: u64, backing: Backing) -> Result<Memory, Error> {
     GuestMemoryMmap::from_regions(regions).map_err(|_| Error::Memory("arrange", Errno::EINVAL))
 }
 
+/// Memory with what `file` holds, from its beginning, copy-on-write. The file must
+/// be longer than that, and not change any more.
+pub(crate) fn map_private(size: u64, file: &File) -> Result<Memory, Error> {
+    let mut regions = Vec::new();
+    let mut offset = 0;
+    for (start, len) in layout::ram(size) {
+        let size = usize::try_from(len).map_err(|_| Error::Memory("map", Errno::ENOMEM))?;
+        let region = MmapRegionBuilder::new(size)
+            .with_mmap_prot(libc::PROT_READ | libc::PROT_WRITE)
+            .with_mmap_flags(libc::MAP_PRIVATE | libc::MAP_NORESERVE)
+            .with_file_offset(FileOffset::new(duplicate(file)?, offset))
+            .build()
+            .map_err(|_| Error::Memory("map from the snapshot", Errno::ENOMEM))?;
+        let region = GuestRegionMmap::new(region, GuestAddress(start))
+            .ok_or(Error::Memory("place", Errno::EINVAL))?;
+        regions.push(region);
+        offset += len;
+    }
+    GuestMemoryMmap::from_regions(regions).map_err(|_| Error::Memory("arrange", Errno::EINVAL))
+}
+
 fn memfd(size: u64) -> Result<File, Error> {
     let fd = nix::sys::memfd::memfd_create(
         c"walnut-guest",

@@ -6,8 +6,10 @@ use std::{
     sync::{Mutex, PoisonError},
 };
 
-use vm_superio::{Serial, Trigger, serial::NoEvents};
+use vm_superio::{Serial, SerialState, Trigger, serial::NoEvents};
 use vmm_sys_util::eventfd::EventFd;
+
+use crate::Error;
 
 /// The first serial port, where every kernel looks for it.
 pub(crate) const SERIAL: u16 = 0x3f8;
@@ -73,6 +75,24 @@ impl Ports {
         Self {
             serial: Mutex::new(Serial::new(Irq(irq), Console(console))),
         }
+    }
+
+    /// As [`Self::new`], as the port was when `state` was taken.
+    pub(crate) fn restore(
+        console: Option<File>,
+        irq: EventFd,
+        state: &SerialState,
+    ) -> Result<Self, Error> {
+        Serial::from_state(state, Irq(irq), NoEvents, Console(console))
+            .map(|serial| Self {
+                serial: Mutex::new(serial),
+            })
+            .map_err(|e| Error::Config(format!("restore the serial port: {e:?}")))
+    }
+
+    /// What the serial port is now.
+    pub(crate) fn state(&self) -> SerialState {
+        self.serial().state()
     }
 
     pub(crate) fn read(&self, port: u16, data: &mut [u8]) {

@@ -52,7 +52,7 @@ struct Shared {
     /// Rung when `end` is set.
     ended: EventFd,
     exits: AtomicU64,
-    ports: Ports,
+    ports: Arc<Ports>,
     bus: Arc<dyn Bus>,
 }
 
@@ -121,8 +121,8 @@ impl Vcpus {
     /// Starts a thread for each vCPU; each calls `lock_in` and then waits for
     /// [`Self::run`]. `ended` is rung when the guest has ended.
     pub(crate) fn new(
-        vcpus: Vec<VcpuFd>,
-        ports: Ports,
+        vcpus: Vec<Arc<Mutex<VcpuFd>>>,
+        ports: Arc<Ports>,
         bus: Arc<dyn Bus>,
         ended: EventFd,
         lock_in: impl Fn() -> Result<(), String> + Send + Sync + Clone + 'static,
@@ -142,8 +142,8 @@ impl Vcpus {
             bus,
         });
         let mut threads = Vec::new();
-        for (n, mut vcpu) in vcpus.into_iter().enumerate() {
-            let immediate_exit = ImmediateExit::of(&mut vcpu);
+        for (n, vcpu) in vcpus.into_iter().enumerate() {
+            let immediate_exit = ImmediateExit::of(&mut lock(&vcpu));
             let (shared, lock_in) = (Arc::clone(&shared), lock_in.clone());
             let tid = Arc::new(AtomicI32::new(0));
             let its_tid = Arc::clone(&tid);
@@ -253,6 +253,11 @@ impl Vcpus {
     }
 }
 
+fn lock<T>(mutex: &Mutex<T>) -> MutexGuard<'_, T> {
+    // A descriptor is whole whoever panicked.
+    mutex.lock().unwrap_or_else(PoisonError::into_inner)
+}
+
 pub(crate) fn errno(error: &std::io::Error) -> Errno {
     Errno::from_raw(error.raw_os_error().unwrap_or(0))
 }
@@ -273,7 +278,7 @@ fn install_kick() -> Result<(), Error> {
 /// One vCPU, on its own thread.
 #[derive(Debug)]
 struct Vcpu {
-    fd: VcpuFd,
+    fd: Arc<Mutex<VcpuFd>>,
     immediate_exit: ImmediateExit,
     shared: Arc<Shared>,
     /// Counted as running.
@@ -317,8 +322,10 @@ impl Vcpu {
 
     /// Runs the guest until it wants something, and gives it that.
     fn enter(&mut self) -> Option<End> {
+        // Held in the guest only: whoever saves the vCPU takes it in a pause.
+        let mut fd = lock(&self.fd);
         loop {
-            let exit = match self.fd.run() {
+            let exit = match fd.run() {
                 Ok(exit) => exit,
                 Err(e) if e.errno() == libc::EINTR || e.errno() == libc::EAGAIN => return None,
                 Err(e) => return Some(End::Failed(format!("KVM cannot run the guest: {e}"))),

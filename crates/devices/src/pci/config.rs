@@ -4,7 +4,7 @@
 /// Size of a function's space in the ECAM.
 pub(super) const SIZE: usize = 4096;
 /// What is implemented; the rest reads as zero.
-const USED: usize = 256;
+pub(super) const USED: usize = 256;
 
 const COMMAND: usize = 0x04;
 const STATUS_CAPABILITIES: u8 = 1 << 4;
@@ -111,6 +111,12 @@ impl Config {
         if let Some(byte) = self.bytes.get_mut(at) {
             *byte |= bits;
         }
+    }
+
+    /// All bytes, for a snapshot. What a driver may write of them comes back by
+    /// [`Self::write`].
+    pub(super) fn bytes(&self) -> Vec<u8> {
+        self.bytes.to_vec()
     }
 
     pub(super) fn byte(&self, at: usize) -> u8 {

@@ -11,8 +11,10 @@
 mod config;
 mod msix;
 mod root;
+mod state;
 mod transport;
 
 pub use msix::{Message, Messages};
 pub use root::{Root, RootError};
+pub use state::{FunctionState, StateError};
 pub use transport::{Doorbells, VirtioPci};

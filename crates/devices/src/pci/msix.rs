@@ -3,6 +3,8 @@
 
 use std::{fmt::Debug, sync::Arc};
 
+use serde::{Deserialize, Serialize};
+
 /// The capability's ID.
 pub(super) const CAPABILITY: u8 = 0x11;
 /// Of the message control register, in its high byte.
@@ -28,6 +30,23 @@ pub trait Messages: Send + Sync + Debug {
     fn route(&self, vector: usize, message: Option<Message>);
     /// Sends it. Called from any thread.
     fn send(&self, vector: usize);
+}
+
+/// The table and the pending bits, for a snapshot. Whether messages are enabled
+/// stands in the configuration space.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+pub(super) struct State {
+    table: Vec<[u8; ENTRY]>,
+    pending: Vec<bool>,
+}
+
+impl State {
+    pub(super) fn vectors(&self) -> usize {
+        match self.table.len() == self.pending.len() {
+            true => self.table.len(),
+            false => usize::MAX,
+        }
+    }
 }
 
 /// A function's messages.
@@ -56,6 +75,24 @@ impl Msix {
 
     pub(super) fn vectors(&self) -> usize {
         self.table.len()
+    }
+
+    pub(super) fn save(&self) -> State {
+        State {
+            table: self.table.clone(),
+            pending: self.pending.clone(),
+        }
+    }
+
+    /// Undoes [`Self::save`] while messages are not enabled; false if the state has
+    /// another number of vectors.
+    pub(super) fn restore(&mut self, state: &State) -> bool {
+        if state.table.len() != self.table.len() || state.pending.len() != self.pending.len() {
+            return false;
+        }
+        self.table.clone_from(&state.table);
+        self.pending.clone_from(&state.pending);
+        true
     }
 
     /// The capability after ID and link, for a table and pending bits in BAR 0.

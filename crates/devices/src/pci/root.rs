@@ -6,10 +6,11 @@ use std::{
 };
 
 use super::{
+    FunctionState, StateError,
     config::{Config, Identity, SIZE},
     transport::{BAR_SIZE, Doorbells, VirtioPci},
 };
-use crate::virtio::{MemoryCell, Port};
+use crate::virtio::{MemoryCell, Port, Quiesced};
 
 /// Slots of a bus.
 const SLOTS: usize = 32;
@@ -23,6 +24,9 @@ pub enum RootError {
     /// All slots are taken.
     #[error("the PCI bus is full: it has room for {} devices", SLOTS - 1)]
     Full,
+    /// Not a slot, or one that is taken.
+    #[error("there is no free slot {0} on the PCI bus")]
+    Taken(usize),
     /// The window for BARs is too small.
     #[error("the window for PCI BARs is full")]
     Window,
@@ -61,28 +65,55 @@ impl Root {
         1 << 20
     }
 
-    /// Adds a virtio device in the next slot.
+    /// Adds a virtio device in the next free slot; which one.
     pub fn add(
         &self,
         port: Port,
         memory: MemoryCell,
         messages: Arc<dyn super::Messages>,
         doorbells: Box<dyn Doorbells>,
+    ) -> Result<usize, RootError> {
+        let free = self.slots.iter().skip(1).position(|s| s.get().is_none());
+        let slot = free.ok_or(RootError::Full)? + 1;
+        self.insert(slot, port, memory, messages, doorbells)?;
+        Ok(slot)
+    }
+
+    /// Adds a virtio device in a slot, 1 to 31, that is free.
+    pub fn insert(
+        &self,
+        slot: usize,
+        port: Port,
+        memory: MemoryCell,
+        messages: Arc<dyn super::Messages>,
+        doorbells: Box<dyn Doorbells>,
     ) -> Result<(), RootError> {
-        for (index, slot) in (0u64..).zip(&self.slots).skip(1) {
-            if slot.get().is_some() {
-                continue;
-            }
-            let bar = self.window.start.next_multiple_of(BAR_SIZE) + index * BAR_SIZE;
-            if bar + BAR_SIZE > self.window.end {
-                return Err(RootError::Window);
-            }
-            let function = VirtioPci::new(port, memory, messages, doorbells, bar);
-            // It was empty a moment ago, and nobody else adds.
-            let _ = slot.set(Arc::new(function));
-            return Ok(());
+        let place = self.slots.get(slot).filter(|_| slot != 0);
+        let place = place.filter(|place| place.get().is_none());
+        let place = place.ok_or(RootError::Taken(slot))?;
+        let bar = self.window.start.next_multiple_of(BAR_SIZE) + slot as u64 * BAR_SIZE;
+        if bar + BAR_SIZE > self.window.end {
+            return Err(RootError::Window);
         }
-        Err(RootError::Full)
+        let function = VirtioPci::new(port, memory, messages, doorbells, bar);
+        // It was empty a moment ago, and nobody else adds.
+        let _ = place.set(Arc::new(function));
+        Ok(())
+    }
+
+    /// What the function in a slot is, for a snapshot; `rest` is what its device said
+    /// when it came to rest.
+    pub fn save(&self, slot: usize, rest: &Quiesced) -> Option<FunctionState> {
+        Some(self.function(slot)?.save(rest))
+    }
+
+    /// Undoes [`Self::save`] on a function that was just added and whose device
+    /// rests. The state is hostile.
+    pub fn restore(&self, slot: usize, state: &FunctionState) -> Result<(), StateError> {
+        match self.function(slot) {
+            Some(function) => function.restore(state),
+            None => Err(StateError::Register("slot")),
+        }
     }
 
     /// What is at a physical address; all ones where nothing is.

@@ -9,6 +9,7 @@ use std::{
     },
 };
 
+use serde::{Deserialize, Serialize};
 use virtio_bindings::virtio_config::{
     VIRTIO_CONFIG_S_ACKNOWLEDGE as ACKNOWLEDGE, VIRTIO_CONFIG_S_DRIVER as DRIVER,
     VIRTIO_CONFIG_S_DRIVER_OK as DRIVER_OK, VIRTIO_CONFIG_S_FAILED as FAILED,
@@ -19,10 +20,11 @@ use virtio_queue::{Queue, QueueT};
 
 use super::{
     Messages,
-    config::{Config, Identity},
+    config::{self, Config, Identity},
     msix::{self, Msix},
+    state::{FunctionState, StateError},
 };
-use crate::virtio::{Activation, Interrupt, MemoryCell, Port};
+use crate::virtio::{Activation, Interrupt, MemoryCell, Port, Quiesced};
 
 /// Size of the one BAR.
 pub(super) const BAR_SIZE: u64 = 0x8000;
@@ -56,8 +58,8 @@ pub trait Doorbells: Send + Sync + Debug {
 }
 
 /// One queue's registers.
-#[derive(Debug, Clone, Copy, Default)]
-struct QueueRegisters {
+#[derive(Debug, Clone, Copy, Default, PartialEq, Eq, Serialize, Deserialize)]
+pub(super) struct QueueRegisters {
     size: u16,
     enabled: bool,
     descriptors: u64,
@@ -210,6 +212,128 @@ impl VirtioPci {
     pub(super) fn decodes(&self, address: u64) -> Option<usize> {
         let offset = address.checked_sub(lock(&self.config).bar?)?;
         (offset < BAR_SIZE).then(|| usize::try_from(offset).ok())?
+    }
+
+    /// What the function is while its device rests; `rest` is what the device said.
+    pub(super) fn save(&self, rest: &Quiesced) -> FunctionState {
+        let registers = lock(&self.registers);
+        let position = |queue: &virtio_queue::QueueState| (queue.next_avail, queue.next_used);
+        let vectors = self.back.queue_vectors.iter();
+        FunctionState {
+            id: self.port.id(),
+            config: lock(&self.config).config.bytes(),
+            status: registers.status,
+            device_feature_select: registers.device_feature_select,
+            driver_feature_select: registers.driver_feature_select,
+            driver_features: registers.driver_features,
+            queue_select: registers.queue_select,
+            queues: registers.queues.clone(),
+            isr: self.back.isr.load(Ordering::Acquire),
+            needs_reset: self.back.needs_reset.load(Ordering::Acquire),
+            config_vector: self.back.config_vector.load(Ordering::Acquire),
+            queue_vectors: vectors.map(|v| v.load(Ordering::Acquire)).collect(),
+            msix: lock(&self.back.msix).save(),
+            positions: (rest.queues.as_ref()).map(|queues| queues.iter().map(position).collect()),
+        }
+    }
+
+    /// Undoes [`Self::save`] on a new function whose device rests. The device goes
+    /// into service when it is resumed.
+    pub(super) fn restore(&self, state: &FunctionState) -> Result<(), StateError> {
+        self.check(state)?;
+        {
+            let mut registers = lock(&self.registers);
+            *registers = Registers {
+                status: state.status,
+                device_feature_select: state.device_feature_select,
+                driver_feature_select: state.driver_feature_select,
+                driver_features: state.driver_features,
+                queue_select: state.queue_select,
+                queues: state.queues.clone(),
+            };
+            self.back.isr.store(state.isr, Ordering::Release);
+            self.back
+                .needs_reset
+                .store(state.needs_reset, Ordering::Release);
+            (self.back.config_vector).store(state.config_vector, Ordering::Release);
+            for (to, from) in self.back.queue_vectors.iter().zip(&state.queue_vectors) {
+                to.store(*from, Ordering::Release);
+            }
+        }
+        // Checked before; and as a driver would write it, for what follows from it.
+        let _ = lock(&self.back.msix).restore(&state.msix);
+        self.write_config(0, &state.config);
+        let Some(positions) = &state.positions else {
+            return Ok(());
+        };
+        let registers = lock(&self.registers);
+        let places = registers.queues.iter().zip(self.port.queue_sizes());
+        let queues: Result<Vec<_>, _> = places
+            .zip(positions)
+            .map(|((queue, max), (next_avail, next_used))| {
+                let mut queue = queue.build(*max)?;
+                queue.set_next_avail(*next_avail);
+                queue.set_next_used(*next_used);
+                Ok(queue)
+            })
+            .collect();
+        self.hand_over(&registers, queues);
+        drop(registers);
+        // An interrupt on its way when the state was saved may be in neither half.
+        for index in 0..state.queues.len() {
+            self.back.queue(index);
+        }
+        Ok(())
+    }
+
+    fn check(&self, state: &FunctionState) -> Result<(), StateError> {
+        if state.id != self.port.id() {
+            return Err(StateError::Kind {
+                found: state.id,
+                expected: self.port.id(),
+            });
+        }
+        let count = self.port.queue_sizes().len();
+        let vectors = lock(&self.back.msix).vectors();
+        for (what, found, expected) in [
+            ("bytes of configuration", state.config.len(), config::USED),
+            ("queues", state.queues.len(), count),
+            ("queue vectors", state.queue_vectors.len(), count),
+            (
+                "queue positions",
+                state.positions.as_ref().map_or(count, Vec::len),
+                count,
+            ),
+            ("messages", state.msix.vectors(), vectors),
+        ] {
+            if found != expected {
+                return Err(StateError::Count {
+                    what,
+                    found,
+                    expected,
+                });
+            }
+        }
+        if !legal(state.status) {
+            return Err(StateError::Status(state.status));
+        }
+        let has = |step| state.status & bit(step) != 0;
+        let (wanted, offered) = (state.driver_features, self.port.features());
+        if has(FEATURES_OK) && !self.features_fit(wanted) {
+            return Err(StateError::Features { wanted, offered });
+        }
+        if state.positions.is_some() && !has(DRIVER_OK) {
+            return Err(StateError::Status(state.status));
+        }
+        let vector = |v: &u16| usize::from(*v) < vectors || *v == NO_VECTOR;
+        if !vector(&state.config_vector) || !state.queue_vectors.iter().all(vector) {
+            return Err(StateError::Register("message vector"));
+        }
+        let mut sizes = state.queues.iter().zip(self.port.queue_sizes());
+        if !sizes.all(|(queue, max)| queue.size.is_power_of_two() && queue.size <= *max) {
+            return Err(StateError::Register("queue size"));
+        }
+        Ok(())
     }
 
     pub(super) fn read_config(&self, at: usize, data: &mut [u8]) {
@@ -430,6 +554,10 @@ impl VirtioPci {
             .zip(sizes)
             .map(|(queue, max)| queue.build(*max))
             .collect();
+        self.hand_over(registers, queues);
+    }
+
+    fn hand_over(&self, registers: &Registers, queues: Result<Vec<Queue>, virtio_queue::Error>) {
         match queues {
             Ok(queues) => self.port.activate(Activation {
                 memory: self.memory.clone(),

@@ -9,35 +9,90 @@ use std::{fs::File, io, os::unix::fs::FileExt};
 
 use vm_memory::{Address, Bytes, GuestMemoryBackend, GuestMemoryRegion};
 use walnut_devices::virtio::Memory;
+use walnut_vmm_api::Backing;
 
 use super::{Error, envelope::Identity};
 
 const PAGE: usize = 4096;
 const PAGE_LEN: u64 = 4096;
+/// Bytes looked at, and written or read, at a time.
+const CHUNK: usize = 64 << 10;
 const MAGIC: [u8; 8] = *b"WALNUTSM";
 
-/// Writes guest memory, none of which may change meanwhile, to an empty file.
-pub(crate) fn write(memory: &Memory, identity: &Identity, file: &File) -> Result<(), Error> {
+/// Writes guest memory, none of which may change meanwhile, to an empty file; its
+/// size.
+pub(crate) fn write(memory: &Memory, identity: &Identity, file: &File) -> Result<u64, Error> {
     let failed = |e| Error::Io("write the memory file", e);
-    let mut page = [0; PAGE];
+    let mut chunk = vec![0; CHUNK];
     let mut offset = 0;
     for region in memory.iter() {
         let start = region.start_addr();
-        for at in (0..region.len()).step_by(PAGE) {
+        for at in (0..region.len()).step_by(CHUNK) {
             let address = start.unchecked_add(at);
+            let len = usize::try_from(region.len() - at).map_or(CHUNK, |len| len.min(CHUNK));
+            let chunk = chunk.get_mut(..len).unwrap_or_default();
             memory
-                .read_slice(&mut page, address)
+                .read_slice(chunk, address)
                 .map_err(|_| Error::Memory(address.raw_value()))?;
-            if page.iter().any(|byte| *byte != 0) {
-                file.write_all_at(&page, offset + at).map_err(failed)?;
+            for (from, bytes) in used(chunk) {
+                file.write_all_at(bytes, offset + at + from)
+                    .map_err(failed)?;
             }
         }
         offset += region.len();
     }
     file.set_len(offset + PAGE_LEN).map_err(failed)?;
-    file.write_all_at(&MAGIC, offset).map_err(failed)?;
-    file.write_all_at(identity, offset + 8).map_err(failed)?;
-    file.sync_data().map_err(failed)
+    let mark = [&MAGIC[..], identity].concat();
+    file.write_all_at(&mark, offset).map_err(failed)?;
+    file.sync_data().map_err(failed)?;
+    Ok(offset)
+}
+
+/// Runs of pages that are not all zero, with their offsets.
+fn used(chunk: &[u8]) -> Vec<(u64, &[u8])> {
+    let mut runs: Vec<(u64, &[u8])> = Vec::new();
+    let (mut start, mut at) = (None, 0);
+    for page in chunk.chunks(PAGE).chain([&[][..]]) {
+        let zero = page.iter().all(|byte| *byte == 0);
+        match (start, zero) {
+            (None, false) => start = Some(at),
+            (Some(from), true) => {
+                runs.push((from as u64, chunk.get(from..at).unwrap_or_default()));
+                start = None;
+            }
+            _ => {}
+        }
+        at += page.len();
+    }
+    runs
+}
+
+/// Guest memory with what the file holds: the file itself, copy-on-write, where
+/// memory is private and of ordinary pages, else a copy. The file has been checked.
+pub(crate) fn map(file: &File, size: u64, backing: Backing) -> Result<Memory, crate::Error> {
+    if backing == Backing::default() {
+        return crate::memory::map_private(size, file);
+    }
+    let memory = crate::memory::create(size, backing)?;
+    let mut chunk = vec![0; CHUNK];
+    let mut offset = 0;
+    for region in memory.iter() {
+        let start = region.start_addr();
+        for at in (0..region.len()).step_by(CHUNK) {
+            let len = usize::try_from(region.len() - at).map_or(CHUNK, |len| len.min(CHUNK));
+            let chunk = chunk.get_mut(..len).unwrap_or_default();
+            file.read_exact_at(chunk, offset + at)
+                .map_err(|e| Error::Io("read the memory file", e))?;
+            for (from, bytes) in used(chunk) {
+                let address = start.unchecked_add(at + from);
+                memory
+                    .write_slice(bytes, address)
+                    .map_err(|_| Error::Memory(address.raw_value()))?;
+            }
+        }
+        offset += region.len();
+    }
+    Ok(memory)
 }
 
 /// Whether a file has `size` bytes of memory of the snapshot `identity`.
@@ -79,7 +134,6 @@ mod tests {
     use std::os::unix::fs::MetadataExt;
 
     use vm_memory::GuestAddress;
-    use walnut_vmm_api::Backing;
 
     use super::*;
 
@@ -92,7 +146,7 @@ mod tests {
         let last = SIZE - 4;
         memory.write_slice(b"last", GuestAddress(last)).unwrap();
         let file = tempfile::tempfile().unwrap();
-        write(&memory, &[3; 16], &file).unwrap();
+        assert_eq!(write(&memory, &[3; 16], &file).unwrap(), SIZE);
         check(&file, &[3; 16], SIZE).unwrap();
         let mut bytes = [0; 5];
         file.read_exact_at(&mut bytes, 1).unwrap();
@@ -102,6 +156,35 @@ mod tests {
         assert_eq!(&bytes, b"last");
         // Three pages; a file system may give more at once.
         assert!(file.metadata().unwrap().blocks() * 512 < 1 << 20);
+    }
+
+    #[test]
+    fn what_was_written_is_mapped_and_the_file_stays_as_it_is() {
+        let memory = crate::memory::create(SIZE, Backing::default()).unwrap();
+        let places = [0, 4096 * 15 + 4090, 4096 * 17, SIZE / 2 + 5, SIZE - 8];
+        for place in places {
+            memory
+                .write_slice(b"present!", GuestAddress(place))
+                .unwrap();
+        }
+        let file = tempfile::tempfile().unwrap();
+        write(&memory, &[3; 16], &file).unwrap();
+        let shared = Backing {
+            shared: true,
+            huge_pages: false,
+        };
+        for backing in [Backing::default(), shared] {
+            let clone = map(&file, SIZE, backing).unwrap();
+            for place in places {
+                let mut bytes = [0; 8];
+                clone.read_slice(&mut bytes, GuestAddress(place)).unwrap();
+                assert_eq!(&bytes, b"present!", "{place:#x} {backing:?}");
+                clone.write_slice(b"changed!", GuestAddress(place)).unwrap();
+            }
+        }
+        let mut bytes = [0; 8];
+        file.read_exact_at(&mut bytes, SIZE - 8).unwrap();
+        assert_eq!(&bytes, b"present!");
     }
 
     #[test]

@@ -3,10 +3,36 @@
 //! Both are hostile input when they are read. The state file is small and read
 //! whole: a header that bounds and digests what follows ([`envelope`]). The memory
 //! file is guest RAM at its own offsets, with holes, so that a restore can map it;
-//! a page behind it says which state it belongs to ([`memory`]).
+//! a page behind it says which state it belongs to ([`memory`]). The state itself is
+//! [`state`], read from KVM and written back to it by [`cpu`] and
+//! [`crate::machine`]. [`scribe`] is the thread that saves.
 
+pub(crate) mod cpu;
 mod envelope;
 mod memory;
+pub(crate) mod scribe;
+pub(crate) mod state;
+
+use std::fs::File;
+
+use walnut_devices::virtio::Memory;
+use walnut_vmm_api::Backing;
+
+use state::State;
+
+/// The state and the memory of a snapshot, checked against each other.
+pub(crate) fn read(
+    state: &File,
+    memory: &File,
+    backing: Backing,
+) -> Result<(State, Memory), crate::Error> {
+    let envelope = envelope::Envelope::read(state)?;
+    let size = envelope.memory;
+    let state = State::decode(&envelope.body)?;
+    memory::check(memory, &envelope.identity, size)?;
+    let memory = memory::map(memory, size, backing)?;
+    Ok((state, memory))
+}
 
 /// Why a snapshot's file could not be written or must not be used.
 #[derive(Debug, thiserror::Error)]
@@ -42,6 +68,9 @@ pub(crate) enum Error {
     /// The state of one snapshot, the memory of another.
     #[error("the memory file belongs to another snapshot than the state file")]
     Mismatch,
+    /// The body says what cannot be.
+    #[error("the snapshot's state makes no sense: {0}; take a new one")]
+    State(String),
     /// Guest memory is not where it is said to be.
     #[error("guest memory cannot be read at {0:#x}")]
     Memory(u64),

@@ -4,6 +4,7 @@
 #include <stdlib.h>
 #include <string.h>
 #include <sys/mount.h>
+#include <sys/random.h>
 #include <sys/reboot.h>
 #include <sys/stat.h>
 #include <termios.h>
@@ -30,6 +31,24 @@ static void disks(void) {
 	}
 }
 
+/* Counts for ever, a line a step, each with what should differ between clones and
+   what should go on: random bytes, a timer, a disk that keeps the count. */
+static void ticks(void) {
+	int disk = open("/dev/vda", O_RDWR | O_SYNC);
+	for (unsigned long n = 0;; n++) {
+		unsigned long random = 0, kept = 0;
+		(void)!getrandom(&random, sizeof random, 0);
+		if (disk >= 0) {
+			(void)!pwrite(disk, &n, sizeof n, 512);
+			posix_fadvise(disk, 0, 0, POSIX_FADV_DONTNEED);
+			(void)!pread(disk, &kept, sizeof kept, 512);
+		}
+		printf("tick %lu random=%016lx disk=%d\n", n, random, disk >= 0 && kept == n);
+		fflush(stdout);
+		usleep(20000);
+	}
+}
+
 int main(void) {
 	const char *test = getenv("test");
 	if (!test)
@@ -46,6 +65,8 @@ int main(void) {
 	}
 	if (!strcmp(test, "disks"))
 		disks();
+	if (!strcmp(test, "ticks"))
+		ticks();
 	fflush(stdout);
 	tcdrain(1);
 	reboot(RB_AUTOBOOT);
