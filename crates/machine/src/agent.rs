@@ -14,7 +14,9 @@ use tokio::{
     net::{UnixListener, UnixStream},
     sync::Mutex,
 };
-use walnut_protocol::{READY_LINE_MAX, READY_PORT, connect_hybrid, parse_ready_line};
+use walnut_protocol::{
+    AGENT_PORT, PROTOCOL, READY_LINE_MAX, READY_PORT, connect_hybrid, parse_ready_line,
+};
 
 use crate::{Error, Exit, console, process::quotable};
 
@@ -23,10 +25,15 @@ pub(crate) const GUEST_CID: u32 = 3;
 /// How much of a console is kept, in bytes.
 pub(crate) const CONSOLE_MAX: usize = 64 * 1024;
 
+/// Between two attempts to reach an agent that served before.
+const AGAIN: Duration = Duration::from_millis(2);
+
 /// The agent's call: waited for, or come.
 #[derive(Debug)]
 enum Call {
     Waiting(UnixListener),
+    /// It has called before the machine was saved, and does not call again.
+    Restored,
     Serves(u32),
 }
 
@@ -72,6 +79,18 @@ impl Door {
         })
     }
 
+    /// The way to an agent that serves already, in a machine that was restored.
+    pub(crate) fn reopen(dir: &Path, name: &str) -> Self {
+        let uds = dir.join(name);
+        let ready = dir.join(format!("{name}_{READY_PORT}"));
+        remove(&uds);
+        Self {
+            uds,
+            ready,
+            call: Mutex::new(Call::Restored),
+        }
+    }
+
     /// The vsock device's own socket.
     pub(crate) fn uds(&self) -> &Path {
         &self.uds
@@ -98,11 +117,14 @@ impl Door {
     ) -> Result<u32, Error> {
         const WHAT: &str = "wait for the agent";
         let mut call = self.call.lock().await;
-        let listener = match &*call {
-            Call::Serves(protocol) => return Ok(*protocol),
-            Call::Waiting(listener) => listener,
+        let heard = async {
+            match &*call {
+                Call::Serves(protocol) => Ok(*protocol),
+                Call::Waiting(listener) => heard(listener).await,
+                Call::Restored => self.asked().await,
+            }
         };
-        let answer = tokio::time::timeout(deadline, or_end(WHAT, heard(listener), ended)).await;
+        let answer = tokio::time::timeout(deadline, or_end(WHAT, heard, ended)).await;
         let protocol = match answer {
             Ok(result) => result?,
             Err(_) => {
@@ -113,6 +135,18 @@ impl Door {
         *call = Call::Serves(protocol);
         remove(&self.ready);
         Ok(protocol)
+    }
+
+    /// The agent's protocol, once it takes connections. A guest that has just been
+    /// restored may not yet have heard that the old ones are gone.
+    async fn asked(&self) -> Result<u32, Error> {
+        loop {
+            if connect_hybrid(&self.uds, AGENT_PORT).await.is_ok() {
+                // Of this release, or the agent says otherwise when it is greeted.
+                return Ok(PROTOCOL);
+            }
+            tokio::time::sleep(AGAIN).await;
+        }
     }
 
     /// A connection to a port of the guest; fails when `ended` comes first.

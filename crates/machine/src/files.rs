@@ -25,20 +25,34 @@ const UID_BASE: u32 = 1_900_000_000;
 pub(crate) struct Files {
     pub(crate) kernel: OwnedFd,
     pub(crate) initramfs: OwnedFd,
+    pub(crate) devices: Devices,
+}
+
+/// What a machine's devices need.
+#[derive(Debug)]
+pub(crate) struct Devices {
     pub(crate) disks: Vec<OwnedFd>,
     /// Connections to the back ends of the shares.
     pub(crate) shares: Vec<OwnedFd>,
 }
 
-impl Files {
-    pub(crate) fn open(spec: &MachineSpec, private: bool) -> Result<Self, Error> {
+impl Devices {
+    pub(crate) fn open(spec: &MachineSpec) -> Result<Self, Error> {
         let disks: Result<_, _> = spec.disks.iter().map(open_disk).collect();
         let shares: Result<_, _> = spec.shares.iter().map(connect_share).collect();
         Ok(Self {
-            kernel: open_boot("open kernel", &spec.kernel, private)?,
-            initramfs: open_boot("open initramfs", &spec.initramfs, private)?,
             disks: disks?,
             shares: shares?,
+        })
+    }
+}
+
+impl Files {
+    pub(crate) fn open(spec: &MachineSpec, private: bool) -> Result<Self, Error> {
+        Ok(Self {
+            devices: Devices::open(spec)?,
+            kernel: open_boot("open kernel", &spec.kernel, private)?,
+            initramfs: open_boot("open initramfs", &spec.initramfs, private)?,
         })
     }
 }

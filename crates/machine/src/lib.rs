@@ -108,6 +108,37 @@ pub trait Driver: fmt::Debug + Send + Sync {
     /// still be booting. Nothing is left behind on failure. Every process it
     /// starts dies with the caller's process, however that ends.
     async fn start(&self, spec: MachineSpec) -> Result<Box<dyn Machine>, Error>;
+
+    /// The driver's ability to restore snapshots, if it has it.
+    fn as_restore(&self) -> Option<&dyn Restore> {
+        None
+    }
+}
+
+/// The files of a snapshot, on the host.
+#[derive(Debug, Clone)]
+pub struct SnapshotFiles {
+    /// Everything but memory; small.
+    pub state: PathBuf,
+    /// Guest memory, with holes where it is zero. Clones map it, so it must not
+    /// change while one lives.
+    pub memory: PathBuf,
+}
+
+/// Makes machines from snapshots that machines of the same driver wrote.
+#[async_trait]
+pub trait Restore: fmt::Debug + Send + Sync {
+    /// Starts a machine where the saved one stood. `spec` says what its devices are
+    /// now, and must name the same ones; kernel, sizes and command line are the
+    /// snapshot's. The guest's kernel hears that it is a clone, and reseeds its
+    /// random numbers, before anything else; connections are gone; its wall clock
+    /// stands where it stood, until the agent is told the time. Nothing is left behind
+    /// on failure, and what the files say is not trusted.
+    async fn restore(
+        &self,
+        spec: MachineSpec,
+        from: &SnapshotFiles,
+    ) -> Result<Box<dyn Machine>, Error>;
 }
 
 /// A running machine. Dropping it kills its processes and removes its sockets.
@@ -141,6 +172,19 @@ pub trait Machine: fmt::Debug + Send + Sync {
     fn as_pause(&self) -> Option<&dyn Pause> {
         None
     }
+
+    /// The machine's ability to be saved, if it has it.
+    fn as_snapshot(&self) -> Option<&dyn Snapshot> {
+        None
+    }
+}
+
+/// Saves a machine.
+#[async_trait]
+pub trait Snapshot: Send + Sync {
+    /// Writes the machine, which must be paused ([`Pause::pause`]), to two new files
+    /// that only their owner can read. They are removed again on failure.
+    async fn save(&self, to: &SnapshotFiles) -> Result<(), Error>;
 }
 
 /// Stops and continues all vCPUs.

@@ -311,11 +311,15 @@ impl Bus {
 
     /// Makes the devices of [`Self::add_saved`] what they were; they rest.
     pub(crate) fn restore(&self, saved: &[state::Device]) -> Result<(), Error> {
-        for device in saved {
-            let slot = usize::from(device.slot);
-            self.root
-                .restore(slot, &device.function)
+        for (member, device) in self.members.iter().zip(saved) {
+            let queues = (self.root.restore(member.slot, &device.function))
                 .map_err(|e| Error::Config(format!("restore device {}: {e}", device.name)))?;
+            // So that a machine can be saved again before it has run.
+            let rest = Quiesced {
+                queues,
+                state: device.own.clone(),
+            };
+            *member.rest.lock().unwrap_or_else(PoisonError::into_inner) = rest;
         }
         Ok(())
     }

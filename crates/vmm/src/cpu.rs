@@ -24,6 +24,10 @@ const DESCRIPTORS: [u64; 5] = [
 const CR0_PE: u64 = 1;
 const CR0_ET: u64 = 1 << 4;
 
+/// `KVM_FEATURE_ASYNC_PF`, `…_VMEXIT` and `…_INT`
+/// (Documentation/virt/kvm/x86/cpuid.rst).
+const ASYNC_PF: u32 = 1 << 4 | 1 << 10 | 1 << 14;
+
 const MSR_IA32_MISC_ENABLE: u32 = 0x1a0;
 const MISC_ENABLE_FAST_STRING: u64 = 1;
 const MSR_MTRR_DEFAULT_TYPE: u32 = 0x2ff;
@@ -63,6 +67,10 @@ pub(crate) fn cpuid(supported: &CpuId, id: u8, count: u8, tsc_deadline: bool) ->
             4 if entry.eax & 0x1f != 0 => {
                 entry.eax = entry.eax & 0x3fff | (((1 << bits) - 1) & 0x3f) << 26;
             }
+            // KVM's own: no asynchronous page faults. They let a guest run another
+            // program while the host fetches a page, and forget the one that waits
+            // when the machine is saved meanwhile.
+            0x4000_0001 => entry.eax &= !ASYNC_PF,
             // No power management, no performance counters.
             6 | 0xa => {
                 (entry.eax, entry.ebx, entry.ecx, entry.edx) = (0, 0, 0, 0);

@@ -40,6 +40,8 @@ pub(crate) const CMDLINE: GuestAddress = GuestAddress(0x20000);
 pub(crate) const CMDLINE_MAX: usize = 4096;
 /// End of conventional memory: the BIOS data area of old.
 pub(crate) const CONVENTIONAL_END: u64 = 0x9fc00;
+/// The generation ID, in a page that is nobody's RAM.
+pub(crate) const GENERATION: GuestAddress = GuestAddress(0xd_f000);
 /// ACPI tables, where the search of old began.
 pub(crate) const ACPI: GuestAddress = GuestAddress(0xe0000);
 /// The rest of RAM; the kernel comes here.

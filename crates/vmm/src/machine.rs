@@ -21,7 +21,7 @@ use walnut_vmm_api::{Attachment, Config, Device, End, FdIndex, Jail, Restore, St
 
 use crate::{
     Error,
-    acpi::Tables,
+    acpi::{Tables, generation},
     boot::Boot,
     bus::{Bus, Failures},
     cpu,
@@ -194,6 +194,7 @@ impl Machine {
             cmdline: &config.cmdline,
             rsdp: tables.write(&memory)?,
         };
+        generation::write(&memory, &random()?)?;
         let entry = boot.load(&memory)?;
         cpu::write_descriptors(&memory)?;
 
@@ -230,6 +231,7 @@ impl Machine {
         let mut fds = Fds::new(fds);
         let (state, memory) = (fds.take(restore.state)?, fds.take(restore.memory)?);
         let (state, memory) = snapshot::read(&state.into(), &memory.into(), restore.backing)?;
+        generation::write(&memory, &random()?)?;
         let size = memory.iter().map(GuestMemoryRegion::len).sum();
         let base = Base::new(fds.take(restore.kvm)?, memory)?;
         let mut bus = Bus::new(&base.vm, &base.routes, &base.memory, layout::window64(size));
@@ -250,6 +252,11 @@ impl Machine {
             let cpuid = snapshot::cpu::restore(&base.kvm, &vcpu, saved, &own, &base.msrs)?;
             processors.push(Processor::new(vcpu, cpuid));
         }
+        // One that was on its way when the state was taken may be neither in the port
+        // nor in the interrupt controller. A driver that finds nothing does nothing.
+        pulse(&base.vm, ports::SERIAL_IRQ)?;
+        // It waits in the interrupt controller for the guest's first instruction.
+        pulse(&base.vm, generation::PIN)?;
         // Only what the clock showed: where it stood beside the host's does not count.
         let clock = kvm_clock_data {
             clock: state.clock.clock,
@@ -416,6 +423,14 @@ fn random() -> Result<[u8; 16], Error> {
         Ok(len) if len == bytes.len() => Ok(bytes),
         _ => Err(Error::Host("get random bytes", nix::errno::Errno::last())),
     }
+}
+
+/// Raises a pin of the interrupt controller for a moment.
+fn pulse(vm: &VmFd, pin: u32) -> Result<(), Error> {
+    [true, false]
+        .into_iter()
+        .try_for_each(|level| vm.set_irq_line(pin, level))
+        .map_err(|e| Error::Kvm("raise an interrupt", e))
 }
 
 fn open_kvm(fd: OwnedFd) -> Result<Kvm, Error> {

@@ -5,6 +5,8 @@ use std::{
     sync::{Arc, OnceLock},
 };
 
+use virtio_queue::QueueState;
+
 use super::{
     FunctionState, StateError,
     config::{Config, Identity, SIZE},
@@ -108,8 +110,13 @@ impl Root {
     }
 
     /// Undoes [`Self::save`] on a function that was just added and whose device
-    /// rests. The state is hostile.
-    pub fn restore(&self, slot: usize, state: &FunctionState) -> Result<(), StateError> {
+    /// rests. The state is hostile. Where the device stands in its queues, as
+    /// [`Quiesced::queues`] says it.
+    pub fn restore(
+        &self,
+        slot: usize,
+        state: &FunctionState,
+    ) -> Result<Option<Vec<QueueState>>, StateError> {
         match self.function(slot) {
             Some(function) => function.restore(state),
             None => Err(StateError::Register("slot")),

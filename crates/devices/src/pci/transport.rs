@@ -16,7 +16,7 @@ use virtio_bindings::virtio_config::{
     VIRTIO_CONFIG_S_FEATURES_OK as FEATURES_OK, VIRTIO_CONFIG_S_NEEDS_RESET as NEEDS_RESET,
     VIRTIO_F_VERSION_1,
 };
-use virtio_queue::{Queue, QueueT};
+use virtio_queue::{Queue, QueueState, QueueT};
 
 use super::{
     Messages,
@@ -217,7 +217,7 @@ impl VirtioPci {
     /// What the function is while its device rests; `rest` is what the device said.
     pub(super) fn save(&self, rest: &Quiesced) -> FunctionState {
         let registers = lock(&self.registers);
-        let position = |queue: &virtio_queue::QueueState| (queue.next_avail, queue.next_used);
+        let position = |queue: &QueueState| (queue.next_avail, queue.next_used);
         let vectors = self.back.queue_vectors.iter();
         FunctionState {
             id: self.port.id(),
@@ -238,8 +238,11 @@ impl VirtioPci {
     }
 
     /// Undoes [`Self::save`] on a new function whose device rests. The device goes
-    /// into service when it is resumed.
-    pub(super) fn restore(&self, state: &FunctionState) -> Result<(), StateError> {
+    /// into service when it is resumed; until then this is where it stands.
+    pub(super) fn restore(
+        &self,
+        state: &FunctionState,
+    ) -> Result<Option<Vec<QueueState>>, StateError> {
         self.check(state)?;
         {
             let mut registers = lock(&self.registers);
@@ -264,7 +267,7 @@ impl VirtioPci {
         let _ = lock(&self.back.msix).restore(&state.msix);
         self.write_config(0, &state.config);
         let Some(positions) = &state.positions else {
-            return Ok(());
+            return Ok(None);
         };
         let registers = lock(&self.registers);
         let places = registers.queues.iter().zip(self.port.queue_sizes());
@@ -277,13 +280,17 @@ impl VirtioPci {
                 Ok(queue)
             })
             .collect();
+        let stands = queues
+            .as_ref()
+            .ok()
+            .map(|q| q.iter().map(Queue::state).collect());
         self.hand_over(&registers, queues);
         drop(registers);
         // An interrupt on its way when the state was saved may be in neither half.
         for index in 0..state.queues.len() {
             self.back.queue(index);
         }
-        Ok(())
+        Ok(stands)
     }
 
     fn check(&self, state: &FunctionState) -> Result<(), StateError> {

@@ -106,8 +106,18 @@ fn spawn_qemu(
         initramfs: spawn.inherit(files.initramfs),
         qmp: spawn.inherit(theirs),
         vsock: spawn.inherit(to_vsock),
-        disks: files.disks.into_iter().map(|d| spawn.inherit(d)).collect(),
-        shares: files.shares.into_iter().map(|s| spawn.inherit(s)).collect(),
+        disks: files
+            .devices
+            .disks
+            .into_iter()
+            .map(|d| spawn.inherit(d))
+            .collect(),
+        shares: files
+            .devices
+            .shares
+            .into_iter()
+            .map(|s| spawn.inherit(s))
+            .collect(),
     };
     // KVM tells its guests the rate itself.
     let tsc_khz = match driver.accel {

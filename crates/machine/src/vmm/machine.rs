@@ -22,7 +22,7 @@ use walnut_vmm_api::{
 
 use super::{Vmm, control::Control};
 use crate::{
-    Error, Exit, Machine, MachineSpec, Pause,
+    Error, Exit, Machine, MachineSpec, Pause, Snapshot, SnapshotFiles,
     agent::{self, CONSOLE_MAX, Door, GUEST_CID, host, or_end},
     console,
     files::{self, Files},
@@ -142,78 +142,87 @@ fn attachment(name: &str, device: Device) -> Attachment {
     }
 }
 
-fn config(
+/// The devices of `spec`, in the order of their slots.
+fn devices(
     spec: &MachineSpec,
-    files: Files,
+    devices: files::Devices,
     dir: File,
-    user: Option<u32>,
     fds: &mut Fds,
-) -> Result<Config, Error> {
-    let vcpus = u8::try_from(spec.vcpus).unwrap_or(u8::MAX);
+) -> Vec<Attachment> {
     let vsock = Device::Vsock {
         cid: GUEST_CID.into(),
         dir: fds.add(dir),
         name: SOCKET.to_owned(),
     };
-    let mut devices = vec![attachment("vsock", vsock)];
-    for (share, socket) in spec.shares.iter().zip(files.shares) {
+    let mut attachments = vec![attachment("vsock", vsock)];
+    for (share, socket) in spec.shares.iter().zip(devices.shares) {
         let device = Device::Fs {
             tag: share.tag.clone(),
             socket: fds.add(socket),
         };
-        devices.push(attachment(&format!("fs-{}", share.tag), device));
+        attachments.push(attachment(&format!("fs-{}", share.tag), device));
     }
-    for (disk, file) in spec.disks.iter().zip(files.disks) {
+    for (disk, file) in spec.disks.iter().zip(devices.disks) {
         let device = Device::Block {
             serial: disk.serial.clone(),
             read_only: disk.read_only,
             file: fds.add(file),
-            queues: vcpus.into(),
+            queues: vcpus(spec).into(),
             limits: Limits::default(),
         };
-        devices.push(attachment(&format!("disk-{}", disk.serial), device));
+        attachments.push(attachment(&format!("disk-{}", disk.serial), device));
     }
-    devices.push(attachment("rng", Device::Rng));
-    devices.push(attachment("balloon", Device::Balloon));
-    Ok(Config {
-        version: api::VERSION,
-        kvm: fds.add(open_kvm()?),
-        vcpus,
-        max_vcpus: vcpus,
-        memory: spec.memory,
-        max_memory: spec.memory,
-        backing: Backing {
-            shared: !spec.shares.is_empty(),
-            huge_pages: false,
-        },
-        kernel: fds.add(files.kernel),
-        initramfs: Some(fds.add(files.initramfs)),
-        cmdline: kernel_cmdline(spec),
-        console: None,
-        devices,
-        jail: api::Jail::Full { user },
+    attachments.push(attachment("rng", Device::Rng));
+    attachments.push(attachment("balloon", Device::Balloon));
+    attachments
+}
+
+fn vcpus(spec: &MachineSpec) -> u8 {
+    u8::try_from(spec.vcpus).unwrap_or(u8::MAX)
+}
+
+fn backing(spec: &MachineSpec) -> Backing {
+    Backing {
+        shared: !spec.shares.is_empty(),
+        huge_pages: false,
+    }
+}
+
+fn open_file(what: &'static str, options: &OpenOptions, path: &Path) -> Result<File, Error> {
+    options.open(path).map_err(|source| Error::File {
+        what,
+        path: path.to_owned(),
+        source,
     })
 }
 
-impl VmmMachine {
-    pub(super) async fn start(driver: &Vmm, spec: MachineSpec) -> Result<Self, Error> {
+/// A process that waits for its first request, and what that needs.
+struct Waiting {
+    fds: Fds,
+    dir: File,
+    console: OwnedFd,
+    user: Option<u32>,
+}
+
+impl Waiting {
+    /// From here on a drop of the machine in it ends the process.
+    fn spawn(
+        driver: &Vmm,
+        spec: &MachineSpec,
+        door: fn(&Path) -> Result<Door, Error>,
+    ) -> Result<(VmmMachine, Self), Error> {
         let started = Instant::now();
-        check(&spec)?;
-        let files = Files::open(&spec, false)?;
         let (dir_path, dir) = socket_dir(&spec.run_dir)?;
-        let door = Door::open(&dir_path, SOCKET)?;
-        let mut fds = Fds::default();
+        let door = door(&dir_path)?;
         // One machine to a supervisor, as a rule; two of one supervisor share it.
         let user = files::own_identity(std::process::id()).map(|identity| identity.uid);
         if let Some(id) = user {
             give(&dir_path, id)?;
-            give(door.ready_path(), id)?;
+            if door.ready_path().exists() {
+                give(door.ready_path(), id)?;
+            }
         }
-        let mut config = config(&spec, files, dir, user, &mut fds)?;
-        let (console, to_console) =
-            pipe(CONSOLE_MAX).map_err(host("make a pipe for the console"))?;
-        config.console = Some(fds.add(to_console));
-
+        let (tail, console) = pipe(CONSOLE_MAX).map_err(host("make a pipe for the console"))?;
         let (ours, theirs) = api::pair().map_err(|e| Error::Other(e.to_string()))?;
         let mut spawn = Spawn::new("walnut-vmm", &driver.program);
         let number = spawn.inherit(OwnedFd::from(theirs));
@@ -221,28 +230,126 @@ impl VmmMachine {
         spawn.new_pids();
         let vmm = spawn.spawn()?;
         step(started, "vmm spawned");
-        let control = Control::new(ours)?;
         let shared = Arc::new(Shared {
             started,
             door,
             dir: dir_path,
             vmm,
-            console,
-            control,
+            console: tail,
+            control: Control::new(ours)?,
             stopping: AtomicBool::new(false),
             exit: watch::Sender::new(None),
         });
-        // From here on a drop of `machine` ends the process.
-        let machine = Self {
+        let machine = VmmMachine {
             shared: Arc::clone(&shared),
         };
-        tokio::spawn(Arc::clone(&shared).supervise());
+        tokio::spawn(shared.supervise());
+        let waiting = Self {
+            fds: Fds::default(),
+            dir,
+            console,
+            user,
+        };
+        Ok((machine, waiting))
+    }
+}
+
+impl VmmMachine {
+    pub(super) async fn start(driver: &Vmm, spec: MachineSpec) -> Result<Self, Error> {
+        check(&spec)?;
+        let files = Files::open(&spec, false)?;
+        let door = |dir: &Path| Door::open(dir, SOCKET);
+        let (machine, waiting) = Waiting::spawn(driver, &spec, door)?;
+        let Waiting {
+            dir,
+            console,
+            user,
+            mut fds,
+            ..
+        } = waiting;
+        let config = Config {
+            version: api::VERSION,
+            kvm: fds.add(open_kvm()?),
+            vcpus: vcpus(&spec),
+            max_vcpus: vcpus(&spec),
+            memory: spec.memory,
+            max_memory: spec.memory,
+            backing: backing(&spec),
+            kernel: fds.add(files.kernel),
+            initramfs: Some(fds.add(files.initramfs)),
+            cmdline: kernel_cmdline(&spec),
+            console: Some(fds.add(console)),
+            devices: devices(&spec, files.devices, dir, &mut fds),
+            jail: api::Jail::Full { user },
+        };
         let request = Request::Start(Box::new(config));
-        let borrowed: Vec<BorrowedFd<'_>> = fds.0.iter().map(AsFd::as_fd).collect();
-        let attempt = shared.control.ask("start", &request, &borrowed);
-        or_end("start the machine", attempt, shared.ended()).await?;
-        step(started, "guest runs");
+        machine
+            .first("start the machine", "start", &request, &fds)
+            .await?;
         Ok(machine)
+    }
+
+    pub(super) async fn restore(
+        driver: &Vmm,
+        spec: MachineSpec,
+        from: &SnapshotFiles,
+    ) -> Result<Self, Error> {
+        check(&spec)?;
+        let mut options = OpenOptions::new();
+        options
+            .read(true)
+            .custom_flags(libc::O_CLOEXEC | libc::O_NOFOLLOW | libc::O_NONBLOCK);
+        let state = open_file("open the snapshot's state", &options, &from.state)?;
+        let memory = open_file("open the snapshot's memory", &options, &from.memory)?;
+        let files = files::Devices::open(&spec)?;
+        let door = |dir: &Path| Ok(Door::reopen(dir, SOCKET));
+        let (machine, waiting) = Waiting::spawn(driver, &spec, door)?;
+        let Waiting {
+            dir,
+            console,
+            user,
+            mut fds,
+            ..
+        } = waiting;
+        let restore = api::Restore {
+            version: api::VERSION,
+            kvm: fds.add(open_kvm()?),
+            state: fds.add(state),
+            memory: fds.add(memory),
+            backing: backing(&spec),
+            console: Some(fds.add(console)),
+            devices: devices(&spec, files, dir, &mut fds),
+            jail: api::Jail::Full { user },
+        };
+        let request = Request::Restore(Box::new(restore));
+        machine
+            .first("restore the machine", "restore", &request, &fds)
+            .await?;
+        machine
+            .ask("run the machine", "resume", &Request::Resume)
+            .await?;
+        Ok(machine)
+    }
+
+    /// The first request, which takes all descriptors along.
+    async fn first(
+        &self,
+        what: &'static str,
+        name: &str,
+        request: &Request,
+        fds: &Fds,
+    ) -> Result<(), Error> {
+        let borrowed: Vec<BorrowedFd<'_>> = fds.0.iter().map(AsFd::as_fd).collect();
+        let attempt = async {
+            self.shared
+                .control
+                .ask(name, request, &borrowed)
+                .await
+                .map(drop)
+        };
+        or_end(what, attempt, self.shared.ended()).await?;
+        step(self.shared.started, "guest runs");
+        Ok(())
     }
 
     async fn ask(&self, what: &'static str, name: &str, request: &Request) -> Result<(), Error> {
@@ -361,6 +468,10 @@ impl Machine for VmmMachine {
     fn as_pause(&self) -> Option<&dyn Pause> {
         Some(self)
     }
+
+    fn as_snapshot(&self) -> Option<&dyn Snapshot> {
+        Some(self)
+    }
 }
 
 #[async_trait]
@@ -372,6 +483,49 @@ impl Pause for VmmMachine {
     async fn resume(&self) -> Result<(), Error> {
         self.ask("resume the guest", "resume", &Request::Resume)
             .await
+    }
+}
+
+#[async_trait]
+impl Snapshot for VmmMachine {
+    async fn save(&self, to: &SnapshotFiles) -> Result<(), Error> {
+        let mut options = OpenOptions::new();
+        options
+            .read(true)
+            .write(true)
+            .create_new(true)
+            .mode(0o600)
+            .custom_flags(libc::O_CLOEXEC);
+        let state = open_file("create the snapshot's state", &options, &to.state)?;
+        let result = self.save_with(state, to, &options).await;
+        if result.is_err() {
+            let _ = std::fs::remove_file(&to.state);
+        }
+        result
+    }
+}
+
+impl VmmMachine {
+    async fn save_with(
+        &self,
+        state: File,
+        to: &SnapshotFiles,
+        options: &OpenOptions,
+    ) -> Result<(), Error> {
+        let memory = open_file("create the snapshot's memory", options, &to.memory)?;
+        let mut fds = Fds::default();
+        let request = Request::Snapshot {
+            state: fds.add(state),
+            memory: fds.add(memory),
+        };
+        let borrowed: Vec<BorrowedFd<'_>> = fds.0.iter().map(AsFd::as_fd).collect();
+        let control = &self.shared.control;
+        let attempt = async { control.ask("snapshot", &request, &borrowed).await.map(drop) };
+        let result = or_end("save the machine", attempt, self.shared.ended()).await;
+        if result.is_err() {
+            let _ = std::fs::remove_file(&to.memory);
+        }
+        result
     }
 }
 

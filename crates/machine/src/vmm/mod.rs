@@ -11,7 +11,7 @@ use std::path::PathBuf;
 
 use async_trait::async_trait;
 
-use crate::{Driver, Error, Machine, MachineSpec};
+use crate::{Driver, Error, Machine, MachineSpec, Restore, SnapshotFiles};
 
 /// The driver.
 #[derive(Debug, Clone)]
@@ -34,5 +34,21 @@ impl Driver for Vmm {
 
     async fn start(&self, spec: MachineSpec) -> Result<Box<dyn Machine>, Error> {
         Ok(Box::new(machine::VmmMachine::start(self, spec).await?))
+    }
+
+    fn as_restore(&self) -> Option<&dyn Restore> {
+        Some(self)
+    }
+}
+
+#[async_trait]
+impl Restore for Vmm {
+    async fn restore(
+        &self,
+        spec: MachineSpec,
+        from: &SnapshotFiles,
+    ) -> Result<Box<dyn Machine>, Error> {
+        let machine = machine::VmmMachine::restore(self, spec, from).await?;
+        Ok(Box::new(machine))
     }
 }

@@ -3,6 +3,7 @@
 //! cannot find out otherwise.
 
 mod ged;
+pub(crate) mod generation;
 
 use acpi_tables::{
     Aml,
@@ -88,7 +89,8 @@ impl Tables {
         let mut body = Vec::new();
         self.pci().to_aml_bytes(&mut body);
         let ged = Ged::new(self.events());
-        Scope::new(Path::new("_SB_"), vec![&ged]).to_aml_bytes(&mut body);
+        let generation = generation::device();
+        Scope::new(Path::new("_SB_"), vec![&generation, &ged]).to_aml_bytes(&mut body);
         let mut dsdt = Sdt::new(*b"DSDT", 36, 6, OEM, TABLE, 1);
         dsdt.append_slice(&body);
         dsdt
@@ -96,7 +98,7 @@ impl Tables {
 
     /// What a guest hears of while it runs.
     fn events(&self) -> Vec<Event> {
-        Vec::new()
+        vec![generation::event()]
     }
 
     /// `\_SB`: the PCI host bridge, what its ECAM takes, and the serial port.
