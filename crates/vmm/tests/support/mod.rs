@@ -145,10 +145,6 @@ impl Vmm {
     }
 
     pub fn ask(&self, request: &Request, fds: &[BorrowedFd<'_>]) -> Result<Reply, String> {
-        eprintln!(
-            "ask {}",
-            format!("{request:?}").chars().take(40).collect::<String>()
-        );
         self.control.send(request, fds).unwrap();
         match self.hear() {
             Some(Message::Reply(reply)) => reply,
