@@ -21,7 +21,7 @@ use crate::{
     bus::{Bus, Failures},
     cpu,
     irq::Routes,
-    jail::{self, Filter},
+    jail::{self, Filter, calls},
     layout, memory,
     ports::{self, Ports},
     vcpu::Vcpus,
@@ -147,6 +147,7 @@ impl Machine {
         let jailed = match config.jail {
             Jail::Full { user } => {
                 jail::leave_host(root.as_ref().map(AsFd::as_fd), user)?;
+                jail::reserve_heap()?;
                 true
             }
             Jail::Off => false,
@@ -157,13 +158,14 @@ impl Machine {
         let bus = Arc::new(bus);
         let on_bus: Arc<dyn crate::vcpu::Bus> = bus.clone();
         let filter = match jailed {
-            true => Some(Arc::new(Filter::vcpu()?)),
+            true => Some(Arc::new(Filter::of(&calls::VCPU_THREAD)?)),
             false => None,
         };
         let lock_in = move || filter.as_ref().map_or(Ok(()), |filter| filter.install());
         let vcpus = Vcpus::new(vcpus, ports, on_bus, ended, lock_in)?;
         if jailed {
-            Filter::control()?.install().map_err(Error::Config)?;
+            let filter = Filter::of(&calls::CONTROL_THREAD)?;
+            filter.install().map_err(Error::Config)?;
         }
         Ok(Self {
             vcpus,
