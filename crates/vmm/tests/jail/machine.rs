@@ -25,8 +25,8 @@ use nix::{
 use tempfile::TempDir;
 use walnut_initramfs::Archive;
 use walnut_vmm_api::{
-    Attachment, Backing, Channel, Config, Device, Event, FdIndex, Jail, Limits, Message, Reply,
-    Request, VERSION, pair,
+    Attachment, Backing, Bucket, Channel, Config, Device, Event, FdIndex, Jail, Limits, Message,
+    Reply, Request, VERSION, pair,
 };
 
 /// The user that the process becomes.
@@ -121,6 +121,18 @@ fn tap() -> File {
         assert!(status.success(), "ip {words}");
     }
     tap
+}
+
+/// Limits that limit nothing, but must be asked: for that, devices look at the clock.
+fn limits() -> Limits {
+    Limits {
+        bytes: None,
+        operations: Some(Bucket {
+            size: 1_000_000,
+            burst: 0,
+            refill_ms: 100,
+        }),
+    }
 }
 
 /// The descriptors of the first request.
@@ -225,7 +237,7 @@ impl Machine {
                 read_only: false,
                 file: fds.add(open(&path)),
                 queues: 1,
-                limits: Limits::default(),
+                limits: limits(),
             }
         };
         let (uring, plain) = (disk("uring"), disk("plain"));
@@ -239,8 +251,8 @@ impl Machine {
             mac: [2, 0, 0, 0, 0, 9],
             mtu: None,
             only_own_mac: false,
-            receive: Limits::default(),
-            send: Limits::default(),
+            receive: limits(),
+            send: limits(),
         };
         let shared = Device::Fs {
             tag: "shared".to_owned(),
