@@ -22,8 +22,9 @@ for driver in vmm qemu-kvm vmm qemu-kvm vmm qemu-kvm; do
     at() { sed -n "s/.*sandbox start.*step=\"$1\" ms=\([0-9]*\).*/\1/p" "$log"; }
     monitor=$(pgrep -f '^[^ ]*(walnut-vmm|qemu-system)' | head -n1)
     memory=$(awk '
-        # A mapping of 64 MiB or more is the guest.
-        /^Size:/ { guest = $2 >= 65536 }
+        # A mapping of 64 MiB or more is the guest, but for the reserve of the heap.
+        /^[0-9a-f]+-/ { heap = $NF == "[heap]" }
+        /^Size:/ { guest = $2 >= 65536 && !heap }
         /^Pss:/ { if (guest) theirs += $2; else own += $2 }
         END { print own " | " theirs }' "/proc/$monitor/smaps")
     threads=$(find "/proc/$monitor/task" -mindepth 1 -maxdepth 1 | wc -l)

@@ -21,7 +21,7 @@ use walnut_vmm_api::{Attachment, FdIndex, NAME_MAX};
 use crate::{
     Error, devices,
     irq::{Line, Message, Routes},
-    jail::Filter,
+    jail::{Filter, calls::Thread},
     layout,
     snapshot::state,
 };
@@ -34,9 +34,9 @@ const VIRTIO_ID_FS: u32 = 26;
 pub(crate) struct Bus {
     root: Root,
     members: Vec<Member>,
-    /// Until they are started, each with its name and system calls. (Locked only
+    /// Until they are started, each with its name and its list of calls. (Locked only
     /// because a device is not `Sync`.)
-    workers: Mutex<Vec<(String, Worker, Vec<libc::c_long>)>>,
+    workers: Mutex<Vec<(String, Worker, &'static Thread)>>,
     vm: Arc<VmFd>,
     routes: Arc<Routes>,
     memory: MemoryCell,
@@ -192,7 +192,7 @@ impl Bus {
         if self.members.iter().any(|member| member.name == *name) {
             return Err(Error::Config(format!("two devices are called {name}")));
         }
-        let (mut device, calls) = devices::make(&attachment.device, &self.memory, take)
+        let (mut device, thread) = devices::make(&attachment.device, &self.memory, take)
             .map_err(|e| Error::Config(format!("device {name}: {e}")))?;
         if let Some(saved) = saved {
             device.restore(&saved.own).map_err(|_| {
@@ -232,15 +232,15 @@ impl Bus {
             port,
             rest: Mutex::default(),
         });
-        self.workers().push((name.clone(), worker, calls));
+        self.workers().push((name.clone(), worker, thread));
         Ok(())
     }
 
     /// Starts the devices' threads, each behind its own filter if `jailed`.
     pub(crate) fn start(&mut self, jailed: bool, ended: &Failures) -> Result<(), Error> {
-        for (name, worker, calls) in std::mem::take(self.workers()) {
+        for (name, worker, thread) in std::mem::take(self.workers()) {
             let filter = match jailed {
-                true => Some(Filter::device(&calls)?),
+                true => Some(Filter::of(thread)?),
                 false => None,
             };
             let (locked_in, hears) = sync_channel(1);
@@ -259,7 +259,7 @@ impl Bus {
         Ok(())
     }
 
-    fn workers(&mut self) -> &mut Vec<(String, Worker, Vec<libc::c_long>)> {
+    fn workers(&mut self) -> &mut Vec<(String, Worker, &'static Thread)> {
         let workers = self.workers.get_mut();
         workers.unwrap_or_else(PoisonError::into_inner)
     }

@@ -1,10 +1,10 @@
 //! The supervisor's requests, one after the other, and the guest's end.
 
-use std::os::fd::{AsFd, OwnedFd};
+use std::os::fd::OwnedFd;
 
 use nix::{
     errno::Errno,
-    poll::{PollFd, PollFlags, PollTimeout, poll},
+    sys::epoll::{Epoll, EpollCreateFlags, EpollEvent, EpollFlags, EpollTimeout},
 };
 use vmm_sys_util::eventfd::EventFd;
 use walnut_vmm_api::{Channel, End, Event, Message, Received, Reply, Request};
@@ -27,11 +27,12 @@ pub(crate) fn serve(control: Channel) -> Result<(), Error> {
 fn converse(control: &Channel, machine: &mut Option<Machine>) -> Result<(), Error> {
     let ended = EventFd::new(libc::EFD_CLOEXEC | libc::EFD_NONBLOCK)
         .map_err(|e| Error::Host("make an eventfd", crate::vcpu::errno(&e)))?;
+    let waiter = Waiter::new(control, &ended)?;
     loop {
-        if wait(control, &ended)? {
+        if waiter.wait()? {
             let end = machine.as_ref().map_or(End::Stopped, Machine::wind_up);
             // Fails if the supervisor is gone: then nobody asks.
-            let _ = control.send(&Message::Event(Event::Ended(end)), &[]);
+            let _ = control.tell(&Message::Event(Event::Ended(end)));
             return Ok(());
         }
         let Some(Received { message, fds }) = control.receive::<Request>()? else {
@@ -39,27 +40,46 @@ fn converse(control: &Channel, machine: &mut Option<Machine>) -> Result<(), Erro
         };
         let stop = message == Request::Stop;
         let reply = answer(machine, message, fds, &ended);
-        control.send(&Message::Reply(reply.map_err(|e| e.to_string())), &[])?;
+        control.tell(&Message::Reply(reply.map_err(|e| e.to_string())))?;
         if stop {
             return Ok(());
         }
     }
 }
 
-/// Waits for either; true when the guest has ended.
-fn wait(control: &Channel, ended: &EventFd) -> Result<bool, Error> {
-    loop {
+/// Waits for a request and for the guest's end.
+///
+/// By epoll, because poll is gone on with by another call after the process was
+/// stopped (restart_syscall), and because `ended` is never read.
+struct Waiter(Epoll);
+
+const ENDED: u64 = 0;
+const REQUEST: u64 = 1;
+
+impl Waiter {
+    fn new(control: &Channel, ended: &EventFd) -> Result<Self, Error> {
+        let fail = |e| Error::Host("watch the control socket", e);
+        let epoll = Epoll::new(EpollCreateFlags::EPOLL_CLOEXEC).map_err(fail)?;
         // SAFETY: the eventfd outlives the borrow.
         let ended =
             unsafe { std::os::fd::BorrowedFd::borrow_raw(std::os::fd::AsRawFd::as_raw_fd(ended)) };
-        let mut fds = [
-            PollFd::new(ended, PollFlags::POLLIN),
-            PollFd::new(control.as_fd(), PollFlags::POLLIN),
-        ];
-        match poll(&mut fds, PollTimeout::NONE) {
-            Err(Errno::EINTR) => {}
-            Err(e) => return Err(Error::Host("wait for a request", e)),
-            Ok(_) => return Ok(fds[0].any() == Some(true)),
+        let input = EpollFlags::EPOLLIN;
+        epoll
+            .add(ended, EpollEvent::new(input, ENDED))
+            .and_then(|()| epoll.add(control, EpollEvent::new(input, REQUEST)))
+            .map_err(fail)?;
+        Ok(Self(epoll))
+    }
+
+    /// Waits for either; true when the guest has ended.
+    fn wait(&self) -> Result<bool, Error> {
+        let mut events = [EpollEvent::empty(); 2];
+        loop {
+            match self.0.wait(&mut events, EpollTimeout::NONE) {
+                Err(Errno::EINTR) => {}
+                Err(e) => return Err(Error::Host("wait for a request", e)),
+                Ok(n) => return Ok(events.iter().take(n).any(|event| event.data() == ENDED)),
+            }
         }
     }
 }

@@ -1,5 +1,5 @@
 //! The devices of `walnut_devices`, made from what the supervisor asks for, each with
-//! the system calls that its thread makes beside those of every device.
+//! the list of calls that its thread makes.
 
 use std::{fmt::Display, os::fd::OwnedFd, time::Duration};
 
@@ -12,15 +12,18 @@ use walnut_devices::{
 };
 use walnut_vmm_api::{Bucket, Device, FdIndex, Limits};
 
-use crate::Error;
+use crate::{
+    Error,
+    jail::calls::{self, Thread},
+};
 
 /// Request queues of a file system: one thread serves them anyhow.
 const FS_QUEUES: u16 = 1;
 /// Host programs and guest programs connected at once.
 const VSOCK_CONNECTIONS: usize = 1023;
 
-/// A device, and the system calls that it makes.
-pub(crate) type Made = (Box<dyn virtio::Device>, Vec<libc::c_long>);
+/// A device, and what its thread is to the jail.
+pub(crate) type Made = (Box<dyn virtio::Device>, &'static Thread);
 
 fn log() -> Log {
     Log::new(|message| eprintln!("walnut-vmm: {message}"))
@@ -40,17 +43,6 @@ fn limit(limits: &Limits) -> LimitConfig {
         bytes: limits.bytes.map(bucket),
         operations: limits.operations.map(bucket),
     }
-}
-
-/// What the front end of a vhost-user back end calls.
-fn vhost_calls() -> Vec<libc::c_long> {
-    vec![
-        libc::SYS_sendmsg,
-        libc::SYS_recvmsg,
-        libc::SYS_recvfrom,
-        libc::SYS_poll,
-        libc::SYS_close,
-    ]
 }
 
 /// Makes a device. `take` gives the descriptors that came with the request.
@@ -80,16 +72,11 @@ pub(crate) fn make(
                 *to = from;
             }
             let device = block::Block::new(take(*file)?, config).map_err(complain)?;
-            let calls = match device.engine() {
-                block::Engine::IoUring => vec![libc::SYS_io_uring_enter],
-                _ => vec![
-                    libc::SYS_preadv,
-                    libc::SYS_pwritev,
-                    libc::SYS_fdatasync,
-                    libc::SYS_fallocate,
-                ],
+            let thread = match device.engine() {
+                block::Engine::IoUring => &calls::BLOCK_URING,
+                _ => &calls::BLOCK_PLAIN,
             };
-            Ok((Box::new(device), calls))
+            Ok((Box::new(device), thread))
         }
         Device::Net {
             taps,
@@ -109,24 +96,18 @@ pub(crate) fn make(
                 send: limit(send),
             };
             let device = net::Net::new(taps?, config, log()).map_err(complain)?;
-            let calls = vec![
-                libc::SYS_readv,
-                libc::SYS_writev,
-                libc::SYS_poll,
-                libc::SYS_ioctl,
-            ];
-            Ok((Box::new(device), calls))
+            Ok((Box::new(device), &calls::NET_THREAD))
         }
         Device::Fs { tag, socket } => {
             let limits = vhost::Limits::default();
             let device =
                 fs::connect(take(*socket)?, tag, FS_QUEUES, limits, log()).map_err(complain)?;
-            Ok((Box::new(device), vhost_calls()))
+            Ok((Box::new(device), &calls::VHOST_THREAD))
         }
         Device::VhostBlock { socket, queues } => {
             let limits = vhost::Limits::default();
             let device = vhost::block(take(*socket)?, *queues, limits, log()).map_err(complain)?;
-            Ok((Box::new(device), vhost_calls()))
+            Ok((Box::new(device), &calls::VHOST_THREAD))
         }
         Device::VhostNet { socket, mac, mtu } => {
             let config = vhost::NetConfig {
@@ -135,7 +116,7 @@ pub(crate) fn make(
             };
             let limits = vhost::Limits::default();
             let device = vhost::net(take(*socket)?, config, limits, log()).map_err(complain)?;
-            Ok((Box::new(device), vhost_calls()))
+            Ok((Box::new(device), &calls::VHOST_THREAD))
         }
         Device::Vsock { cid, dir, name } => {
             // The directory becomes the root: here and there it is the working
@@ -149,28 +130,18 @@ pub(crate) fn make(
                 timeouts: vsock::Timeouts::default(),
             };
             let device = vsock::Device::new(config, vsock::SocketDir::current(), log())?;
-            let calls = vec![
-                libc::SYS_epoll_ctl,
-                libc::SYS_recvmsg,
-                libc::SYS_sendmsg,
-                libc::SYS_recvfrom,
-                libc::SYS_accept4,
-                libc::SYS_socket,
-                libc::SYS_connect,
-                libc::SYS_shutdown,
-                libc::SYS_close,
-            ];
-            Ok((Box::new(vsock::Virtio::new(device)), calls))
+            let device = vsock::Virtio::new(device);
+            Ok((Box::new(device), &calls::VSOCK_THREAD))
         }
         Device::Rng => {
             let device = rng::Rng::new(LimitConfig::default());
-            Ok((Box::new(device), vec![libc::SYS_getrandom]))
+            Ok((Box::new(device), &calls::RNG_THREAD))
         }
         Device::Balloon => {
             let release = balloon::Advise::new(memory.clone());
             let device = balloon::Balloon::new(balloon::Config::default(), Box::new(release))
                 .map_err(complain)?;
-            Ok((Box::new(device), vec![libc::SYS_madvise]))
+            Ok((Box::new(device), &calls::BALLOON_THREAD))
         }
     }
 }

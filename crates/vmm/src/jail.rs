@@ -2,62 +2,39 @@
 //!
 //! Three walls, each of which would hold alone. *Namespaces*: an empty root (or
 //! the directory of the vsock sockets, if there is one), no network, no IPC
-//! objects; a PID namespace is the supervisor's to make, before this process is.
-//! *Privileges*: a user without capabilities, no way to gain any, no files but
-//! those that are open. *System calls*: each thread has a filter of its own,
-//! installed before the guest runs, that holds what its loop needs.
-//!
-//! What the filters admit, and why:
-//!
-//! | thread | calls |
-//! |---|---|
-//! | vCPU | `ioctl` (run the guest; route a message, move a doorbell), `write` (eventfds, the console), `futex`, `rt_sigreturn` (after a call out of the guest), `brk` (a message table may grow) |
-//! | device | `epoll_wait`, `read` and `write` (eventfds), `futex`, `brk`, and what [`walnut_devices`] says the device needs |
-//! | snapshot | `ioctl` (read what KVM has of the guest), `pwrite64`, `ftruncate`, `fdatasync`, `close` (the files), `futex`, `brk` |
-//! | control | `poll`, `recvmsg`, `sendmsg`, `close`, `read`, `write`, `futex`, `brk`, `tgkill` (call a vCPU out), `exit_group` |
+//! objects, and a user namespace in which there is one user; a PID namespace and a
+//! cgroup are the supervisor's to make, before this process is. *Privileges*: a user
+//! without capabilities, no way to gain any, no files but those that are open.
+//! *System calls*: each thread has a filter of its own, installed before the guest
+//! runs, that holds what its loop needs ([`calls`]).
+
+pub(crate) mod calls;
+mod filter;
+mod heap;
+
+pub(crate) use filter::Filter;
+pub(crate) use heap::{reserve as reserve_heap, tame as tame_heap};
 
 use std::{
-    collections::BTreeMap,
-    ffi::CString,
+    ffi::{CStr, CString},
     os::{
-        fd::{AsRawFd, BorrowedFd},
+        fd::{AsRawFd, BorrowedFd, OwnedFd},
         unix::ffi::OsStrExt,
     },
 };
 
+use crate::Error;
 use nix::{
     errno::Errno,
+    fcntl::OFlag,
     mount::{MntFlags, MsFlags},
     sched::CloneFlags,
-    sys::resource::{Resource, getrlimit, setrlimit},
+    sys::{
+        resource::{Resource, getrlimit, setrlimit},
+        stat::Mode,
+    },
     unistd::{Gid, Uid},
 };
-use seccompiler::{
-    BpfProgram, SeccompAction, SeccompCmpArgLen, SeccompCmpOp, SeccompCondition, SeccompFilter,
-    SeccompRule, TargetArch,
-};
-
-use crate::Error;
-
-/// Requests of `ioctl` that a vCPU makes (linux/kvm.h).
-const KVM_RUN: u32 = 0xae80;
-const KVM_SET_GSI_ROUTING: u32 = 0x4008_ae6a;
-const KVM_IOEVENTFD: u32 = 0x4040_ae79;
-
-/// Requests of `ioctl` by which a machine is saved.
-const KVM_GET_MP_STATE: u32 = 0x8004_ae98;
-const KVM_GET_REGS: u32 = 0x8090_ae81;
-const KVM_GET_SREGS: u32 = 0x8138_ae83;
-const KVM_GET_XSAVE: u32 = 0x9000_aea4;
-const KVM_GET_XCRS: u32 = 0x8188_aea6;
-const KVM_GET_DEBUGREGS: u32 = 0x8080_aea1;
-const KVM_GET_LAPIC: u32 = 0x8400_ae8e;
-const KVM_GET_MSRS: u32 = 0xc008_ae88;
-const KVM_GET_VCPU_EVENTS: u32 = 0x8040_ae9f;
-const KVM_GET_TSC_KHZ: u32 = 0xaea3;
-const KVM_KVMCLOCK_CTRL: u32 = 0xaead;
-const KVM_GET_CLOCK: u32 = 0x8030_ae7c;
-const KVM_GET_IRQCHIP: u32 = 0xc208_ae62;
 
 /// Descriptors: the vsock device's connections above all.
 const FILES: u64 = 2048;
@@ -71,36 +48,58 @@ fn fail(what: &'static str) -> impl Fn(Errno) -> Error {
 /// Leaves the host's namespaces, root and user. `root` becomes the root and the
 /// working directory; an empty file system does where there is none. Called while
 /// the process has one thread.
+///
+/// Who is root makes the namespaces first, so that they belong to the host's root and
+/// not to the process's own user namespace, which it enters last and empty-handed:
+/// whatever it gained there, it would be over nothing. Nobody else can make namespaces
+/// but in a user namespace, and enters that first.
 pub(crate) fn leave_host(root: Option<BorrowedFd<'_>>, user: Option<u32>) -> Result<(), Error> {
+    // Where this process finds its maps when there is no /proc any more.
+    let process = directory(c"/proc/self").map_err(fail("open /proc/self"))?;
     let spaces = CloneFlags::CLONE_NEWNS
         | CloneFlags::CLONE_NEWNET
         | CloneFlags::CLONE_NEWIPC
         | CloneFlags::CLONE_NEWUTS
         | CloneFlags::CLONE_NEWCGROUP;
-    if Uid::effective().is_root() {
-        nix::sched::unshare(spaces).map_err(fail("leave the host's namespaces"))?;
+    let unshared = nix::sched::unshare(spaces);
+    if unshared != Err(Errno::EPERM) {
+        unshared.map_err(fail("leave the host's namespaces"))?;
+        change_root(root)?;
+        become_user(user)?;
+        let ids = (Uid::effective(), Gid::effective());
+        // A host may have none to give: the other walls stand.
+        match nix::sched::unshare(CloneFlags::CLONE_NEWUSER) {
+            Err(Errno::EINVAL | Errno::ENOSPC | Errno::EUSERS | Errno::EPERM) => {}
+            result => {
+                result.map_err(fail("make a user namespace"))?;
+                // What is mapped is what it is outside.
+                map_itself(&process, ids)?;
+            }
+        }
     } else {
+        let ids = (Uid::effective(), Gid::effective());
         nix::sched::unshare(spaces | CloneFlags::CLONE_NEWUSER).map_err(fail(
             "leave the host's namespaces (an unprivileged user needs user namespaces: \
              sysctl kernel.unprivileged_userns_clone)",
         ))?;
+        map_itself(&process, ids)?;
+        change_root(root)?;
     }
-    change_root(root)?;
-    if let Some(id) = user {
-        let (uid, gid) = (Uid::from_raw(id), Gid::from_raw(id));
-        nix::unistd::setgroups(&[]).map_err(fail("drop the groups"))?;
-        nix::unistd::setresgid(gid, gid, gid).map_err(fail("change the group"))?;
-        nix::unistd::setresuid(uid, uid, uid).map_err(fail("change the user"))?;
-    }
+    drop(process);
     nix::sys::prctl::set_no_new_privs().map_err(fail("renounce privileges"))?;
     nix::sys::prctl::set_dumpable(false).map_err(fail("hide the memory from debuggers"))?;
-    drop_capabilities()?;
+    set_capabilities(0).map_err(fail("drop the capabilities"))?;
     // Nothing is opened any more but what the supervisor hands over.
     lower(Resource::RLIMIT_CORE, 0)?;
     lower(Resource::RLIMIT_NOFILE, FILES)?;
     lower(Resource::RLIMIT_MEMLOCK, MEMLOCK)?;
     nix::sys::prctl::set_pdeathsig(nix::sys::signal::Signal::SIGKILL)
         .map_err(fail("die with the supervisor"))
+}
+
+fn directory(path: &CStr) -> Result<OwnedFd, Errno> {
+    let flags = OFlag::O_PATH | OFlag::O_DIRECTORY | OFlag::O_CLOEXEC;
+    nix::fcntl::open(path, flags, Mode::empty())
 }
 
 /// Lowers a limit that is higher.
@@ -171,7 +170,39 @@ fn change_root(root: Option<BorrowedFd<'_>>) -> Result<(), Error> {
     nix::unistd::chdir(c"/").map_err(fail("enter the new root"))
 }
 
-fn drop_capabilities() -> Result<(), Error> {
+/// Becomes `user`, who is nobody to the host, and keeps for the moment what it takes
+/// to make a user namespace.
+fn become_user(user: Option<u32>) -> Result<(), Error> {
+    let Some(id) = user else { return Ok(()) };
+    let (uid, gid) = (Uid::from_raw(id), Gid::from_raw(id));
+    nix::unistd::setgroups(&[]).map_err(fail("drop the groups"))?;
+    nix::unistd::setresgid(gid, gid, gid).map_err(fail("change the group"))?;
+    nix::sys::prctl::set_keepcaps(true).map_err(fail("keep a capability"))?;
+    nix::unistd::setresuid(uid, uid, uid).map_err(fail("change the user"))?;
+    nix::sys::prctl::set_keepcaps(false).map_err(fail("keep a capability"))?;
+    const SYS_ADMIN: u64 = 1 << 21;
+    set_capabilities(SYS_ADMIN).map_err(fail("keep a capability"))?;
+    // Or its own maps were root's to write.
+    nix::sys::prctl::set_dumpable(true).map_err(fail("own its directory in /proc"))
+}
+
+/// The user namespace just entered gets one user and one group, the process's own,
+/// under the numbers that they have outside.
+fn map_itself(process: &OwnedFd, (uid, gid): (Uid, Gid)) -> Result<(), Error> {
+    let write = |name: &CStr, text: &str| {
+        let flags = OFlag::O_WRONLY | OFlag::O_CLOEXEC;
+        let file = nix::fcntl::openat(process, name, flags, Mode::empty())?;
+        nix::unistd::write(&file, text.as_bytes()).map(drop)
+    };
+    // Without it no group can be mapped by who is not privileged outside.
+    write(c"setgroups", "deny")
+        .and_then(|()| write(c"uid_map", &format!("{uid} {uid} 1")))
+        .and_then(|()| write(c"gid_map", &format!("{gid} {gid} 1")))
+        .map_err(fail("map the user into its namespace"))
+}
+
+/// Sets the effective and the permitted capabilities, and empties the inheritable.
+fn set_capabilities(set: u64) -> Result<(), Errno> {
     #[repr(C)]
     struct Header {
         version: u32,
@@ -182,138 +213,15 @@ fn drop_capabilities() -> Result<(), Error> {
         version: 0x2008_0522,
         pid: 0,
     };
+    let [a, b, c, d, e, f, g, h] = set.to_le_bytes();
+    let (low, high) = (
+        u32::from_le_bytes([a, b, c, d]),
+        u32::from_le_bytes([e, f, g, h]),
+    );
     // Effective, permitted and inheritable, for capabilities 0-31 and 32-63.
-    let none = [0u32; 6];
+    let sets = [low, low, 0, high, high, 0];
     // SAFETY: both pointers refer to live values of the layout that the version
     // asks for.
-    let result = unsafe { libc::syscall(libc::SYS_capset, &header, none.as_ptr()) };
-    Errno::result(result)
-        .map(drop)
-        .map_err(fail("drop the capabilities"))
-}
-
-/// A thread's filter, compiled.
-#[derive(Debug, Clone)]
-pub(crate) struct Filter(BpfProgram);
-
-/// What a thread needs: calls with any arguments, and requests of `ioctl`.
-fn filter(calls: &[libc::c_long], ioctls: &[u32]) -> Result<Filter, Error> {
-    let mut rules: BTreeMap<i64, Vec<SeccompRule>> =
-        calls.iter().map(|&call| (call, Vec::new())).collect();
-    let request = |number: &u32| {
-        let dword = SeccompCmpArgLen::Dword;
-        SeccompCondition::new(1, dword, SeccompCmpOp::Eq, u64::from(*number))
-            .and_then(|condition| SeccompRule::new(vec![condition]))
-    };
-    let failed = |e: seccompiler::BackendError| Error::Config(format!("make a filter: {e}"));
-    if !ioctls.is_empty() {
-        let ioctls: Result<Vec<_>, _> = ioctls.iter().map(request).collect();
-        rules.insert(libc::SYS_ioctl, ioctls.map_err(failed)?);
-    }
-    let arch = TargetArch::try_from(std::env::consts::ARCH).map_err(failed)?;
-    // Killed, and logged by the kernel's audit.
-    let action = SeccompAction::KillProcess;
-    SeccompFilter::new(rules, action, SeccompAction::Allow, arch)
-        .and_then(TryInto::try_into)
-        .map(Filter)
-        .map_err(failed)
-}
-
-impl Filter {
-    /// For a vCPU's thread.
-    pub(crate) fn vcpu() -> Result<Self, Error> {
-        filter(
-            &[
-                libc::SYS_write,
-                libc::SYS_futex,
-                libc::SYS_rt_sigreturn,
-                libc::SYS_brk,
-            ],
-            &[KVM_RUN, KVM_SET_GSI_ROUTING, KVM_IOEVENTFD],
-        )
-    }
-
-    /// For a device's thread, whose device makes `calls` as well.
-    pub(crate) fn device(calls: &[libc::c_long]) -> Result<Self, Error> {
-        let own = [
-            libc::SYS_epoll_wait,
-            libc::SYS_read,
-            libc::SYS_write,
-            libc::SYS_futex,
-            libc::SYS_brk,
-            // Where the host's clock is not one that the vDSO can read.
-            libc::SYS_clock_gettime,
-        ];
-        filter(&[&own, calls].concat(), &[])
-    }
-
-    /// For the thread that saves the machine.
-    pub(crate) fn snapshot() -> Result<Self, Error> {
-        filter(
-            &[
-                libc::SYS_pwrite64,
-                libc::SYS_ftruncate,
-                libc::SYS_fdatasync,
-                libc::SYS_close,
-                libc::SYS_futex,
-                libc::SYS_brk,
-            ],
-            &[
-                KVM_GET_MP_STATE,
-                KVM_GET_REGS,
-                KVM_GET_SREGS,
-                KVM_GET_XSAVE,
-                KVM_GET_XCRS,
-                KVM_GET_DEBUGREGS,
-                KVM_GET_LAPIC,
-                KVM_GET_MSRS,
-                KVM_GET_VCPU_EVENTS,
-                KVM_GET_TSC_KHZ,
-                KVM_KVMCLOCK_CTRL,
-                KVM_GET_CLOCK,
-                KVM_GET_IRQCHIP,
-            ],
-        )
-    }
-
-    /// For the thread that serves the control socket.
-    pub(crate) fn control() -> Result<Self, Error> {
-        filter(
-            &[
-                libc::SYS_poll,
-                libc::SYS_recvmsg,
-                libc::SYS_sendmsg,
-                libc::SYS_close,
-                libc::SYS_read,
-                libc::SYS_write,
-                libc::SYS_futex,
-                libc::SYS_brk,
-                libc::SYS_tgkill,
-                libc::SYS_clock_gettime,
-                libc::SYS_sigaltstack,
-                libc::SYS_munmap,
-                libc::SYS_exit_group,
-            ],
-            &[],
-        )
-    }
-
-    /// Installs it on the calling thread, for good.
-    pub(crate) fn install(&self) -> Result<(), String> {
-        seccompiler::apply_filter(&self.0).map_err(|e| format!("install a filter: {e}"))
-    }
-}
-
-/// Lets the heap grow in one place and rarely, so that no thread needs more than
-/// `brk` for it.
-pub(crate) fn tame_heap() {
-    const TOP_PAD: libc::c_int = 64 * 1024;
-    const NEVER: libc::c_int = 1 << 30;
-    // SAFETY: sets numbers of the allocator. It refuses what it does not like.
-    unsafe {
-        libc::mallopt(libc::M_ARENA_MAX, 1);
-        libc::mallopt(libc::M_TOP_PAD, TOP_PAD);
-        libc::mallopt(libc::M_MMAP_THRESHOLD, NEVER);
-        libc::mallopt(libc::M_TRIM_THRESHOLD, NEVER);
-    }
+    let result = unsafe { libc::syscall(libc::SYS_capset, &header, sets.as_ptr()) };
+    Errno::result(result).map(drop)
 }

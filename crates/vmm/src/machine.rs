@@ -26,7 +26,7 @@ use crate::{
     bus::{Bus, Failures},
     cpu,
     irq::Routes,
-    jail::{self, Filter},
+    jail::{self, Filter, calls},
     layout, memory,
     ports::{self, Ports},
     snapshot::{
@@ -302,6 +302,7 @@ impl Machine {
         let jailed = match jail {
             Jail::Full { user } => {
                 jail::leave_host(root.as_ref().map(AsFd::as_fd), user)?;
+                jail::reserve_heap()?;
                 true
             }
             Jail::Off => false,
@@ -312,8 +313,8 @@ impl Machine {
         settle(&bus)?;
         let (bus, ports) = (Arc::new(bus), Arc::new(ports));
         let on_bus: Arc<dyn crate::vcpu::Bus> = bus.clone();
-        let filter = |make: fn() -> Result<Filter, Error>| jailed.then(make).transpose();
-        let vcpu_filter = filter(Filter::vcpu)?.map(Arc::new);
+        let filter = |thread| jailed.then(|| Filter::of(thread)).transpose();
+        let vcpu_filter = filter(&calls::VCPU_THREAD)?.map(Arc::new);
         let lock_in = move || vcpu_filter.as_ref().map_or(Ok(()), |it| it.install());
         let fds = processors.iter().map(|it| Arc::clone(&it.fd)).collect();
         let vcpus = Vcpus::new(fds, Arc::clone(&ports), on_bus, ended, lock_in)?;
@@ -326,9 +327,10 @@ impl Machine {
             memory: base.memory.clone(),
             seed,
         };
-        let scribe = Scribe::start(subject, filter(Filter::snapshot)?)?;
+        let scribe = Scribe::start(subject, filter(&calls::SNAPSHOT_THREAD)?)?;
         if jailed {
-            Filter::control()?.install().map_err(Error::Config)?;
+            let filter = Filter::of(&calls::CONTROL_THREAD)?;
+            filter.install().map_err(Error::Config)?;
         }
         Ok(Self {
             vcpus,

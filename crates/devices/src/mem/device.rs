@@ -6,7 +6,7 @@ use std::{
     os::fd::{AsFd, BorrowedFd},
     sync::{
         Arc,
-        atomic::{AtomicU64, Ordering},
+        atomic::{AtomicBool, AtomicU64, Ordering},
     },
     time::Instant,
 };
@@ -55,6 +55,8 @@ pub struct Target {
     plugged: Arc<AtomicU64>,
     config: Arc<ConfigSpace>,
     bell: Arc<EventFd>,
+    /// Set before the bell rings, which is never read.
+    news: Arc<AtomicBool>,
 }
 
 impl Target {
@@ -69,6 +71,7 @@ impl Target {
         }
         self.requested.store(bytes, Ordering::Release);
         self.config.set(REQUESTED, &bytes.to_le_bytes());
+        self.news.store(true, Ordering::Release);
         // Fails only when the counter is full: then it has been rung.
         let _ = self.bell.write(1);
         Ok(())
@@ -136,6 +139,7 @@ impl Mem {
                 plugged: Arc::default(),
                 config: Arc::clone(&config),
                 bell: Arc::new(bell),
+                news: Arc::default(),
             },
             config,
             active: None,
@@ -204,7 +208,7 @@ impl Mem {
     /// Tells the driver of a new size, if there is one.
     fn tell(&self) {
         if let Some(active) = &self.active
-            && self.target.bell.read().is_ok()
+            && self.target.news.swap(false, Ordering::AcqRel)
         {
             active.interrupt.config();
         }

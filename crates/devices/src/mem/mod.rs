@@ -9,7 +9,7 @@
 //! - [`device`]: the queue, and the size that is asked for.
 //!
 //! System calls once the guest runs, beside those of [`crate::virtio::Worker`] and
-//! of [`Blocks`]: a read of an eventfd when the size asked for has changed.
+//! of [`Blocks`]: none.
 
 mod device;
 mod request;

@@ -57,6 +57,8 @@ pub struct Link {
     up: Arc<AtomicBool>,
     config: Arc<ConfigSpace>,
     bell: Arc<EventFd>,
+    /// Set before the bell rings.
+    news: Arc<AtomicBool>,
 }
 
 impl Link {
@@ -68,17 +70,18 @@ impl Link {
             up: Arc::new(AtomicBool::new(true)),
             config,
             bell: Arc::new(bell),
+            news: Arc::default(),
         })
     }
 
-    /// Readable when the link has changed.
+    /// Written to when the link has changed, and never read.
     pub(super) fn fd(&self) -> BorrowedFd<'_> {
         self.bell.as_fd()
     }
 
     /// Whether the link has changed since the last call.
     pub(super) fn changed(&self) -> bool {
-        self.bell.read().is_ok()
+        self.news.swap(false, Ordering::AcqRel)
     }
 
     /// Takes the link up or down, and tells the driver. While it is down, nothing
@@ -87,6 +90,7 @@ impl Link {
         self.up.store(up, Ordering::Release);
         let status = if up { VIRTIO_NET_S_LINK_UP } else { 0 };
         self.config.set(STATUS, &status.to_le_bytes()[..2]);
+        self.news.store(true, Ordering::Release);
         // Fails only when the counter is full: then it has been rung.
         let _ = self.bell.write(1);
     }

@@ -13,9 +13,7 @@
 //! - [`device`]: whose turn it is; [`handles`]: what other threads hold of it.
 //!
 //! System calls once the guest runs, beside those of [`crate::virtio::Worker`]:
-//! one readv or writev per frame, and one readv that finds nothing; poll when the
-//! tap takes no more frames; a read of the link's eventfd. A driver that declines
-//! an offload costs one ioctl (`TUNSETOFFLOAD`) when it becomes ready, since the
+//! one readv or writev per frame, and one readv that finds nothing. A driver that declines an offload costs one ioctl (`TUNSETOFFLOAD`) when it becomes ready, since the
 //! tap must stop sending such frames; Linux declines none.
 
 mod control;

@@ -5,7 +5,6 @@ use std::os::fd::{AsFd, AsRawFd, BorrowedFd, OwnedFd};
 use nix::{
     errno::Errno,
     fcntl::{FcntlArg, OFlag, fcntl},
-    poll::{PollFd, PollFlags, PollTimeout, poll},
 };
 
 use super::{Error, HEADER};
@@ -109,13 +108,6 @@ impl Tap {
     pub(super) unsafe fn write(&self, frame: &[IoVec]) -> Result<usize, Errno> {
         // SAFETY: as the caller says.
         unsafe { again(|| libc::writev(self.fd.as_raw_fd(), frame.as_ptr(), count(frame))) }
-    }
-
-    /// Whether a frame can be written; if not, the tap says so when one can be: it
-    /// does that only for those who have asked.
-    pub(super) fn writable(&self) -> bool {
-        let mut fds = [PollFd::new(self.fd.as_fd(), PollFlags::POLLOUT)];
-        poll(&mut fds, PollTimeout::ZERO).is_ok_and(|ready| ready > 0)
     }
 }
 

@@ -134,8 +134,8 @@ pub(crate) struct Profile {
 /// A device that a vhost-user back end serves: see [`crate::fs::connect`],
 /// [`super::block`], [`super::net`].
 ///
-/// While it runs, its thread only forwards interrupts: one `read` of an eventfd
-/// each. Kicks go straight to the back end.
+/// While it runs, its thread only forwards interrupts, and reads no eventfd: each
+/// write to one is an edge. Kicks go straight to the back end.
 #[derive(Debug)]
 pub struct Frontend {
     channel: Channel,
@@ -383,8 +383,8 @@ impl Device for Frontend {
             }
             Event::Watched(index) => {
                 let index = usize::try_from(index).unwrap_or(usize::MAX);
-                if let (Some(call), Some(active)) = (self.calls.get(index), &self.active)
-                    && call.read().is_ok()
+                if index < self.calls.len()
+                    && let Some(active) = &self.active
                 {
                     active.interrupt.queue(index);
                 }
@@ -401,11 +401,10 @@ impl Device for Frontend {
         if let Err(e) = self.stop(&mut active) {
             self.complain(&e);
         }
-        // The driver may wait for an interrupt that was due before a pause.
-        for (index, call) in self.calls.iter().enumerate() {
-            if call.read().is_ok() {
-                active.interrupt.queue(index);
-            }
+        // The driver may wait for an interrupt that was due before a pause. One too
+        // many does no harm.
+        for index in (0..active.queues.len()).filter(|index| active.started[*index]) {
+            active.interrupt.queue(index);
         }
         active.queues
     }

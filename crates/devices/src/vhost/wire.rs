@@ -12,8 +12,11 @@ use std::{
 
 use nix::{
     errno::Errno,
-    poll::{PollFd, PollFlags, PollTimeout, poll},
-    sys::socket::{ControlMessage, MsgFlags, recv, sendmsg},
+    poll::{PollFd, PollFlags, ppoll},
+    sys::{
+        socket::{ControlMessage, MsgFlags, recv, sendmsg},
+        time::TimeSpec,
+    },
 };
 
 use super::Error;
@@ -223,9 +226,10 @@ impl Channel {
         if left.is_zero() {
             return Err(Error::Late(request.name(), self.limit));
         }
-        let timeout =
-            PollTimeout::try_from(left + Duration::from_millis(1)).unwrap_or(PollTimeout::MAX);
-        match poll(&mut [PollFd::new(self.sock.as_fd(), flags)], timeout) {
+        // Not poll, which a process that was stopped goes on with by a call of its own
+        // (restart_syscall).
+        let mut fds = [PollFd::new(self.sock.as_fd(), flags)];
+        match ppoll(&mut fds, Some(TimeSpec::from_duration(left)), None) {
             Ok(_) | Err(Errno::EINTR) => Ok(()),
             Err(e) => Err(failed(request, e)),
         }

@@ -1,10 +1,14 @@
 //! The thread of a device, and the way to it.
+//!
+//! Bells and kicks are eventfds that are watched by their edges and never read: every
+//! write is an edge, and a counter of 64 bits does not fill up. That saves a system
+//! call per kick, and the thread from having `read` at all.
 
 use std::{
     io,
     os::fd::{AsFd, AsRawFd},
     sync::{
-        Arc, Condvar, Mutex, MutexGuard, PoisonError,
+        Arc, Mutex, MutexGuard, PoisonError,
         atomic::{AtomicBool, Ordering},
     },
     time::{Duration, Instant},
@@ -71,7 +75,7 @@ struct Desk {
 #[derive(Debug)]
 struct Shared {
     desk: Mutex<Desk>,
-    answered: Condvar,
+    answered: Edge,
     /// Rung after every request.
     bell: EventFd,
     /// A reset was asked for and not yet done.
@@ -89,6 +93,46 @@ impl Shared {
         // Fails only when the counter is full: then it has been rung.
         let _ = self.bell.write(1);
     }
+}
+
+/// A bell and who waits for it: one thread at a time, by no other call than
+/// `epoll_wait`, which also keeps the time.
+#[derive(Debug)]
+struct Edge {
+    bell: EventFd,
+    epoll: Epoll,
+}
+
+impl Edge {
+    fn new() -> Result<Self, Errno> {
+        let bell = eventfd()?;
+        let epoll = Epoll::new(EpollCreateFlags::EPOLL_CLOEXEC)?;
+        let flags = EpollFlags::EPOLLIN | EpollFlags::EPOLLET;
+        epoll.add(&bell, EpollEvent::new(flags, 0))?;
+        Ok(Self { bell, epoll })
+    }
+
+    fn ring(&self) {
+        // Fails only when the counter is full: then it has been rung.
+        let _ = self.bell.write(1);
+    }
+
+    /// Returns when it has been rung since the last call; false if that took longer
+    /// than `limit`.
+    fn wait(&self, limit: Duration) -> bool {
+        let limit = EpollTimeout::try_from(limit).unwrap_or(EpollTimeout::MAX);
+        loop {
+            match self.epoll.wait(&mut [EpollEvent::empty()], limit) {
+                // Stopped and continued: the time begins anew.
+                Err(Errno::EINTR) => {}
+                other => return other.is_ok_and(|n| n > 0),
+            }
+        }
+    }
+}
+
+fn eventfd() -> Result<EventFd, Errno> {
+    EventFd::from_flags(EfdFlags::EFD_CLOEXEC | EfdFlags::EFD_NONBLOCK)
 }
 
 /// The transport's and the VMM's way to a device. Only [`Self::pause`] waits.
@@ -159,17 +203,20 @@ impl Port {
 
     /// Lets the device finish what is in flight and rest, and says how it stands.
     /// Waits for that at most `limit`; `None` if it took longer (it is still asked
-    /// to rest) or the worker is gone.
+    /// to rest) or the worker is gone. One thread at a time may call it.
     pub fn pause(&self, limit: Duration) -> Option<Quiesced> {
         self.shared.ask(|desk| desk.pause = true);
-        let (desk, _) = self
-            .shared
-            .answered
-            .wait_timeout_while(self.shared.desk(), limit, |desk| {
-                desk.rests.is_none() && !desk.ended
-            })
-            .unwrap_or_else(PoisonError::into_inner);
-        desk.rests.clone()
+        loop {
+            let desk = self.shared.desk();
+            if desk.rests.is_some() || desk.ended {
+                return desk.rests.clone();
+            }
+            drop(desk);
+            // What rings is an answer, or one to an earlier request that was late.
+            if !self.shared.answered.wait(limit) {
+                return None;
+            }
+        }
     }
 
     /// Lets the device go on.
@@ -217,17 +264,14 @@ impl Worker {
     pub fn new(device: Box<dyn Device>) -> Result<(Self, Port), WorkerError> {
         let epoll = Epoll::new(EpollCreateFlags::EPOLL_CLOEXEC)
             .map_err(failed("make an epoll instance"))?;
-        let eventfd = || {
-            EventFd::from_flags(EfdFlags::EFD_CLOEXEC | EfdFlags::EFD_NONBLOCK)
-                .map_err(failed("make an eventfd"))
-        };
+        let eventfd = || eventfd().map_err(failed("make an eventfd"));
         let watch = |fd: &dyn AsFd, flags, token| {
             epoll
                 .add(fd, EpollEvent::new(EpollFlags::EPOLLIN | flags, token))
                 .map_err(failed("watch a descriptor"))
         };
         let bell = eventfd()?;
-        watch(&bell, EpollFlags::empty(), BELL)?;
+        watch(&bell, EpollFlags::EPOLLET, BELL)?;
         let mut kicks = Vec::new();
         if let Some(external) = device.external_kicks() {
             for fd in external {
@@ -242,7 +286,7 @@ impl Worker {
         } else {
             for (index, _) in (0u64..).zip(device.queue_sizes()) {
                 let kick = eventfd()?;
-                watch(&kick, EpollFlags::empty(), KICK | index)?;
+                watch(&kick, EpollFlags::EPOLLET, KICK | index)?;
                 kicks.push(kick);
             }
         }
@@ -252,7 +296,7 @@ impl Worker {
         }
         let shared = Arc::new(Shared {
             desk: Mutex::default(),
-            answered: Condvar::new(),
+            answered: Edge::new().map_err(failed("make an eventfd"))?,
             bell,
             resetting: AtomicBool::new(false),
         });
@@ -289,7 +333,7 @@ impl Worker {
         let mut desk = self.shared.desk();
         desk.ended = true;
         drop(desk);
-        self.shared.answered.notify_all();
+        self.shared.answered.ring();
         result
     }
 
@@ -319,14 +363,9 @@ impl Worker {
     fn dispatch(&mut self, token: u64) {
         let low = token & 0xffff_ffff;
         match token & !0xffff_ffff {
-            BELL => drop(self.shared.bell.read()),
-            KICK => {
-                let index = usize::try_from(low).unwrap_or(usize::MAX);
-                if let Some(kick) = self.kicks.get(index) {
-                    let _ = kick.read();
-                }
-                self.tell(Event::Queue(index));
-            }
+            // What it was rung for is on the desk.
+            BELL => {}
+            KICK => self.tell(Event::Queue(usize::try_from(low).unwrap_or(usize::MAX))),
             _ => self.tell(Event::Watched(u32::try_from(low).unwrap_or(u32::MAX))),
         }
     }
@@ -416,7 +455,7 @@ impl Worker {
                 queues: self.resting.as_ref().map(queues),
                 state: self.device.save(),
             });
-            shared.answered.notify_all();
+            shared.answered.ring();
         }
         let activation = desk.activate.take_if(|_| !self.paused);
         let config = std::mem::take(&mut desk.config);

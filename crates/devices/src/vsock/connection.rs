@@ -432,8 +432,7 @@ impl Connection {
         loop {
             let mut buf = [0; super::handshake::MAX_LINE];
             let buf = &mut buf[..line.room()];
-            let flags = nix::sys::socket::MsgFlags::MSG_PEEK;
-            let n = match nix::sys::socket::recv(sock.as_raw_fd(), buf, flags) {
+            let n = match sys::read(sock.as_fd(), buf, true) {
                 Ok(0) => return Err(BadLine),
                 Ok(n) => n,
                 Err(Errno::EAGAIN) => return Ok(None),
@@ -441,9 +440,8 @@ impl Connection {
                 Err(_) => return Err(BadLine),
             };
             let (taken, port) = line.push(&buf[..n])?;
-            let flags = nix::sys::socket::MsgFlags::empty();
             // What follows the line stays in the socket, for the guest.
-            match nix::sys::socket::recv(sock.as_raw_fd(), &mut buf[..taken], flags) {
+            match sys::read(sock.as_fd(), &mut buf[..taken], false) {
                 Ok(n) if n == taken => {}
                 _ => return Err(BadLine),
             }

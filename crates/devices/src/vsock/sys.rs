@@ -55,6 +55,19 @@ pub(super) unsafe fn receive(sock: BorrowedFd<'_>, iov: &[IoVec]) -> Result<(usi
     Ok((n, msg.msg_flags & libc::MSG_CTRUNC != 0))
 }
 
+/// Reads into memory of our own, without waiting; with `peek` the bytes stay where
+/// they are.
+pub(super) fn read(sock: BorrowedFd<'_>, into: &mut [u8], peek: bool) -> Result<usize, Errno> {
+    let iov = [IoVec {
+        iov_base: into.as_mut_ptr().cast(),
+        iov_len: into.len(),
+    }];
+    let mut msg = message(&iov);
+    let flags = libc::MSG_DONTWAIT | if peek { libc::MSG_PEEK } else { 0 };
+    // SAFETY: msg borrows iov, whose piece is `into`.
+    check(unsafe { libc::recvmsg(sock.as_raw_fd(), &mut msg, flags) })
+}
+
 /// A piece that covers `bytes`, for [`send`] alone.
 pub(super) fn piece(bytes: &[u8]) -> IoVec {
     IoVec {

@@ -84,6 +84,14 @@ impl AsRawFd for Channel {
     }
 }
 
+fn encode(message: &impl Serialize) -> Result<Vec<u8>, ChannelError> {
+    let bytes = serde_json::to_vec(message).map_err(|e| ChannelError::Malformed(e.to_string()))?;
+    if bytes.len() > MESSAGE_MAX {
+        return Err(ChannelError::TooLong(bytes.len(), 0));
+    }
+    Ok(bytes)
+}
+
 impl Channel {
     /// Sends a message with descriptors. `EAGAIN` comes as
     /// [`ChannelError::Socket`] if the socket was made non-blocking.
@@ -92,9 +100,8 @@ impl Channel {
         message: &impl Serialize,
         fds: &[BorrowedFd<'_>],
     ) -> Result<(), ChannelError> {
-        let bytes =
-            serde_json::to_vec(message).map_err(|e| ChannelError::Malformed(e.to_string()))?;
-        if bytes.len() > MESSAGE_MAX || fds.len() > FDS_MAX {
+        let bytes = encode(message)?;
+        if fds.len() > FDS_MAX {
             return Err(ChannelError::TooLong(bytes.len(), fds.len()));
         }
         let raw: Vec<RawFd> = fds.iter().map(AsRawFd::as_raw_fd).collect();
@@ -109,6 +116,15 @@ impl Channel {
         )
         .map(drop)
         .map_err(|e| ChannelError::Socket("write to", e))
+    }
+
+    /// Sends a message without descriptors by a plain `write`, for a thread that may
+    /// make few calls. SIGPIPE must be ignored, as it is in programs of Rust.
+    pub fn tell(&self, message: &impl Serialize) -> Result<(), ChannelError> {
+        let bytes = encode(message)?;
+        nix::unistd::write(&self.0, &bytes)
+            .map(drop)
+            .map_err(|e| ChannelError::Socket("write to", e))
     }
 
     /// The next message; `None` when the peer is gone. Waits for it unless the
@@ -165,7 +181,7 @@ mod tests {
         assert_eq!((got.message, got.fds.len()), (Request::Pause, 2));
         drop(got.fds);
         for reply in [Ok(Reply::Done), Err("no".to_owned())] {
-            b.send(&Message::Reply(reply.clone()), &[]).unwrap();
+            b.tell(&Message::Reply(reply.clone())).unwrap();
             let got: Received<Message> = a.receive().unwrap().unwrap();
             assert_eq!(got.message, Message::Reply(reply));
         }

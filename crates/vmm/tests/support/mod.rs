@@ -62,7 +62,8 @@ impl Vmm {
             nix::fcntl::FcntlArg::F_SETFD(nix::fcntl::FdFlag::empty()),
         )
         .unwrap();
-        let child = Command::new(env!("CARGO_BIN_EXE_walnut-vmm"))
+        // The product's: static, and built by scripts/build.sh as the kernel is.
+        let child = Command::new(repository().join("out/lib/walnut/walnut-vmm"))
             .args(["--control-fd", &theirs.as_raw_fd().to_string()])
             .stdin(Stdio::null())
             .spawn()

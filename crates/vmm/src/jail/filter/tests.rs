@@ -1,0 +1,120 @@
+//! Each filter, in processes that try calls.
+
+use std::collections::BTreeSet;
+
+use nix::{
+    sys::{
+        signal::Signal,
+        wait::{WaitStatus, waitpid},
+    },
+    unistd::{ForkResult, fork},
+};
+
+use super::*;
+use crate::jail::calls::{Call, THREADS};
+
+/// System calls that there are, and some more.
+const NUMBERS: std::ops::Range<libc::c_long> = 0..480;
+/// What the kernel itself calls from its probes of user programs (uretprobe, uprobe) and
+/// admits past every filter; it kills who calls it without one.
+const PROBES: std::ops::RangeInclusive<libc::c_long> = 335..=336;
+/// Of 32-bit pointers, by the same entry.
+const X32: libc::c_long = 0x4000_0000;
+
+/// What the processes that try calls end by.
+static EXIT: Call = Call {
+    name: "SYS_exit_group",
+    number: libc::SYS_exit_group,
+    only: None,
+    why: "",
+};
+
+fn filter(thread: &Thread) -> Filter {
+    Filter::compile(thread.calls().chain([&EXIT])).unwrap()
+}
+
+/// Whether a process survives a call behind a filter.
+fn survives(filter: &Filter, number: libc::c_long, arguments: [libc::c_long; 6]) -> bool {
+    // SAFETY: the child makes system calls alone.
+    match unsafe { fork() }.unwrap() {
+        ForkResult::Child => {
+            let none = libc::rlimit {
+                rlim_cur: 0,
+                rlim_max: 0,
+            };
+            let [a, b, c, d, e, f] = arguments;
+            // SAFETY: descriptors and addresses among the arguments are none, so what
+            // is let through fails.
+            unsafe {
+                libc::setrlimit(libc::RLIMIT_CORE, &raw const none);
+                if filter.install().is_ok() {
+                    libc::syscall(number, a, b, c, d, e, f);
+                }
+                libc::syscall(libc::SYS_exit_group, 0);
+            }
+            unreachable!("it has ended");
+        }
+        ForkResult::Parent { child } => match waitpid(child, None).unwrap() {
+            WaitStatus::Exited(..) => true,
+            WaitStatus::Signaled(_, signal, _) => signal != Signal::SIGSYS,
+            other => panic!("{other:?}"),
+        },
+    }
+}
+
+/// Arguments that make no call do anything, one of them a given.
+fn arguments(given: Option<(u8, u32)>) -> [libc::c_long; 6] {
+    let mut arguments = [-1; 6];
+    if let Some((at, value)) = given {
+        arguments[usize::from(at)] = value.into();
+    }
+    arguments
+}
+
+#[test]
+fn what_is_listed_passes_with_its_arguments_alone() {
+    for thread in THREADS {
+        let filter = filter(thread);
+        for call in thread.calls() {
+            let passes = |given| survives(&filter, call.number, arguments(given));
+            let what = format!("{call:?} of {}", thread.name);
+            let Some(only) = &call.only else {
+                assert!(passes(None), "{what}");
+                continue;
+            };
+            for (_, value) in only.values {
+                assert!(passes(Some((only.argument, *value))), "{value} {what}");
+            }
+            for other in [0x7777, u32::MAX] {
+                assert!(!passes(Some((only.argument, other))), "{other} {what}");
+            }
+        }
+    }
+}
+
+#[test]
+fn nothing_else_passes() {
+    for thread in THREADS {
+        let filter = filter(thread);
+        let listed: BTreeSet<_> = thread
+            .calls()
+            .chain([&EXIT])
+            .map(|call| call.number)
+            .collect();
+        let others = NUMBERS.filter(|number| !listed.contains(number) && !PROBES.contains(number));
+        for number in others.chain(listed.iter().map(|number| number | X32)) {
+            let passes = survives(&filter, number, arguments(None));
+            assert!(!passes, "{number} of {}", thread.name);
+        }
+    }
+}
+
+/// A second entry would widen what the first holds to its arguments.
+#[test]
+fn no_call_is_listed_twice() {
+    for thread in THREADS {
+        let calls: Vec<_> = thread.calls().map(|call| call.number).collect();
+        let distinct: BTreeSet<_> = calls.iter().copied().collect();
+        assert_eq!(calls.len(), distinct.len(), "{}", thread.name);
+    }
+}
