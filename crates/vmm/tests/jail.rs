@@ -117,6 +117,8 @@ fn every_call_is_made_and_no_other() {
         trace.read(&file);
         let mut missing = missing(&lists, &trace);
         missing.remove("control: exit_group");
+        // A machine with a shared file system cannot be saved: the next one is.
+        missing.retain(|call| !call.starts_with("snapshot"));
         if missing.is_empty() {
             break;
         }
@@ -130,7 +132,16 @@ fn every_call_is_made_and_no_other() {
     assert_eq!(machine.ask(&Request::Stop), Ok(Reply::Done));
     assert!(machine.wait().success());
     trace.read(&file);
-    assert_eq!(missing(&lists, &trace), BTreeSet::new());
+    drop(machine);
+    let mut missing_still = missing(&lists, &trace);
+
+    let machine = Machine::traced_to_be_saved();
+    machine.save();
+    let mut trace = Trace::default();
+    trace.read(&machine.trace());
+    let missing_there = missing(&lists, &trace);
+    missing_still.retain(|call| missing_there.contains(call));
+    assert_eq!(missing_still, BTreeSet::new());
 }
 
 /// What the kernel says of the process and its threads.

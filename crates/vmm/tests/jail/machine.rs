@@ -52,7 +52,7 @@ pub(crate) struct Machine {
     child: Child,
     traced: bool,
     control: Channel,
-    virtiofsd: Child,
+    virtiofsd: Option<Child>,
     dir: TempDir,
 }
 
@@ -149,15 +149,20 @@ impl Fds {
 impl Machine {
     /// A machine whose process nobody looks at, at work.
     pub(crate) fn plain() -> Self {
-        Self::start(false)
+        Self::start(false, true)
     }
 
     /// A machine whose calls are written to [`Self::trace`].
     pub(crate) fn traced() -> Self {
-        Self::start(true)
+        Self::start(true, true)
     }
 
-    fn start(traced: bool) -> Self {
+    /// As [`Self::traced`], without a shared file system: it can be saved.
+    pub(crate) fn traced_to_be_saved() -> Self {
+        Self::start(true, false)
+    }
+
+    fn start(traced: bool, shares: bool) -> Self {
         let dir = tempfile::tempdir().unwrap();
         let (ours, theirs) = pair().unwrap();
         let theirs = OwnedFd::from(theirs);
@@ -178,7 +183,7 @@ impl Machine {
             .spawn()
             .unwrap();
         drop(theirs);
-        let (virtiofsd, share) = virtiofsd(dir.path());
+        let (virtiofsd, share) = shares.then(|| virtiofsd(dir.path())).unzip();
         let mut machine = Self {
             child,
             traced,
@@ -190,7 +195,7 @@ impl Machine {
         machine
     }
 
-    fn build(&mut self, share: UnixStream) {
+    fn build(&mut self, share: Option<UnixStream>) {
         let mut fds = Fds::default();
         let (console, to_console) = std::io::pipe().unwrap();
         let config = self.config(share, to_console.into(), &mut fds);
@@ -215,7 +220,7 @@ impl Machine {
         self.dir.path().join("vsock")
     }
 
-    fn config(&self, share: UnixStream, console: OwnedFd, fds: &mut Fds) -> Config {
+    fn config(&self, share: Option<UnixStream>, console: OwnedFd, fds: &mut Fds) -> Config {
         let open = |path: &Path| File::options().read(true).write(true).open(path).unwrap();
         fs::create_dir(self.sockets()).unwrap();
         chown(self.sockets(), Some(USER), Some(USER)).unwrap();
@@ -254,19 +259,21 @@ impl Machine {
             receive: limits(),
             send: limits(),
         };
-        let shared = Device::Fs {
-            tag: "shared".to_owned(),
-            socket: fds.add(share),
-        };
-        let devices = [
+        let mut devices = vec![
             ("uring", uring),
             ("plain", plain),
             ("vsock", vsock),
             ("net", net),
-            ("shared", shared),
             ("rng", Device::Rng),
             ("balloon", Device::Balloon),
         ];
+        if let Some(share) = share {
+            let shared = Device::Fs {
+                tag: "shared".to_owned(),
+                socket: fds.add(share),
+            };
+            devices.push(("shared", shared));
+        }
         Config {
             version: VERSION,
             kvm: fds.add(open(Path::new("/dev/kvm"))),
@@ -283,11 +290,12 @@ impl Machine {
             cmdline: "console=ttyS0 quiet panic=-1 reboot=t".to_owned(),
             console: Some(fds.add(console)),
             devices: devices
+                .into_iter()
                 .map(|(name, device)| Attachment {
                     name: name.to_owned(),
                     device,
                 })
-                .into(),
+                .collect(),
             jail: Jail::Full { user: Some(USER) },
         }
     }
@@ -323,6 +331,20 @@ impl Machine {
         self.reply()
     }
 
+    /// Saves it, and lets it go on.
+    pub(crate) fn save(&self) {
+        assert_eq!(self.ask(&Request::Pause), Ok(Reply::Done));
+        let files = [(); 2].map(|()| tempfile::tempfile().unwrap());
+        let request = Request::Snapshot {
+            state: FdIndex(0),
+            memory: FdIndex(1),
+        };
+        let fds: Vec<BorrowedFd<'_>> = files.iter().map(AsFd::as_fd).collect();
+        self.control.send(&request, &fds).unwrap();
+        assert_eq!(self.reply(), Ok(Reply::Done));
+        assert_eq!(self.ask(&Request::Resume), Ok(Reply::Done));
+    }
+
     /// Does what a host does to a machine, once: pauses it, stops its process, connects.
     pub(crate) fn stir(&self) {
         assert_eq!(self.ask(&Request::Pause), Ok(Reply::Done));
@@ -346,7 +368,7 @@ impl Machine {
 
 impl Drop for Machine {
     fn drop(&mut self) {
-        for child in [&mut self.child, &mut self.virtiofsd] {
+        for child in [&mut self.child].into_iter().chain(&mut self.virtiofsd) {
             let _ = child.kill();
             let _ = child.wait();
         }
