@@ -76,6 +76,9 @@ vmm() {
     for program in $(programs walnut-vmm); do
         in_lab crates/vmm "$program" --include-ignored
     done
+    for program in $(programs walnut-machine); do
+        in_lab crates/machine "$program" --ignored
+    done
 }
 
 e2e() {
