@@ -2,6 +2,8 @@
 //! port, and how a guest resets its machine. A table says only what a guest
 //! cannot find out otherwise.
 
+mod ged;
+
 use acpi_tables::{
     Aml,
     aml::{
@@ -19,6 +21,7 @@ use acpi_tables::{
 use vm_memory::{Address, Bytes, GuestAddress};
 use walnut_devices::virtio::Memory;
 
+use self::ged::{Event, Ged};
 use crate::{Error, layout, ports};
 
 const OEM: [u8; 6] = *b"WALNUT";
@@ -84,9 +87,16 @@ impl Tables {
     fn dsdt(&self) -> Sdt {
         let mut body = Vec::new();
         self.pci().to_aml_bytes(&mut body);
+        let ged = Ged::new(self.events());
+        Scope::new(Path::new("_SB_"), vec![&ged]).to_aml_bytes(&mut body);
         let mut dsdt = Sdt::new(*b"DSDT", 36, 6, OEM, TABLE, 1);
         dsdt.append_slice(&body);
         dsdt
+    }
+
+    /// What a guest hears of while it runs.
+    fn events(&self) -> Vec<Event> {
+        Vec::new()
     }
 
     /// `\_SB`: the PCI host bridge, what its ECAM takes, and the serial port.
@@ -171,6 +181,7 @@ impl Tables {
 }
 
 /// AML that has been written already.
+#[derive(Debug, Clone)]
 struct Raw(Vec<u8>);
 
 impl Aml for Raw {
