@@ -22,41 +22,84 @@ pub(crate) fn serve(control: Channel) -> Result<(), Error> {
 }
 
 fn converse(control: &Channel, machine: &mut Option<Machine>) -> Result<(), Error> {
-    let ended = EventFd::new(libc::EFD_CLOEXEC | libc::EFD_NONBLOCK)
-        .map_err(|e| Error::Host("make an eventfd", crate::vcpu::errno(&e)))?;
+    let bells = Bells {
+        ended: bell()?,
+        gone: bell()?,
+    };
     loop {
-        if wait(control, &ended)? {
-            let end = machine.as_ref().map_or(End::Stopped, Machine::wind_up);
-            // Fails if the supervisor is gone: then nobody asks.
-            let _ = control.send(&Message::Event(Event::Ended(end)), &[]);
-            return Ok(());
-        }
-        let Some(Received { message, fds }) = control.receive::<Request>()? else {
-            return Ok(());
-        };
-        let stop = message == Request::Stop;
-        let reply = answer(machine, message, fds, &ended);
-        control.send(&Message::Reply(reply.map_err(|e| e.to_string())), &[])?;
-        if stop {
-            return Ok(());
+        match wait(control, &bells)? {
+            News::Ended => {
+                let end = machine.as_ref().map_or(End::Stopped, Machine::wind_up);
+                // Fails if the supervisor is gone: then nobody asks.
+                let _ = control.send(&Message::Event(Event::Ended(end)), &[]);
+                return Ok(());
+            }
+            News::Gone => {
+                let _ = bells.gone.read();
+                for name in machine.as_ref().map_or_else(Vec::new, Machine::gone) {
+                    control.send(&Message::Event(Event::Detached { name }), &[])?;
+                }
+            }
+            News::Request => {
+                let Some(Received { message, fds }) = control.receive::<Request>()? else {
+                    return Ok(());
+                };
+                let stop = message == Request::Stop;
+                let reply = answer(machine, message, fds, &bells);
+                control.send(&Message::Reply(reply.map_err(|e| e.to_string())), &[])?;
+                if stop {
+                    return Ok(());
+                }
+            }
         }
     }
 }
 
-/// Waits for either; true when the guest has ended.
-fn wait(control: &Channel, ended: &EventFd) -> Result<bool, Error> {
+/// What other threads ring.
+#[derive(Debug)]
+struct Bells {
+    /// The guest has ended.
+    ended: EventFd,
+    /// A device is gone.
+    gone: EventFd,
+}
+
+fn bell() -> Result<EventFd, Error> {
+    EventFd::new(libc::EFD_CLOEXEC | libc::EFD_NONBLOCK)
+        .map_err(|e| Error::Host("make an eventfd", crate::vcpu::errno(&e)))
+}
+
+fn copy(bell: &EventFd) -> Result<EventFd, Error> {
+    bell.try_clone()
+        .map_err(|e| Error::Host("copy an eventfd", crate::vcpu::errno(&e)))
+}
+
+/// What there is to see to, the most important first.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+enum News {
+    Ended,
+    Gone,
+    Request,
+}
+
+/// Waits for something to see to.
+fn wait(control: &Channel, bells: &Bells) -> Result<News, Error> {
+    use std::os::fd::{AsRawFd, BorrowedFd};
+    // SAFETY: the eventfds outlive the borrows.
+    let [ended, gone] =
+        [&bells.ended, &bells.gone].map(|bell| unsafe { BorrowedFd::borrow_raw(bell.as_raw_fd()) });
     loop {
-        // SAFETY: the eventfd outlives the borrow.
-        let ended =
-            unsafe { std::os::fd::BorrowedFd::borrow_raw(std::os::fd::AsRawFd::as_raw_fd(ended)) };
         let mut fds = [
             PollFd::new(ended, PollFlags::POLLIN),
+            PollFd::new(gone, PollFlags::POLLIN),
             PollFd::new(control.as_fd(), PollFlags::POLLIN),
         ];
         match poll(&mut fds, PollTimeout::NONE) {
             Err(Errno::EINTR) => {}
             Err(e) => return Err(Error::Host("wait for a request", e)),
-            Ok(_) => return Ok(fds[0].any() == Some(true)),
+            Ok(_) if fds[0].any() == Some(true) => return Ok(News::Ended),
+            Ok(_) if fds[1].any() == Some(true) => return Ok(News::Gone),
+            Ok(_) => return Ok(News::Request),
         }
     }
 }
@@ -65,14 +108,12 @@ fn answer(
     machine: &mut Option<Machine>,
     request: Request,
     fds: Vec<OwnedFd>,
-    ended: &EventFd,
+    bells: &Bells,
 ) -> Result<Reply, Error> {
     match (request, &machine) {
         (Request::Start(config), None) => {
-            let ended = ended
-                .try_clone()
-                .map_err(|e| Error::Host("copy an eventfd", crate::vcpu::errno(&e)))?;
-            let built = Machine::build(&config, fds, ended)?;
+            let (ended, gone) = (copy(&bells.ended)?, copy(&bells.gone)?);
+            let built = Machine::build(&config, fds, ended, gone)?;
             built.resume();
             *machine = Some(built);
             Ok(Reply::Done)
@@ -89,13 +130,13 @@ fn answer(
             Ok(Reply::Done)
         }
         (Request::Stats, Some(machine)) => Ok(Reply::Stats(machine.stats())),
-        (
-            Request::Attach(_)
-            | Request::Detach { .. }
-            | Request::Resize { .. }
-            | Request::Snapshot { .. },
-            Some(_),
-        ) => Err(Error::Config("not there yet".into())),
+        (Request::Attach(attachment), Some(machine)) => {
+            machine.attach(*attachment, fds).map(|()| Reply::Done)
+        }
+        (Request::Detach { name }, Some(machine)) => machine.detach(&name).map(|()| Reply::Done),
+        (Request::Resize { .. } | Request::Snapshot { .. }, Some(_)) => {
+            Err(Error::Config("not there yet".into()))
+        }
         (Request::Stop, Some(machine)) => {
             machine.wind_up();
             Ok(Reply::Done)

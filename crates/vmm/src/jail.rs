@@ -13,6 +13,7 @@
 //! |---|---|
 //! | vCPU | `ioctl` (run the guest; route a message, move a doorbell), `write` (eventfds, the console), `futex`, `rt_sigreturn` (after a call out of the guest), `brk` (a message table may grow) |
 //! | device | `epoll_wait`, `read` and `write` (eventfds), `futex`, `brk`, and what [`walnut_devices`] says the device needs |
+//! | nursery | what it takes to make and drop any device, and to start its thread, whose filter can only be narrower: see [`Filter::nursery`]. It touches nothing of the guest |
 //! | control | `poll`, `recvmsg`, `sendmsg`, `close`, `read`, `write`, `futex`, `brk`, `tgkill` (call a vCPU out), `exit_group` |
 
 use std::{
@@ -229,6 +230,64 @@ impl Filter {
             libc::SYS_clock_gettime,
         ];
         filter(&[&own, calls].concat(), &[])
+    }
+
+    /// For the thread that makes and drops devices while the guest runs, and starts
+    /// their threads. No file, no socket and no program can be opened by it.
+    pub(crate) fn nursery() -> Result<Self, Error> {
+        let own = [
+            // Descriptors and mappings of devices; what a tap, a disk or KVM is asked.
+            libc::SYS_epoll_create1,
+            libc::SYS_epoll_ctl,
+            libc::SYS_eventfd2,
+            libc::SYS_io_uring_setup,
+            libc::SYS_io_uring_register,
+            libc::SYS_fcntl,
+            libc::SYS_fstat,
+            libc::SYS_newfstatat,
+            libc::SYS_statx,
+            libc::SYS_lseek,
+            libc::SYS_ioctl,
+            libc::SYS_mmap,
+            libc::SYS_munmap,
+            libc::SYS_mprotect,
+            libc::SYS_close,
+            libc::SYS_getsockopt,
+            libc::SYS_setsockopt,
+            // A thread, up to its own filter.
+            libc::SYS_clone3,
+            libc::SYS_clone,
+            libc::SYS_set_robust_list,
+            libc::SYS_rseq,
+            libc::SYS_rt_sigprocmask,
+            libc::SYS_sigaltstack,
+            libc::SYS_sched_getaffinity,
+            libc::SYS_gettid,
+            libc::SYS_prctl,
+            libc::SYS_seccomp,
+        ];
+        let devices = [
+            libc::SYS_epoll_wait,
+            libc::SYS_read,
+            libc::SYS_write,
+            libc::SYS_futex,
+            libc::SYS_brk,
+            libc::SYS_clock_gettime,
+            libc::SYS_io_uring_enter,
+            libc::SYS_preadv,
+            libc::SYS_pwritev,
+            libc::SYS_fdatasync,
+            libc::SYS_fallocate,
+            libc::SYS_readv,
+            libc::SYS_writev,
+            libc::SYS_poll,
+            libc::SYS_sendmsg,
+            libc::SYS_recvmsg,
+            libc::SYS_recvfrom,
+            libc::SYS_getrandom,
+            libc::SYS_madvise,
+        ];
+        filter(&[&own[..], &devices].concat(), &[])
     }
 
     /// For the thread that serves the control socket.

@@ -12,7 +12,7 @@ use kvm_ioctls::{Kvm, VcpuFd, VmFd};
 use vm_memory::{Address, GuestMemoryBackend, GuestMemoryRegion};
 use vmm_sys_util::eventfd::EventFd;
 use walnut_devices::virtio::Memory;
-use walnut_vmm_api::{Config, Device, End, FdIndex, Jail, Stats, VERSION};
+use walnut_vmm_api::{Attachment, Config, Device, End, FdIndex, Jail, Stats, VERSION};
 
 use crate::{
     Error,
@@ -48,10 +48,15 @@ pub(crate) struct Machine {
 }
 
 /// The descriptors of a request, each to be taken once.
-struct Fds(Vec<Option<OwnedFd>>);
+#[derive(Debug)]
+pub(crate) struct Fds(Vec<Option<OwnedFd>>);
 
 impl Fds {
-    fn take(&mut self, index: FdIndex) -> Result<OwnedFd, Error> {
+    pub(crate) fn new(fds: Vec<OwnedFd>) -> Self {
+        Self(fds.into_iter().map(Some).collect())
+    }
+
+    pub(crate) fn take(&mut self, index: FdIndex) -> Result<OwnedFd, Error> {
         self.0
             .get_mut(usize::from(index.0))
             .and_then(Option::take)
@@ -90,10 +95,15 @@ fn check(config: &Config) -> Result<(), Error> {
 
 impl Machine {
     /// Builds the machine of `config`, with every thread waiting and locked in.
-    /// `ended` is rung when the guest has ended.
-    pub(crate) fn build(config: &Config, fds: Vec<OwnedFd>, ended: EventFd) -> Result<Self, Error> {
+    /// `ended` is rung when the guest has ended, `gone` when [`Self::gone`] has news.
+    pub(crate) fn build(
+        config: &Config,
+        fds: Vec<OwnedFd>,
+        ended: EventFd,
+        gone: EventFd,
+    ) -> Result<Self, Error> {
         check(config)?;
-        let mut fds = Fds(fds.into_iter().map(Some).collect());
+        let mut fds = Fds::new(fds);
         let kvm = open_kvm(fds.take(config.kvm)?)?;
         let vm = Arc::new(create_vm(&kvm)?);
         let memory = memory::create(config.memory, config.backing)?;
@@ -105,7 +115,8 @@ impl Machine {
         let routes = Arc::new(Routes::new(Arc::clone(&vm)));
 
         let window64 = layout::window64(config.memory);
-        let mut bus = Bus::new(&vm, &routes, &memory, window64.clone());
+        let shared = config.backing.shared;
+        let mut bus = Bus::new(&vm, &routes, &memory, window64.clone(), shared)?;
         let root = sockets(config, &fds)?;
         for attachment in &config.devices {
             bus.add(attachment, |fd| fds.take(fd))?;
@@ -130,7 +141,11 @@ impl Machine {
         cpu::write_descriptors(&memory)?;
 
         let console = config.console.map(|fd| fds.take(fd)).transpose()?;
-        let ports = Ports::new(console.map(File::from), routes.pin(ports::SERIAL_IRQ)?);
+        let ports = Ports::new(
+            console.map(File::from),
+            routes.pin(ports::SERIAL_IRQ)?,
+            bus.slots(),
+        );
         let supported = cpu::supported(&kvm)?;
         let deadline = kvm.check_extension_raw(u64::from(KVM_CAP_TSC_DEADLINE_TIMER)) > 0;
         let mut vcpus: Vec<VcpuFd> = Vec::new();
@@ -153,7 +168,7 @@ impl Machine {
         };
         drop(root);
         let failure = Arc::new(OnceLock::new());
-        bus.start(jailed, &failures(&failure, &ended)?)?;
+        bus.start(jailed, &failures(&failure, &ended)?, gone)?;
         let bus = Arc::new(bus);
         let on_bus: Arc<dyn crate::vcpu::Bus> = bus.clone();
         let filter = match jailed {
@@ -196,6 +211,21 @@ impl Machine {
             Some(failure) => End::Failed(failure.clone()),
             None => self.vcpus.end().unwrap_or(End::Stopped),
         }
+    }
+
+    /// Adds a device, and tells the guest.
+    pub(crate) fn attach(&self, attachment: Attachment, fds: Vec<OwnedFd>) -> Result<(), Error> {
+        self.bus.attach(attachment, Fds::new(fds))
+    }
+
+    /// Asks the guest to let go of a device.
+    pub(crate) fn detach(&self, name: &str) -> Result<(), Error> {
+        self.bus.detach(name)
+    }
+
+    /// The devices that are gone since the last call, by name.
+    pub(crate) fn gone(&self) -> Vec<String> {
+        self.bus.gone()
     }
 
     /// What it has done so far.

@@ -2,7 +2,7 @@
 
 use std::{
     ops::Range,
-    sync::{Arc, OnceLock},
+    sync::{Arc, PoisonError, RwLock, RwLockReadGuard, RwLockWriteGuard},
 };
 
 use super::{
@@ -28,13 +28,28 @@ pub enum RootError {
     Window,
 }
 
-/// The bus. Functions are added before the guest runs.
+/// What is in a slot.
+type Content = Option<Box<VirtioPci>>;
+/// A slot. An access holds the lock for as long as it lasts, which is never long:
+/// so who takes a function out has it alone, and knows where its last use was.
+type Slot = RwLock<Content>;
+
+/// The bus. Functions come and go while the guest runs.
 #[derive(Debug)]
 pub struct Root {
     ecam: u64,
     window: Range<u64>,
     bridge: Config,
-    slots: [OnceLock<Arc<VirtioPci>>; SLOTS],
+    slots: [Slot; SLOTS],
+}
+
+fn look(slot: &Slot) -> RwLockReadGuard<'_, Content> {
+    // A slot is whole whoever panicked.
+    slot.read().unwrap_or_else(PoisonError::into_inner)
+}
+
+fn change(slot: &Slot) -> RwLockWriteGuard<'_, Content> {
+    slot.write().unwrap_or_else(PoisonError::into_inner)
 }
 
 impl Root {
@@ -52,7 +67,7 @@ impl Root {
                 class: [6, 0, 0],
                 subsystem: 0x1100,
             }),
-            slots: [const { OnceLock::new() }; SLOTS],
+            slots: [const { RwLock::new(None) }; SLOTS],
         }
     }
 
@@ -61,28 +76,54 @@ impl Root {
         1 << 20
     }
 
-    /// Adds a virtio device in the next slot.
+    /// Adds a virtio device in the first free slot before the guest runs, with its
+    /// BAR placed, as firmware would; which slot that is.
     pub fn add(
         &self,
         port: Port,
         memory: MemoryCell,
         messages: Arc<dyn super::Messages>,
         doorbells: Box<dyn Doorbells>,
-    ) -> Result<(), RootError> {
-        for (index, slot) in (0u64..).zip(&self.slots).skip(1) {
-            if slot.get().is_some() {
-                continue;
-            }
-            let bar = self.window.start.next_multiple_of(BAR_SIZE) + index * BAR_SIZE;
-            if bar + BAR_SIZE > self.window.end {
-                return Err(RootError::Window);
-            }
-            let function = VirtioPci::new(port, memory, messages, doorbells, bar);
-            // It was empty a moment ago, and nobody else adds.
-            let _ = slot.set(Arc::new(function));
-            return Ok(());
+    ) -> Result<u8, RootError> {
+        let (slot, mut place) = self.free()?;
+        let bar = self.window.start.next_multiple_of(BAR_SIZE) + u64::from(slot) * BAR_SIZE;
+        if bar + BAR_SIZE > self.window.end {
+            return Err(RootError::Window);
         }
-        Err(RootError::Full)
+        let function = VirtioPci::new(port, memory, messages, doorbells, Some(bar));
+        *place = Some(Box::new(function));
+        Ok(slot)
+    }
+
+    /// Adds a virtio device in the first free slot while the guest runs, which then
+    /// places its BAR: only the guest knows what it has put where. Which slot that is.
+    pub fn plug(
+        &self,
+        port: Port,
+        memory: MemoryCell,
+        messages: Arc<dyn super::Messages>,
+        doorbells: Box<dyn Doorbells>,
+    ) -> Result<u8, RootError> {
+        let (slot, mut place) = self.free()?;
+        let function = VirtioPci::new(port, memory, messages, doorbells, None);
+        *place = Some(Box::new(function));
+        Ok(slot)
+    }
+
+    /// Takes what is in a slot off the bus. No access to it is under way
+    /// afterwards, and none will come; its device runs on.
+    pub fn remove(&self, slot: u8) -> Option<Box<VirtioPci>> {
+        change(self.slots.get(usize::from(slot))?).take()
+    }
+
+    /// The first free slot, held.
+    fn free(&self) -> Result<(u8, RwLockWriteGuard<'_, Content>), RootError> {
+        (0u8..)
+            .zip(&self.slots)
+            .skip(1)
+            .map(|(slot, place)| (slot, change(place)))
+            .find(|(_, place)| place.is_none())
+            .ok_or(RootError::Full)
     }
 
     /// What is at a physical address; all ones where nothing is.
@@ -91,44 +132,39 @@ impl Root {
         if let Some((slot, at)) = self.configuration(address) {
             match slot {
                 0 => self.bridge.read(at, data),
-                _ => {
-                    if let Some(function) = self.function(slot) {
-                        function.read_config(at, data);
-                    }
-                }
+                _ => self.function(slot, |function| function.read_config(at, data)),
             }
             return;
         }
-        for function in self.functions() {
-            if let Some(at) = function.decodes(address) {
-                return function.read_bar(at, data);
-            }
-        }
+        self.decoder(address, |function, at| function.read_bar(at, data));
     }
 
     /// Writes to a physical address.
     pub fn write(&self, address: u64, data: &[u8]) {
-        if let Some((slot, at)) = self.configuration(address) {
-            if let Some(function) = self.function(slot) {
-                function.write_config(at, data);
-            }
-            return;
-        }
-        for function in self.functions() {
-            if let Some(at) = function.decodes(address) {
-                return function.write_bar(at, data);
-            }
+        match self.configuration(address) {
+            Some((slot, at)) => self.function(slot, |function| function.write_config(at, data)),
+            None => self.decoder(address, |function, at| function.write_bar(at, data)),
         }
     }
 
-    fn functions(&self) -> impl Iterator<Item = &VirtioPci> {
-        self.slots
-            .iter()
-            .filter_map(|slot| slot.get().map(Arc::as_ref))
+    /// What is in a slot, if anything is.
+    fn function(&self, slot: usize, access: impl FnOnce(&VirtioPci)) {
+        if let Some(slot) = self.slots.get(slot)
+            && let Some(function) = &*look(slot)
+        {
+            access(function);
+        }
     }
 
-    fn function(&self, slot: usize) -> Option<&VirtioPci> {
-        self.slots.get(slot)?.get().map(Arc::as_ref)
+    /// What decodes an address, if anything does, and the offset in its BAR.
+    fn decoder(&self, address: u64, access: impl FnOnce(&VirtioPci, usize)) {
+        for slot in &self.slots {
+            if let Some(function) = &*look(slot)
+                && let Some(at) = function.decodes(address)
+            {
+                return access(function, at);
+            }
+        }
     }
 
     /// Slot and offset of an address in the ECAM, if it is of a function 0.

@@ -3,6 +3,7 @@
 //! cannot find out otherwise.
 
 mod ged;
+mod hotplug;
 
 use acpi_tables::{
     Aml,
@@ -96,7 +97,7 @@ impl Tables {
 
     /// What a guest hears of while it runs.
     fn events(&self) -> Vec<Event> {
-        Vec::new()
+        vec![hotplug::event()]
     }
 
     /// `\_SB`: the PCI host bridge, what its ECAM takes, and the serial port.
@@ -135,6 +136,7 @@ impl Tables {
         );
         let host_resources = ResourceTemplate::new(vec![&buses, &window32, &window64]);
         let host_resources = Name::new("_CRS".into(), &host_resources);
+        let slots = Raw(hotplug::slots());
         let host = Device::new(
             Path::new("PCI0"),
             vec![
@@ -145,6 +147,7 @@ impl Tables {
                 &segment,
                 &bus,
                 &host_resources,
+                &slots,
             ],
         );
 

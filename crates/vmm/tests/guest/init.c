@@ -1,4 +1,6 @@
 /* Init of the test guests: does what the kernel command line's `test=` says. */
+#include "plug.h"
+
 #include <fcntl.h>
 #include <stdio.h>
 #include <stdlib.h>
@@ -46,6 +48,12 @@ int main(void) {
 	}
 	if (!strcmp(test, "disks"))
 		disks();
+	if (!strcmp(test, "plug"))
+		plug();
+	if (!strcmp(test, "eject"))
+		eject();
+	if (!strcmp(test, "busy"))
+		busy();
 	fflush(stdout);
 	tcdrain(1);
 	reboot(RB_AUTOBOOT);
