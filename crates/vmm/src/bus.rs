@@ -3,10 +3,7 @@
 use std::{
     ops::Range,
     os::fd::{AsFd, FromRawFd, IntoRawFd, OwnedFd},
-    sync::{
-        Arc, Mutex, PoisonError,
-        mpsc::{SyncSender, sync_channel},
-    },
+    sync::{Arc, Mutex, MutexGuard, PoisonError, mpsc::sync_channel},
     time::Duration,
 };
 
@@ -16,14 +13,19 @@ use walnut_devices::{
     pci::{self, Doorbells, Messages, Root},
     virtio::{MemoryCell, Port, Quiesced, Worker},
 };
-use walnut_vmm_api::{Attachment, FdIndex, NAME_MAX};
+use walnut_vmm_api::{Attachment, Device, FdIndex, NAME_MAX};
 
 use crate::{
     Error, devices,
     irq::{Line, Message, Routes},
-    jail::{Filter, calls::Thread},
+    jail::calls::Thread,
     layout,
+    machine::Fds,
+    nursery::{Job, Nursery, Queue},
+    ports,
+    slots::Slots,
     snapshot::state,
+    threads::Threads,
 };
 
 /// virtio 1.3 §5.11.
@@ -32,25 +34,60 @@ const VIRTIO_ID_FS: u32 = 26;
 /// The bus, and the ports of what sits on it.
 #[derive(Debug)]
 pub(crate) struct Bus {
-    root: Root,
-    members: Vec<Member>,
-    /// Until they are started, each with its name and its list of calls. (Locked only
-    /// because a device is not `Sync`.)
-    workers: Mutex<Vec<(String, Worker, &'static Thread)>>,
+    wiring: Arc<Wiring>,
+    slots: Arc<Slots>,
+    members: Mutex<Vec<Member>>,
+    /// Until they are started. (Locked only because a device is not `Sync`.)
+    fitted: Mutex<Vec<Fitted>>,
+    /// To the thread that adds and takes devices apart while the guest runs.
+    queue: Arc<Queue>,
+}
+
+/// What a device is wired to.
+#[derive(Debug)]
+pub(crate) struct Wiring {
+    root: Arc<Root>,
     vm: Arc<VmFd>,
     routes: Arc<Routes>,
     memory: MemoryCell,
+    /// Whether guest memory can be shared with a back end.
+    shared: bool,
+}
+
+/// A device in its slot, without a thread.
+#[derive(Debug)]
+pub(crate) struct Fitted {
+    pub(crate) member: Member,
+    pub(crate) worker: Worker,
+    /// The kind of its thread.
+    pub(crate) thread: &'static Thread,
 }
 
 /// A device on the bus.
-#[derive(Debug)]
-struct Member {
+#[derive(Debug, Clone)]
+pub(crate) struct Member {
     /// What requests call it.
-    name: String,
-    slot: usize,
-    port: Port,
+    pub(crate) name: String,
+    pub(crate) slot: u8,
+    pub(crate) port: Port,
     /// What it said when it came to rest.
-    rest: Mutex<Quiesced>,
+    rest: Arc<Mutex<Quiesced>>,
+}
+
+impl Member {
+    fn rest(&self) -> MutexGuard<'_, Quiesced> {
+        // It is whole whoever panicked.
+        self.rest.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+}
+
+/// When a device comes.
+#[derive(Debug, Clone, Copy)]
+pub(crate) enum When<'a> {
+    Boot,
+    Running,
+    /// It was there before.
+    Saved(&'a state::Device),
 }
 
 /// The messages of one function.
@@ -121,21 +158,122 @@ fn duplicate(fd: impl AsFd) -> Result<EventFd, Error> {
     Ok(unsafe { EventFd::from_raw_fd(fd.into_raw_fd()) })
 }
 
+impl Wiring {
+    /// Makes a device, and puts it in the first free slot.
+    pub(crate) fn fit(
+        &self,
+        attachment: &Attachment,
+        when: When<'_>,
+        take: impl FnMut(FdIndex) -> Result<OwnedFd, Error>,
+    ) -> Result<Fitted, Error> {
+        let name = &attachment.name;
+        let complain = |e: Error| Error::Config(format!("device {name}: {e}"));
+        self.check(&attachment.device, when).map_err(complain)?;
+        let (mut device, thread) =
+            devices::make(&attachment.device, &self.memory, take).map_err(complain)?;
+        if let When::Saved(saved) = when {
+            device.restore(&saved.own).map_err(|_| {
+                let what = "what the snapshot says of it makes no sense";
+                complain(Error::Config(what.to_owned()))
+            })?;
+        }
+        let (worker, port) = Worker::new(device)?;
+        let mut kicks = Vec::new();
+        let mut lines = vec![self.routes.line()?];
+        for index in 0..port.queue_sizes().len() {
+            if let Some(kick) = port.kick(index) {
+                kicks.push(duplicate(kick)?);
+            }
+            lines.push(self.routes.line()?);
+        }
+        let doorbells = Box::new(Kicks {
+            vm: Arc::clone(&self.vm),
+            kicks,
+            at: Mutex::new(None),
+        });
+        let (port_too, memory, lines) = (port.clone(), self.memory.clone(), Arc::new(Lines(lines)));
+        let slot = match when {
+            When::Boot => self.root.add(port_too, memory, lines, doorbells),
+            When::Running => self.root.plug(port_too, memory, lines, doorbells),
+            When::Saved(saved) => {
+                let slot = saved.slot;
+                let inserted = self.root.insert(slot, port_too, memory, lines, doorbells);
+                inserted.map(|()| slot)
+            }
+        };
+        let slot = slot.map_err(|e| Error::Config(e.to_string()))?;
+        let member = Member {
+            name: name.clone(),
+            slot,
+            port,
+            rest: Arc::default(),
+        };
+        Ok(Fitted {
+            member,
+            worker,
+            thread,
+        })
+    }
+
+    fn check(&self, device: &Device, when: When<'_>) -> Result<(), Error> {
+        let complain = |what: &str| Err(Error::Config(what.to_owned()));
+        match device {
+            Device::Fs { .. } | Device::VhostBlock { .. } | Device::VhostNet { .. }
+                if !self.shared =>
+            {
+                complain(
+                    "its back end needs guest memory that is shared, and this machine's is not",
+                )
+            }
+            Device::Vsock { .. } if matches!(when, When::Running) => {
+                complain("a vsock device is there from the start or not at all")
+            }
+            _ => Ok(()),
+        }
+    }
+
+    /// Undoes [`Self::fit`].
+    pub(crate) fn remove(&self, fitted: Fitted) {
+        let function = self.root.remove(fitted.member.slot);
+        if let Some(function) = &function {
+            function.unplug();
+        }
+        // The worker first: it may hold a way back to the driver.
+        drop(fitted.worker);
+    }
+}
+
 impl Bus {
     pub(crate) fn new(
         vm: &Arc<VmFd>,
         routes: &Arc<Routes>,
         memory: &MemoryCell,
         window64: Range<u64>,
-    ) -> Self {
-        Self {
-            root: Root::new(layout::ECAM, window64),
-            members: Vec::new(),
-            workers: Mutex::default(),
+        shared: bool,
+    ) -> Result<Self, Error> {
+        let root = Arc::new(Root::new(layout::ECAM, window64));
+        let queue = Arc::new(Queue::new());
+        let pin = routes.latch(ports::SLOTS_PIN)?;
+        let slots = Slots::new(Arc::clone(&root), pin, Arc::clone(&queue) as Arc<_>);
+        let wiring = Wiring {
+            root,
             vm: Arc::clone(vm),
             routes: Arc::clone(routes),
             memory: memory.clone(),
-        }
+            shared,
+        };
+        Ok(Self {
+            wiring: Arc::new(wiring),
+            slots: Arc::new(slots),
+            members: Mutex::default(),
+            fitted: Mutex::default(),
+            queue,
+        })
+    }
+
+    /// The registers by which devices come and go.
+    pub(crate) fn slots(&self) -> Arc<Slots> {
+        Arc::clone(&self.slots)
     }
 
     /// Adds a device in the next slot. Its thread starts with [`Self::start`].
@@ -144,7 +282,7 @@ impl Bus {
         attachment: &Attachment,
         take: impl FnMut(FdIndex) -> Result<OwnedFd, Error>,
     ) -> Result<(), Error> {
-        self.put(attachment, None, take)
+        self.put(attachment, When::Boot, take)
     }
 
     /// Adds the devices of a snapshot where they were. Their threads start with
@@ -172,7 +310,7 @@ impl Bus {
                     device.name
                 ))
             })?;
-            self.put(attachment, Some(device), &mut take)?;
+            self.put(attachment, When::Saved(device), &mut take)?;
         }
         Ok(())
     }
@@ -180,88 +318,89 @@ impl Bus {
     fn put(
         &mut self,
         attachment: &Attachment,
-        saved: Option<&state::Device>,
+        when: When<'_>,
         take: impl FnMut(FdIndex) -> Result<OwnedFd, Error>,
     ) -> Result<(), Error> {
-        let name = &attachment.name;
+        self.check_name(&attachment.name)?;
+        let fitted = self.wiring.fit(attachment, when, take)?;
+        self.members().push(fitted.member.clone());
+        let all = self.fitted.get_mut();
+        all.unwrap_or_else(PoisonError::into_inner).push(fitted);
+        Ok(())
+    }
+
+    fn check_name(&self, name: &str) -> Result<(), Error> {
         if name.is_empty() || name.len() > NAME_MAX || name.contains('\0') {
             return Err(Error::Config(format!(
                 "a device cannot be called {name:?}: a name has 1 to {NAME_MAX} bytes"
             )));
         }
-        if self.members.iter().any(|member| member.name == *name) {
+        if self.members().iter().any(|member| member.name == *name) {
             return Err(Error::Config(format!("two devices are called {name}")));
         }
-        let (mut device, thread) = devices::make(&attachment.device, &self.memory, take)
-            .map_err(|e| Error::Config(format!("device {name}: {e}")))?;
-        if let Some(saved) = saved {
-            device.restore(&saved.own).map_err(|_| {
-                Error::Config(format!(
-                    "device {name}: what the snapshot says of it makes no sense"
-                ))
-            })?;
+        Ok(())
+    }
+
+    /// Starts the devices' threads, and the one that will see to those that come
+    /// and go; each behind its own filter if `jailed`. `gone` is rung when there is
+    /// something to hear from [`Self::gone`].
+    pub(crate) fn start(
+        &mut self,
+        jailed: bool,
+        failed: &Failures,
+        gone: EventFd,
+    ) -> Result<(), Error> {
+        let threads = Threads::new(jailed, failed.clone(), Arc::clone(&self.queue));
+        let (wiring, slots) = (Arc::clone(&self.wiring), Arc::clone(&self.slots));
+        let mut nursery = Nursery::new(wiring, slots, threads, gone);
+        let fitted = self.fitted.get_mut();
+        for fitted in std::mem::take(fitted.unwrap_or_else(PoisonError::into_inner)) {
+            nursery.adopt(fitted)?;
         }
-        let (worker, port) = Worker::new(device)?;
-        let mut kicks = Vec::new();
-        let mut lines = vec![self.routes.line()?];
-        for index in 0..port.queue_sizes().len() {
-            if let Some(kick) = port.kick(index) {
-                kicks.push(duplicate(kick)?);
-            }
-            lines.push(self.routes.line()?);
-        }
-        let doorbells = Kicks {
-            vm: Arc::clone(&self.vm),
-            kicks,
-            at: Mutex::new(None),
-        };
-        let lines = Arc::new(Lines(lines));
-        let (memory, doorbells) = (self.memory.clone(), Box::new(doorbells));
-        let slot = match saved {
-            None => self.root.add(port.clone(), memory, lines, doorbells),
-            Some(saved) => {
-                let slot = usize::from(saved.slot);
-                self.root
-                    .insert(slot, port.clone(), memory, lines, doorbells)
-                    .map(|()| slot)
-            }
-        };
-        self.members.push(Member {
-            name: name.clone(),
-            slot: slot.map_err(|e| Error::Config(e.to_string()))?,
-            port,
-            rest: Mutex::default(),
+        nursery.start(jailed, &self.queue)
+    }
+
+    /// Adds a device to the running machine, and tells the guest.
+    pub(crate) fn attach(&self, attachment: Attachment, fds: Fds) -> Result<(), Error> {
+        self.check_name(&attachment.name)?;
+        let (reply, hears) = sync_channel(1);
+        self.queue.push(Job::Attach {
+            attachment: Box::new(attachment),
+            fds,
+            reply,
         });
-        self.workers().push((name.clone(), worker, thread));
+        let member = hears
+            .recv()
+            .map_err(|_| Error::Config("the thread that adds devices died".to_owned()))??;
+        self.members().push(member);
         Ok(())
     }
 
-    /// Starts the devices' threads, each behind its own filter if `jailed`.
-    pub(crate) fn start(&mut self, jailed: bool, ended: &Failures) -> Result<(), Error> {
-        for (name, worker, thread) in std::mem::take(self.workers()) {
-            let filter = match jailed {
-                true => Some(Filter::of(thread)?),
-                false => None,
-            };
-            let (locked_in, hears) = sync_channel(1);
-            let ended = ended.clone();
-            std::thread::Builder::new()
-                .name(name.clone())
-                .stack_size(crate::STACK)
-                .spawn(move || serve(&name, worker, filter.as_ref(), &locked_in, &ended))
-                .map_err(|e| Error::Host("start a device's thread", crate::vcpu::errno(&e)))?;
-            match hears.recv() {
-                Ok(Ok(())) => {}
-                Ok(Err(e)) => return Err(Error::Config(e)),
-                Err(_) => return Err(Error::Config("a device's thread died".to_owned())),
-            }
+    /// Asks the guest to let go of a device.
+    pub(crate) fn detach(&self, name: &str) -> Result<(), Error> {
+        let members = self.members();
+        let Some(member) = members.iter().find(|member| member.name == name) else {
+            return Err(Error::Config(format!("no device is called {name}")));
+        };
+        // Where a newer device has its slot, it has been let go already.
+        let newest = members.iter().rfind(|other| other.slot == member.slot);
+        if newest.is_some_and(|newest| newest.name == name) {
+            self.slots.ask(member.slot);
         }
         Ok(())
     }
 
-    fn workers(&mut self) -> &mut Vec<(String, Worker, &'static Thread)> {
-        let workers = self.workers.get_mut();
-        workers.unwrap_or_else(PoisonError::into_inner)
+    /// Forgets the devices that are gone; their names.
+    pub(crate) fn gone(&self) -> Vec<String> {
+        let names = self.queue.take_gone();
+        self.members()
+            .retain(|member| !names.contains(&member.name));
+        names
+    }
+
+    fn members(&self) -> MutexGuard<'_, Vec<Member>> {
+        // A list is whole whoever panicked.
+        self.members.lock().unwrap_or_else(PoisonError::into_inner)
     }
 
     /// The last bus.
@@ -270,25 +409,31 @@ impl Bus {
     }
 
     pub(crate) fn resume(&self) {
-        for member in &self.members {
+        for member in self.members().iter() {
             member.port.resume();
         }
     }
 
     /// Lets the devices rest. No vCPU runs.
     pub(crate) fn pause(&self, limit: Duration) -> Result<(), Error> {
-        for member in &self.members {
-            let rest = (member.port.pause(limit))
-                .ok_or_else(|| Error::Config(format!("device {} does not rest", member.name)))?;
-            *member.rest.lock().unwrap_or_else(PoisonError::into_inner) = rest;
+        for member in self.members().iter() {
+            match member.port.pause(limit) {
+                Some(rest) => *member.rest() = rest,
+                // One that the guest has let go may have ended just now.
+                None if member.port.ended() => {}
+                None => {
+                    let name = &member.name;
+                    return Err(Error::Config(format!("device {name} does not rest")));
+                }
+            }
         }
         Ok(())
     }
 
     /// What the devices are, all of which rest.
     pub(crate) fn save(&self) -> Result<Vec<state::Device>, Error> {
-        let mut devices = Vec::with_capacity(self.members.len());
-        for member in &self.members {
+        let mut devices = Vec::new();
+        for member in self.members().iter() {
             let name = &member.name;
             if member.port.id() == VIRTIO_ID_FS {
                 return Err(Error::Config(format!(
@@ -296,13 +441,15 @@ impl Bus {
                      process that serves it; detach it first"
                 )));
             }
-            let rest = member.rest.lock().unwrap_or_else(PoisonError::into_inner);
-            let function = self.root.save(member.slot, &rest);
+            let rest = member.rest();
+            // One that the guest has let go is not there any more.
+            let Some(function) = self.wiring.root.save(member.slot, &rest) else {
+                continue;
+            };
             devices.push(state::Device {
                 name: name.clone(),
-                slot: u8::try_from(member.slot).unwrap_or(0),
-                function: function
-                    .ok_or_else(|| Error::Config(format!("device {name} is not on the bus")))?,
+                slot: member.slot,
+                function,
                 own: rest.state.clone(),
             });
         }
@@ -311,15 +458,14 @@ impl Bus {
 
     /// Makes the devices of [`Self::add_saved`] what they were; they rest.
     pub(crate) fn restore(&self, saved: &[state::Device]) -> Result<(), Error> {
-        for (member, device) in self.members.iter().zip(saved) {
-            let queues = (self.root.restore(member.slot, &device.function))
+        for (member, device) in self.members().iter().zip(saved) {
+            let queues = (self.wiring.root.restore(member.slot, &device.function))
                 .map_err(|e| Error::Config(format!("restore device {}: {e}", device.name)))?;
             // So that a machine can be saved again before it has run.
-            let rest = Quiesced {
+            *member.rest() = Quiesced {
                 queues,
                 state: device.own.clone(),
             };
-            *member.rest.lock().unwrap_or_else(PoisonError::into_inner) = rest;
         }
         Ok(())
     }
@@ -328,33 +474,12 @@ impl Bus {
 /// Who hears of a device's thread that cannot go on.
 pub(crate) type Failures = Arc<dyn Fn(String) + Send + Sync>;
 
-/// A device's thread.
-fn serve(
-    name: &str,
-    worker: Worker,
-    filter: Option<&Filter>,
-    locked_in: &SyncSender<Result<(), String>>,
-    failed: &Failures,
-) {
-    let result = filter.map_or(Ok(()), Filter::install);
-    let ready = result.is_ok();
-    // The other end waits for it.
-    let _ = locked_in.send(result);
-    if ready && let Err(e) = worker.run() {
-        failed(format!("{name}: {e}"));
-    }
-    // To end a thread takes system calls that it need not have.
-    loop {
-        std::thread::park();
-    }
-}
-
 impl crate::vcpu::Bus for Bus {
     fn read(&self, address: u64, data: &mut [u8]) {
-        self.root.read(address, data);
+        self.wiring.root.read(address, data);
     }
 
     fn write(&self, address: u64, data: &[u8]) {
-        self.root.write(address, data);
+        self.wiring.root.write(address, data);
     }
 }

@@ -25,21 +25,32 @@ pub(crate) fn serve(control: Channel) -> Result<(), Error> {
 }
 
 fn converse(control: &Channel, machine: &mut Option<Machine>) -> Result<(), Error> {
-    let ended = EventFd::new(libc::EFD_CLOEXEC | libc::EFD_NONBLOCK)
-        .map_err(|e| Error::Host("make an eventfd", crate::vcpu::errno(&e)))?;
-    let waiter = Waiter::new(control, &ended)?;
+    let bells = Bells {
+        ended: bell()?,
+        gone: bell()?,
+    };
+    let waiter = Waiter::new(control, &bells)?;
     loop {
-        if waiter.wait()? {
+        let news = waiter.wait()?;
+        if news.ended {
             let end = machine.as_ref().map_or(End::Stopped, Machine::wind_up);
             // Fails if the supervisor is gone: then nobody asks.
             let _ = control.tell(&Message::Event(Event::Ended(end)));
             return Ok(());
         }
+        if news.gone {
+            for name in machine.as_ref().map_or_else(Vec::new, Machine::gone) {
+                control.tell(&Message::Event(Event::Detached { name }))?;
+            }
+        }
+        if !news.request {
+            continue;
+        }
         let Some(Received { message, fds }) = control.receive::<Request>()? else {
             return Ok(());
         };
         let stop = message == Request::Stop;
-        let reply = answer(machine, message, fds, &ended);
+        let reply = answer(machine, message, fds, &bells);
         control.tell(&Message::Reply(reply.map_err(|e| e.to_string())))?;
         if stop {
             return Ok(());
@@ -47,38 +58,75 @@ fn converse(control: &Channel, machine: &mut Option<Machine>) -> Result<(), Erro
     }
 }
 
-/// Waits for a request and for the guest's end.
+/// What other threads ring. Neither is ever read.
+#[derive(Debug)]
+struct Bells {
+    /// The guest has ended.
+    ended: EventFd,
+    /// A device is gone.
+    gone: EventFd,
+}
+
+fn bell() -> Result<EventFd, Error> {
+    EventFd::new(libc::EFD_CLOEXEC | libc::EFD_NONBLOCK)
+        .map_err(|e| Error::Host("make an eventfd", crate::vcpu::errno(&e)))
+}
+
+fn copy(bell: &EventFd) -> Result<EventFd, Error> {
+    bell.try_clone()
+        .map_err(|e| Error::Host("copy an eventfd", crate::vcpu::errno(&e)))
+}
+
+/// What there is to see to.
+#[derive(Debug, Clone, Copy, Default)]
+struct News {
+    ended: bool,
+    gone: bool,
+    request: bool,
+}
+
+/// Waits for something to see to.
 ///
 /// By epoll, because poll is gone on with by another call after the process was
-/// stopped (restart_syscall), and because `ended` is never read.
+/// stopped (restart_syscall), and because an edge-triggered eventfd need not be read.
 struct Waiter(Epoll);
 
 const ENDED: u64 = 0;
 const REQUEST: u64 = 1;
+const GONE: u64 = 2;
 
 impl Waiter {
-    fn new(control: &Channel, ended: &EventFd) -> Result<Self, Error> {
+    fn new(control: &Channel, bells: &Bells) -> Result<Self, Error> {
+        use std::os::fd::{AsRawFd, BorrowedFd};
         let fail = |e| Error::Host("watch the control socket", e);
         let epoll = Epoll::new(EpollCreateFlags::EPOLL_CLOEXEC).map_err(fail)?;
-        // SAFETY: the eventfd outlives the borrow.
-        let ended =
-            unsafe { std::os::fd::BorrowedFd::borrow_raw(std::os::fd::AsRawFd::as_raw_fd(ended)) };
+        // SAFETY: the eventfds outlive the borrows.
+        let [ended, gone] = [&bells.ended, &bells.gone]
+            .map(|bell| unsafe { BorrowedFd::borrow_raw(bell.as_raw_fd()) });
         let input = EpollFlags::EPOLLIN;
+        let edge = input | EpollFlags::EPOLLET;
         epoll
             .add(ended, EpollEvent::new(input, ENDED))
+            .and_then(|()| epoll.add(gone, EpollEvent::new(edge, GONE)))
             .and_then(|()| epoll.add(control, EpollEvent::new(input, REQUEST)))
             .map_err(fail)?;
         Ok(Self(epoll))
     }
 
-    /// Waits for either; true when the guest has ended.
-    fn wait(&self) -> Result<bool, Error> {
-        let mut events = [EpollEvent::empty(); 2];
+    fn wait(&self) -> Result<News, Error> {
+        let mut events = [EpollEvent::empty(); 3];
         loop {
             match self.0.wait(&mut events, EpollTimeout::NONE) {
                 Err(Errno::EINTR) => {}
                 Err(e) => return Err(Error::Host("wait for a request", e)),
-                Ok(n) => return Ok(events.iter().take(n).any(|event| event.data() == ENDED)),
+                Ok(n) => {
+                    let came = |token| events.iter().take(n).any(|event| event.data() == token);
+                    return Ok(News {
+                        ended: came(ENDED),
+                        gone: came(GONE),
+                        request: came(REQUEST),
+                    });
+                }
             }
         }
     }
@@ -88,22 +136,18 @@ fn answer(
     machine: &mut Option<Machine>,
     request: Request,
     fds: Vec<OwnedFd>,
-    ended: &EventFd,
+    bells: &Bells,
 ) -> Result<Reply, Error> {
-    let copy = || {
-        ended
-            .try_clone()
-            .map_err(|e| Error::Host("copy an eventfd", crate::vcpu::errno(&e)))
-    };
+    let bells = || Ok::<_, Error>((copy(&bells.ended)?, copy(&bells.gone)?));
     match (request, &machine) {
         (Request::Start(config), None) => {
-            let built = Machine::build(&config, fds, copy()?)?;
+            let built = Machine::build(&config, fds, bells()?)?;
             built.resume();
             *machine = Some(built);
             Ok(Reply::Done)
         }
         (Request::Restore(restore), None) => {
-            *machine = Some(Machine::restore(&restore, fds, copy()?)?);
+            *machine = Some(Machine::restore(&restore, fds, bells()?)?);
             Ok(Reply::Done)
         }
         (Request::Start(_) | Request::Restore(_), Some(_)) => {
@@ -122,9 +166,11 @@ fn answer(
             let (state, memory) = (fds.take(state)?, fds.take(memory)?);
             machine.save(state, memory).map(|()| Reply::Done)
         }
-        (Request::Attach(_) | Request::Detach { .. } | Request::Resize { .. }, Some(_)) => {
-            Err(Error::Config("not there yet".into()))
+        (Request::Attach(attachment), Some(machine)) => {
+            machine.attach(*attachment, fds).map(|()| Reply::Done)
         }
+        (Request::Detach { name }, Some(machine)) => machine.detach(&name).map(|()| Reply::Done),
+        (Request::Resize { .. }, Some(_)) => Err(Error::Config("not there yet".into())),
         (Request::Stop, Some(machine)) => {
             machine.wind_up();
             Ok(Reply::Done)

@@ -32,8 +32,18 @@ pub(crate) struct Routes {
 
 #[derive(Debug, Default)]
 struct Table {
-    /// One for each number given out, from [`PINS`] on.
-    messages: Vec<Option<Message>>,
+    /// One for each number that there is, from [`PINS`] on.
+    numbers: Vec<Number>,
+}
+
+/// What a number stands for.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+enum Number {
+    /// Nothing: to be given out again.
+    Free,
+    /// A line without a message.
+    Quiet,
+    Sends(Message),
 }
 
 /// A number with an eventfd that raises it.
@@ -61,10 +71,23 @@ impl Routes {
         Ok(event)
     }
 
-    /// A new line, with no message yet.
+    /// An eventfd that raises a pin of the IOAPIC, level-triggered, until the guest
+    /// has acknowledged it: nothing is lost while the pin is masked.
+    pub(crate) fn latch(&self, pin: u32) -> Result<EventFd, Error> {
+        // Rung at the acknowledgement, which nobody needs to hear of.
+        let (event, acknowledged) = (eventfd()?, eventfd()?);
+        self.vm
+            .register_irqfd_with_resample(&event, &acknowledged, pin)
+            .map_err(|e| Error::Kvm("wire an interrupt", e))?;
+        Ok(event)
+    }
+
+    /// A line, with no message yet.
     pub(crate) fn line(self: &Arc<Self>) -> Result<Line, Error> {
         let mut table = self.table();
-        let number = PINS + u32::try_from(table.messages.len()).unwrap_or(u32::MAX - PINS);
+        let free = table.numbers.iter().position(|n| *n == Number::Free);
+        let index = free.unwrap_or(table.numbers.len());
+        let number = PINS.saturating_add(u32::try_from(index).unwrap_or(u32::MAX));
         if usize::try_from(number).map_or(true, |n| n >= ROUTES_MAX) {
             return Err(Error::Config("too many interrupt messages".to_owned()));
         }
@@ -72,7 +95,10 @@ impl Routes {
         self.vm
             .register_irqfd(&event, number)
             .map_err(|e| Error::Kvm("wire an interrupt message", e))?;
-        table.messages.push(None);
+        match table.numbers.get_mut(index) {
+            Some(free) => *free = Number::Quiet,
+            None => table.numbers.push(Number::Quiet),
+        }
         Ok(Line {
             routes: Arc::clone(self),
             number,
@@ -80,16 +106,20 @@ impl Routes {
         })
     }
 
-    fn set(&self, number: u32, message: Option<Message>) -> Result<(), Error> {
+    fn set(&self, number: u32, to: Number) -> Result<(), Error> {
         let mut table = self.table();
         let index = usize::try_from(number.saturating_sub(PINS)).unwrap_or(usize::MAX);
-        match table.messages.get_mut(index) {
-            Some(slot) if *slot != message => *slot = message,
-            _ => return Ok(()),
+        let Some(slot) = table.numbers.get_mut(index) else {
+            return Ok(());
+        };
+        let (old, routed_before) = (*slot, matches!(*slot, Number::Sends(_)));
+        *slot = to;
+        if old == to || !(routed_before || matches!(to, Number::Sends(_))) {
+            return Ok(());
         }
         let mut entries: Vec<_> = (0..PINS).map(pin).collect();
-        for (message, number) in table.messages.iter().zip(PINS..) {
-            if let Some(message) = message {
+        for (number, to) in (PINS..).zip(&table.numbers) {
+            if let Number::Sends(message) = to {
                 entries.push(routed(number, *message));
             }
         }
@@ -109,13 +139,23 @@ impl Routes {
 impl Line {
     /// What the line sends from now on.
     pub(crate) fn route(&self, message: Option<Message>) -> Result<(), Error> {
-        self.routes.set(self.number, message)
+        let to = message.map_or(Number::Quiet, Number::Sends);
+        self.routes.set(self.number, to)
     }
 
     /// Sends it.
     pub(crate) fn send(&self) {
         // Fails only when the counter is full: then it has been raised.
         let _ = self.event.write(1);
+    }
+}
+
+/// Gives the number back. Takes `ioctl`, so a line is dropped by a thread that may.
+impl Drop for Line {
+    fn drop(&mut self) {
+        // KVM refuses only what it does not have.
+        let _ = self.routes.vm.unregister_irqfd(&self.event, self.number);
+        let _ = self.routes.set(self.number, Number::Free);
     }
 }
 

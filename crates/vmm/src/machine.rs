@@ -2,6 +2,7 @@
 
 use std::{
     fs::File,
+    ops::Range,
     os::fd::{AsFd, IntoRawFd, OwnedFd},
     sync::{
         Arc, OnceLock,
@@ -58,6 +59,7 @@ pub(crate) struct Machine {
 }
 
 /// The descriptors of a request, each to be taken once.
+#[derive(Debug)]
 pub(crate) struct Fds(Vec<Option<OwnedFd>>);
 
 impl Fds {
@@ -134,6 +136,10 @@ impl Base {
         })
     }
 
+    fn bus(&self, window64: Range<u64>, shared: bool) -> Result<Bus, Error> {
+        Bus::new(&self.vm, &self.routes, &self.memory, window64, shared)
+    }
+
     fn vcpu(&self, id: u8) -> Result<VcpuFd, Error> {
         self.vm
             .create_vcpu(u64::from(id))
@@ -166,14 +172,19 @@ struct Parts {
 
 impl Machine {
     /// Builds the machine of `config`, with every thread waiting and locked in.
-    /// `ended` is rung when the guest has ended.
-    pub(crate) fn build(config: &Config, fds: Vec<OwnedFd>, ended: EventFd) -> Result<Self, Error> {
+    /// Of the two bells the first is rung when the guest has ended, the second when
+    /// [`Self::gone`] has news.
+    pub(crate) fn build(
+        config: &Config,
+        fds: Vec<OwnedFd>,
+        bells: (EventFd, EventFd),
+    ) -> Result<Self, Error> {
         check(config)?;
         let mut fds = Fds::new(fds);
         let memory = memory::create(config.memory, config.backing)?;
         let base = Base::new(fds.take(config.kvm)?, memory.clone())?;
         let window64 = layout::window64(config.memory);
-        let mut bus = Bus::new(&base.vm, &base.routes, &base.memory, window64.clone());
+        let mut bus = base.bus(window64.clone(), config.backing.shared)?;
         let root = sockets(&config.devices, &fds)?;
         for attachment in &config.devices {
             bus.add(attachment, |fd| fds.take(fd))?;
@@ -199,7 +210,11 @@ impl Machine {
         cpu::write_descriptors(&memory)?;
 
         let console = config.console.map(|fd| fds.take(fd)).transpose()?;
-        let ports = Ports::new(console.map(File::from), base.routes.pin(ports::SERIAL_IRQ)?);
+        let ports = Ports::new(
+            console.map(File::from),
+            base.routes.pin(ports::SERIAL_IRQ)?,
+            bus.slots(),
+        );
         let mut processors = Vec::new();
         for (id, cpuid) in (0..).zip(base.cpuids(config.max_vcpus)?) {
             let vcpu = base.vcpu(id)?;
@@ -215,7 +230,7 @@ impl Machine {
                 root,
                 jail: config.jail,
             },
-            ended,
+            bells,
             |_| Ok(()),
         )
     }
@@ -225,7 +240,7 @@ impl Machine {
     pub(crate) fn restore(
         restore: &Restore,
         fds: Vec<OwnedFd>,
-        ended: EventFd,
+        bells: (EventFd, EventFd),
     ) -> Result<Self, Error> {
         check_version(restore.version)?;
         let mut fds = Fds::new(fds);
@@ -234,13 +249,18 @@ impl Machine {
         generation::write(&memory, &random()?)?;
         let size = memory.iter().map(GuestMemoryRegion::len).sum();
         let base = Base::new(fds.take(restore.kvm)?, memory)?;
-        let mut bus = Bus::new(&base.vm, &base.routes, &base.memory, layout::window64(size));
+        let mut bus = base.bus(layout::window64(size), restore.backing.shared)?;
         let root = sockets(&restore.devices, &fds)?;
         bus.add_saved(&restore.devices, &state.devices, |fd| fds.take(fd))?;
 
         let console = restore.console.map(|fd| fds.take(fd)).transpose()?;
         let irq = base.routes.pin(ports::SERIAL_IRQ)?;
-        let ports = Ports::restore(console.map(File::from), irq, &(&state.serial).into())?;
+        let ports = Ports::restore(
+            console.map(File::from),
+            irq,
+            bus.slots(),
+            &(&state.serial).into(),
+        )?;
         let failed = |e| Error::Kvm("set an interrupt controller to what the snapshot says", e);
         for chip in &state.chips {
             base.vm.set_irqchip(chip).map_err(failed)?;
@@ -273,11 +293,13 @@ impl Machine {
                 root,
                 jail: restore.jail,
             },
-            ended,
+            bells,
             // After the local APICs, which the interrupts of devices may reach.
             |bus| {
                 bus.pause(QUIESCE)?;
-                bus.restore(&state.devices)
+                bus.restore(&state.devices)?;
+                bus.slots().restore(state.slots);
+                Ok(())
             },
         )
     }
@@ -287,7 +309,7 @@ impl Machine {
     /// threads are there.
     fn lock_in(
         parts: Parts,
-        ended: EventFd,
+        (ended, gone): (EventFd, EventFd),
         settle: impl FnOnce(&Bus) -> Result<(), Error>,
     ) -> Result<Self, Error> {
         let Parts {
@@ -309,7 +331,7 @@ impl Machine {
         };
         drop(root);
         let failure = Arc::new(OnceLock::new());
-        bus.start(jailed, &failures(&failure, &ended)?)?;
+        bus.start(jailed, &failures(&failure, &ended)?, gone)?;
         settle(&bus)?;
         let (bus, ports) = (Arc::new(bus), Arc::new(ports));
         let on_bus: Arc<dyn crate::vcpu::Bus> = bus.clone();
@@ -377,6 +399,21 @@ impl Machine {
             Some(failure) => End::Failed(failure.clone()),
             None => self.vcpus.end().unwrap_or(End::Stopped),
         }
+    }
+
+    /// Adds a device, and tells the guest.
+    pub(crate) fn attach(&self, attachment: Attachment, fds: Vec<OwnedFd>) -> Result<(), Error> {
+        self.bus.attach(attachment, Fds::new(fds))
+    }
+
+    /// Asks the guest to let go of a device.
+    pub(crate) fn detach(&self, name: &str) -> Result<(), Error> {
+        self.bus.detach(name)
+    }
+
+    /// The devices that are gone since the last call, by name.
+    pub(crate) fn gone(&self) -> Vec<String> {
+        self.bus.gone()
     }
 
     /// What it has done so far.

@@ -8,7 +8,8 @@
 //!
 //! `machine` puts the parts together; `memory`, `boot`, `acpi` and `cpu` make what
 //! the guest finds at its first instruction; `vcpu`, `irq`, `ports` and `bus` run
-//! it; `jail` locks the process in. The devices, and the PCI bus they sit on, come
+//! it; `slots`, `nursery` and `threads` let devices come and go; `jail` locks the
+//! process in. The devices, and the PCI bus they sit on, come
 //! from `walnut-devices` and know nothing of KVM.
 //!
 //! This program must never know containers, images or what a sandbox is.
@@ -25,8 +26,11 @@ mod jail;
 mod layout;
 mod machine;
 mod memory;
+mod nursery;
 mod ports;
+mod slots;
 mod snapshot;
+mod threads;
 mod vcpu;
 
 use std::{

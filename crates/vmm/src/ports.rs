@@ -1,15 +1,19 @@
-//! The few I/O ports: a serial console that only speaks, and the reset register.
+//! The few I/O ports: a serial console that only speaks, the reset register, and the
+//! slots of the bus.
 
 use std::{
     fs::File,
     io::{self, Write},
-    sync::{Mutex, PoisonError},
+    sync::{Arc, Mutex, PoisonError},
 };
 
 use vm_superio::{Serial, SerialState, Trigger, serial::NoEvents};
 use vmm_sys_util::eventfd::EventFd;
 
-use crate::Error;
+use crate::{
+    Error,
+    slots::{self, Slots},
+};
 
 /// The first serial port, where every kernel looks for it.
 pub(crate) const SERIAL: u16 = 0x3f8;
@@ -23,6 +27,12 @@ pub(crate) const RESET_VALUE: u8 = 0x06;
 /// The keyboard controller, by whose command 0xfe a machine resets as well.
 const KEYBOARD: u16 = 0x64;
 const KEYBOARD_RESET: u8 = 0xfe;
+
+/// The registers of the bus's slots, at the place that other monitors gave them.
+pub(crate) const SLOTS: u16 = 0xae00;
+const SLOTS_END: u16 = SLOTS + slots::PORTS - 1;
+/// The pin by which they are heard of.
+pub(crate) const SLOTS_PIN: u32 = 16;
 
 /// Raises the serial port's interrupt.
 #[derive(Debug)]
@@ -60,6 +70,7 @@ impl Write for Console {
 #[derive(Debug)]
 pub(crate) struct Ports {
     serial: Mutex<Serial<Irq, NoEvents, Console>>,
+    slots: Arc<Slots>,
 }
 
 /// What a write asks for, beyond its effect on a device.
@@ -71,9 +82,10 @@ pub(crate) enum Wish {
 
 impl Ports {
     /// `irq` is wired to [`SERIAL_IRQ`].
-    pub(crate) fn new(console: Option<File>, irq: EventFd) -> Self {
+    pub(crate) fn new(console: Option<File>, irq: EventFd, slots: Arc<Slots>) -> Self {
         Self {
             serial: Mutex::new(Serial::new(Irq(irq), Console(console))),
+            slots,
         }
     }
 
@@ -81,11 +93,13 @@ impl Ports {
     pub(crate) fn restore(
         console: Option<File>,
         irq: EventFd,
+        slots: Arc<Slots>,
         state: &SerialState,
     ) -> Result<Self, Error> {
         Serial::from_state(state, Irq(irq), NoEvents, Console(console))
             .map(|serial| Self {
                 serial: Mutex::new(serial),
+                slots,
             })
             .map_err(|e| Error::Config(format!("restore the serial port: {e:?}")))
     }
@@ -99,9 +113,13 @@ impl Ports {
         // Nothing there: the bus floats high. A keyboard controller with nothing
         // to say, so that no kernel waits for it.
         data.fill(if port == KEYBOARD { 0 } else { 0xff });
-        if let ([byte], SERIAL..=SERIAL_END) = (data, port) {
-            let offset = u8::try_from(port - SERIAL).unwrap_or(0);
-            *byte = self.serial().read(offset);
+        match (data, port) {
+            ([byte], SERIAL..=SERIAL_END) => {
+                let offset = u8::try_from(port - SERIAL).unwrap_or(0);
+                *byte = self.serial().read(offset);
+            }
+            (data, SLOTS..=SLOTS_END) => self.slots.read(port - SLOTS, data),
+            _ => {}
         }
     }
 
@@ -112,6 +130,10 @@ impl Ports {
                 // Fails if the loopback buffer is full: the byte is lost, as on
                 // a real line.
                 let _ = self.serial().write(offset, *byte);
+                Wish::None
+            }
+            (SLOTS..=SLOTS_END, _) => {
+                self.slots.write(port - SLOTS, data);
                 Wish::None
             }
             (RESET, [value]) if value & 0x04 != 0 => Wish::Reset,

@@ -3,19 +3,30 @@
 
 #![allow(clippy::unwrap_used, clippy::panic)]
 
+// Each test program uses some of it.
+#[allow(dead_code)]
 mod support;
 
 use std::fs::File;
 
-use support::Vmm;
+use support::{Guest, Vmm};
 use walnut_vmm_api::{End, Event, Message, Reply};
+
+fn guest(test: &str, vcpus: u8) -> Guest<'_> {
+    Guest {
+        test,
+        cmdline: "",
+        vcpus,
+        shared: false,
+    }
+}
 
 #[test]
 #[ignore = "needs KVM: runs in the lab"]
 fn boots_prints_and_resets() {
     for vcpus in [1, 2] {
         let mut vmm = Vmm::spawn();
-        assert_eq!(vmm.start("hello", vcpus), Ok(Reply::Done));
+        assert_eq!(vmm.start(guest("hello", vcpus), &[]), Ok(Reply::Done));
         let console = vmm.console();
         let end = vmm.hear();
         assert!(console.contains("hello from init"), "{end:?} {console}");
@@ -36,7 +47,7 @@ fn disks_are_read_and_written() {
         File::options().read(true).write(true).open(path).unwrap()
     };
     let (a, b) = (disk("A"), disk("B"));
-    assert_eq!(vmm.start_with("disks", 1, &[&a, &b]), Ok(Reply::Done));
+    assert_eq!(vmm.start(guest("disks", 1), &[&a, &b]), Ok(Reply::Done));
     let console = vmm.console();
     let end = vmm.hear();
     assert!(console.contains("disk-0 A 0"), "{end:?} {console}");

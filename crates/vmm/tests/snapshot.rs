@@ -2,6 +2,8 @@
 
 #![allow(clippy::unwrap_used, clippy::panic)]
 
+// Each test program uses some of it.
+#[allow(dead_code)]
 mod support;
 
 use std::{
@@ -14,7 +16,7 @@ use std::{
     path::Path,
 };
 
-use support::Vmm;
+use support::{Guest, Vmm};
 use walnut_vmm_api::{
     Attachment, Backing, Device, FdIndex, Jail, Limits, Reply, Request, Restore, VERSION,
 };
@@ -40,7 +42,7 @@ impl Files {
     }
 }
 
-fn save(vmm: &Vmm, files: &Files) -> Result<Reply, String> {
+fn save(vmm: &mut Vmm, files: &Files) -> Result<Reply, String> {
     let request = Request::Snapshot {
         state: FdIndex(0),
         memory: FdIndex(1),
@@ -103,12 +105,18 @@ fn disk(dir: &Path, name: &str) -> File {
 fn counting(dir: &Path, vcpus: u8) -> (Vmm, Files, u64) {
     let mut vmm = Vmm::spawn();
     let disk = disk(dir, "disk");
-    let started = vmm.start_disks("ticks", vcpus, &[(&disk, false)]);
+    let guest = Guest {
+        test: "ticks",
+        cmdline: "",
+        vcpus,
+        shared: false,
+    };
+    let started = vmm.start_disks(guest, &[(&disk, false)]);
     assert_eq!(started, Ok(Reply::Done));
     let console = vmm.console_until(|text| ticks(text).len() >= 5);
     assert_eq!(vmm.ask(&Request::Pause, &[]), Ok(Reply::Done));
     let files = Files::at(dir);
-    assert_eq!(save(&vmm, &files), Ok(Reply::Done));
+    assert_eq!(save(&mut vmm, &files), Ok(Reply::Done));
     let last = ticks(&console).last().unwrap().0;
     (vmm, files, last)
 }
@@ -184,7 +192,7 @@ fn a_snapshot_of_a_clone_is_one_as_well() {
         let dir = dir.path().join(name);
         std::fs::create_dir(&dir).unwrap();
         let files = Files::at(&dir);
-        assert_eq!(save(&clone, &files), Ok(Reply::Done));
+        assert_eq!(save(&mut clone, &files), Ok(Reply::Done));
         let mut grandchild = Vmm::spawn();
         assert_eq!(
             restore(&mut grandchild, &files, &disk, Backing::default()),
@@ -200,7 +208,7 @@ fn a_snapshot_of_a_clone_is_one_as_well() {
 #[ignore = "needs KVM: runs in the lab"]
 fn what_cannot_be_saved_or_restored_is_said_and_harms_nobody() {
     let dir = tempfile::tempdir().unwrap();
-    let (original, files, _) = counting(dir.path(), 1);
+    let (mut original, files, _) = counting(dir.path(), 1);
     let disk = disk(dir.path(), "clone");
     let refused = |files: &Files, expected: &str| {
         let mut clone = Vmm::spawn();
@@ -211,7 +219,7 @@ fn what_cannot_be_saved_or_restored_is_said_and_harms_nobody() {
     assert_eq!(original.ask(&Request::Resume, &[]), Ok(Reply::Done));
     let other = dir.path().join("running");
     std::fs::create_dir(&other).unwrap();
-    let said = save(&original, &Files::at(&other)).unwrap_err();
+    let said = save(&mut original, &Files::at(&other)).unwrap_err();
     assert!(said.contains("pause it"), "{said}");
     drop(original);
 

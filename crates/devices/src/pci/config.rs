@@ -62,12 +62,16 @@ impl Config {
         config
     }
 
-    /// Places a 64-bit memory BAR of `size` bytes, a power of two, in BAR 0 and 1,
-    /// and lets it be decoded.
-    pub(super) fn set_bar(&mut self, address: u64, size: u64) {
-        self.set(BAR0, &address.to_le_bytes());
+    /// Makes BAR 0 and 1 a 64-bit memory BAR of `size` bytes, a power of two.
+    pub(super) fn add_bar(&mut self, size: u64) {
         self.or(BAR0, BAR_64);
         self.allow(BAR0, &(!(size - 1)).to_le_bytes());
+    }
+
+    /// Places the BAR, and lets it be decoded.
+    pub(super) fn place_bar(&mut self, address: u64) {
+        self.set(BAR0, &address.to_le_bytes());
+        self.or(BAR0, BAR_64);
         self.or(COMMAND, MEMORY);
     }
 

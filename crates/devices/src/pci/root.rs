@@ -2,7 +2,7 @@
 
 use std::{
     ops::Range,
-    sync::{Arc, OnceLock},
+    sync::{Arc, PoisonError, RwLock, RwLockReadGuard, RwLockWriteGuard},
 };
 
 use virtio_queue::QueueState;
@@ -28,19 +28,34 @@ pub enum RootError {
     Full,
     /// Not a slot, or one that is taken.
     #[error("there is no free slot {0} on the PCI bus")]
-    Taken(usize),
+    Taken(u8),
     /// The window for BARs is too small.
     #[error("the window for PCI BARs is full")]
     Window,
 }
 
-/// The bus. Functions are added before the guest runs.
+/// What is in a slot.
+type Content = Option<Box<VirtioPci>>;
+/// A slot. An access holds the lock for as long as it lasts, which is never long:
+/// so who takes a function out has it alone, and knows where its last use was.
+type Slot = RwLock<Content>;
+
+/// The bus. Functions come and go while the guest runs.
 #[derive(Debug)]
 pub struct Root {
     ecam: u64,
     window: Range<u64>,
     bridge: Config,
-    slots: [OnceLock<Arc<VirtioPci>>; SLOTS],
+    slots: [Slot; SLOTS],
+}
+
+fn look(slot: &Slot) -> RwLockReadGuard<'_, Content> {
+    // A slot is whole whoever panicked.
+    slot.read().unwrap_or_else(PoisonError::into_inner)
+}
+
+fn change(slot: &Slot) -> RwLockWriteGuard<'_, Content> {
+    slot.write().unwrap_or_else(PoisonError::into_inner)
 }
 
 impl Root {
@@ -58,7 +73,7 @@ impl Root {
                 class: [6, 0, 0],
                 subsystem: 0x1100,
             }),
-            slots: [const { OnceLock::new() }; SLOTS],
+            slots: [const { RwLock::new(None) }; SLOTS],
         }
     }
 
@@ -67,46 +82,65 @@ impl Root {
         1 << 20
     }
 
-    /// Adds a virtio device in the next free slot; which one.
+    /// Adds a virtio device in the first free slot before the guest runs, with its
+    /// BAR placed, as firmware would; which slot that is.
     pub fn add(
         &self,
         port: Port,
         memory: MemoryCell,
         messages: Arc<dyn super::Messages>,
         doorbells: Box<dyn Doorbells>,
-    ) -> Result<usize, RootError> {
-        let free = self.slots.iter().skip(1).position(|s| s.get().is_none());
-        let slot = free.ok_or(RootError::Full)? + 1;
-        self.insert(slot, port, memory, messages, doorbells)?;
+    ) -> Result<u8, RootError> {
+        let (slot, mut place) = self.free()?;
+        let bar = self.window.start.next_multiple_of(BAR_SIZE) + u64::from(slot) * BAR_SIZE;
+        if bar + BAR_SIZE > self.window.end {
+            return Err(RootError::Window);
+        }
+        let function = VirtioPci::new(port, memory, messages, doorbells, Some(bar));
+        *place = Some(Box::new(function));
         Ok(slot)
     }
 
-    /// Adds a virtio device in a slot, 1 to 31, that is free.
+    /// Adds a virtio device in the first free slot while the guest runs, which then
+    /// places its BAR: only the guest knows what it has put where. Which slot that is.
+    pub fn plug(
+        &self,
+        port: Port,
+        memory: MemoryCell,
+        messages: Arc<dyn super::Messages>,
+        doorbells: Box<dyn Doorbells>,
+    ) -> Result<u8, RootError> {
+        let (slot, mut place) = self.free()?;
+        let function = VirtioPci::new(port, memory, messages, doorbells, None);
+        *place = Some(Box::new(function));
+        Ok(slot)
+    }
+
+    /// Adds a virtio device in a slot, 1 to 31, as a snapshot has it: where its BAR
+    /// is, [`Self::restore`] says.
     pub fn insert(
         &self,
-        slot: usize,
+        slot: u8,
         port: Port,
         memory: MemoryCell,
         messages: Arc<dyn super::Messages>,
         doorbells: Box<dyn Doorbells>,
     ) -> Result<(), RootError> {
-        let place = self.slots.get(slot).filter(|_| slot != 0);
-        let place = place.filter(|place| place.get().is_none());
-        let place = place.ok_or(RootError::Taken(slot))?;
-        let bar = self.window.start.next_multiple_of(BAR_SIZE) + slot as u64 * BAR_SIZE;
-        if bar + BAR_SIZE > self.window.end {
-            return Err(RootError::Window);
+        let place = self.slots.get(usize::from(slot)).filter(|_| slot != 0);
+        let mut place = change(place.ok_or(RootError::Taken(slot))?);
+        if place.is_some() {
+            return Err(RootError::Taken(slot));
         }
-        let function = VirtioPci::new(port, memory, messages, doorbells, bar);
-        // It was empty a moment ago, and nobody else adds.
-        let _ = place.set(Arc::new(function));
+        let function = VirtioPci::new(port, memory, messages, doorbells, None);
+        *place = Some(Box::new(function));
         Ok(())
     }
 
     /// What the function in a slot is, for a snapshot; `rest` is what its device said
     /// when it came to rest.
-    pub fn save(&self, slot: usize, rest: &Quiesced) -> Option<FunctionState> {
-        Some(self.function(slot)?.save(rest))
+    pub fn save(&self, slot: u8, rest: &Quiesced) -> Option<FunctionState> {
+        let place = self.slots.get(usize::from(slot))?;
+        Some(look(place).as_ref()?.save(rest))
     }
 
     /// Undoes [`Self::save`] on a function that was just added and whose device
@@ -114,13 +148,30 @@ impl Root {
     /// [`Quiesced::queues`] says it.
     pub fn restore(
         &self,
-        slot: usize,
+        slot: u8,
         state: &FunctionState,
     ) -> Result<Option<Vec<QueueState>>, StateError> {
-        match self.function(slot) {
-            Some(function) => function.restore(state),
-            None => Err(StateError::Register("slot")),
+        let place = self.slots.get(usize::from(slot));
+        match place.map(look).as_deref() {
+            Some(Some(function)) => function.restore(state),
+            _ => Err(StateError::Register("slot")),
         }
+    }
+
+    /// Takes what is in a slot off the bus. No access to it is under way
+    /// afterwards, and none will come; its device runs on.
+    pub fn remove(&self, slot: u8) -> Option<Box<VirtioPci>> {
+        change(self.slots.get(usize::from(slot))?).take()
+    }
+
+    /// The first free slot, held.
+    fn free(&self) -> Result<(u8, RwLockWriteGuard<'_, Content>), RootError> {
+        (0u8..)
+            .zip(&self.slots)
+            .skip(1)
+            .map(|(slot, place)| (slot, change(place)))
+            .find(|(_, place)| place.is_none())
+            .ok_or(RootError::Full)
     }
 
     /// What is at a physical address; all ones where nothing is.
@@ -129,44 +180,39 @@ impl Root {
         if let Some((slot, at)) = self.configuration(address) {
             match slot {
                 0 => self.bridge.read(at, data),
-                _ => {
-                    if let Some(function) = self.function(slot) {
-                        function.read_config(at, data);
-                    }
-                }
+                _ => self.function(slot, |function| function.read_config(at, data)),
             }
             return;
         }
-        for function in self.functions() {
-            if let Some(at) = function.decodes(address) {
-                return function.read_bar(at, data);
-            }
-        }
+        self.decoder(address, |function, at| function.read_bar(at, data));
     }
 
     /// Writes to a physical address.
     pub fn write(&self, address: u64, data: &[u8]) {
-        if let Some((slot, at)) = self.configuration(address) {
-            if let Some(function) = self.function(slot) {
-                function.write_config(at, data);
-            }
-            return;
-        }
-        for function in self.functions() {
-            if let Some(at) = function.decodes(address) {
-                return function.write_bar(at, data);
-            }
+        match self.configuration(address) {
+            Some((slot, at)) => self.function(slot, |function| function.write_config(at, data)),
+            None => self.decoder(address, |function, at| function.write_bar(at, data)),
         }
     }
 
-    fn functions(&self) -> impl Iterator<Item = &VirtioPci> {
-        self.slots
-            .iter()
-            .filter_map(|slot| slot.get().map(Arc::as_ref))
+    /// What is in a slot, if anything is.
+    fn function(&self, slot: usize, access: impl FnOnce(&VirtioPci)) {
+        if let Some(slot) = self.slots.get(slot)
+            && let Some(function) = &*look(slot)
+        {
+            access(function);
+        }
     }
 
-    fn function(&self, slot: usize) -> Option<&VirtioPci> {
-        self.slots.get(slot)?.get().map(Arc::as_ref)
+    /// What decodes an address, if anything does, and the offset in its BAR.
+    fn decoder(&self, address: u64, access: impl FnOnce(&VirtioPci, usize)) {
+        for slot in &self.slots {
+            if let Some(function) = &*look(slot)
+                && let Some(at) = function.decodes(address)
+            {
+                return access(function, at);
+            }
+        }
     }
 
     /// Slot and offset of an address in the ECAM, if it is of a function 0.

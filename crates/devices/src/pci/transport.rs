@@ -153,7 +153,7 @@ impl VirtioPci {
         memory: MemoryCell,
         messages: Arc<dyn Messages>,
         doorbells: Box<dyn Doorbells>,
-        bar: u64,
+        bar: Option<u64>,
     ) -> Self {
         let count = port.queue_sizes().len();
         let msix = Msix::new(count + 1, messages);
@@ -165,7 +165,10 @@ impl VirtioPci {
             class: class(port.id()),
             subsystem: 0x40 + id,
         });
-        config.set_bar(bar, BAR_SIZE);
+        config.add_bar(BAR_SIZE);
+        if let Some(bar) = bar {
+            config.place_bar(bar);
+        }
         for (kind, at, len) in [
             (1u8, COMMON, COMMON_SIZE),
             (3, ISR, 1),
@@ -192,20 +195,32 @@ impl VirtioPci {
             queue_vectors: (0..count).map(|_| AtomicU16::new(NO_VECTOR)).collect(),
         };
         let registers = Registers::new(&port);
-        let first = NOTIFY as u64;
-        doorbells.moved(Some(bar + first));
+        if let Some(bar) = bar {
+            doorbells.moved(bar.checked_add(NOTIFY as u64));
+        }
         Self {
             port,
             memory,
             config: Mutex::new(Place {
                 config,
-                bar: Some(bar),
+                bar,
                 msix: at,
             }),
             registers: Mutex::new(registers),
             back: Arc::new(back),
             doorbells,
         }
+    }
+
+    /// The way to its device.
+    pub fn port(&self) -> &Port {
+        &self.port
+    }
+
+    /// Lets go of the doorbells. Called when it is off the bus.
+    pub fn unplug(&self) {
+        lock(&self.config).bar = None;
+        self.doorbells.moved(None);
     }
 
     /// The offset in the BAR of an address that it decodes.

@@ -227,6 +227,16 @@ impl Port {
         });
     }
 
+    /// Whether the worker is gone: it touches nothing any more.
+    pub fn ended(&self) -> bool {
+        self.shared.desk().ended
+    }
+
+    /// Whether both lead to one device.
+    pub fn same(&self, other: &Self) -> bool {
+        Arc::ptr_eq(&self.shared, &other.shared)
+    }
+
     /// Lets the worker's thread end, once nothing is in flight.
     pub fn stop(&self) {
         self.shared.ask(|desk| desk.stop = true);
@@ -327,17 +337,25 @@ impl Worker {
         self.epoll.0.as_raw_fd()
     }
 
-    /// Serves the device until [`Port::stop`].
+    /// Serves the device until [`Port::stop`], and drops it.
     pub fn run(mut self) -> Result<(), WorkerError> {
-        let result = self.serve();
+        self.serve()
+    }
+
+    /// Serves the device until [`Port::stop`]. Whoever then drops the worker needs
+    /// what system calls that takes; here they are not needed.
+    pub fn serve(&mut self) -> Result<(), WorkerError> {
+        let result = self.go_on();
         let mut desk = self.shared.desk();
         desk.ended = true;
+        // Nobody will: the way back to the driver must not be kept by it.
+        desk.activate = None;
         drop(desk);
         self.shared.answered.ring();
         result
     }
 
-    fn serve(&mut self) -> Result<(), WorkerError> {
+    fn go_on(&mut self) -> Result<(), WorkerError> {
         let mut events = [EpollEvent::empty(); BATCH];
         loop {
             let n = match self.epoll.wait(&mut events, self.timeout()) {

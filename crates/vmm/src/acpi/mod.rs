@@ -4,6 +4,7 @@
 
 mod ged;
 pub(crate) mod generation;
+mod hotplug;
 
 use acpi_tables::{
     Aml,
@@ -98,7 +99,7 @@ impl Tables {
 
     /// What a guest hears of while it runs.
     fn events(&self) -> Vec<Event> {
-        vec![generation::event()]
+        vec![hotplug::event(), generation::event()]
     }
 
     /// `\_SB`: the PCI host bridge, what its ECAM takes, and the serial port.
@@ -137,6 +138,7 @@ impl Tables {
         );
         let host_resources = ResourceTemplate::new(vec![&buses, &window32, &window64]);
         let host_resources = Name::new("_CRS".into(), &host_resources);
+        let slots = Raw(hotplug::slots());
         let host = Device::new(
             Path::new("PCI0"),
             vec![
@@ -147,6 +149,7 @@ impl Tables {
                 &segment,
                 &bus,
                 &host_resources,
+                &slots,
             ],
         );
 

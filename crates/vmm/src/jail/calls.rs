@@ -195,6 +195,62 @@ const SNAPSHOT: &[Call] = &[
     ),
 ];
 
+/// No file, no socket and no program can be opened by it. What its devices' threads
+/// call is here as well: theirs can only be narrower than the filter of the thread
+/// that starts them.
+const NURSERY: &[Call] = &[
+    call!(SYS_futex(1: FUTEX_WAIT, FUTEX_WAIT_BITSET, FUTEX_WAKE), "waits for something to do"),
+    call!(SYS_close, "drops a device"),
+    call!(
+        SYS_write,
+        "says that a device is gone; raises the pin of the slots"
+    ),
+    call!(SYS_epoll_create1, "makes a device"),
+    call!(SYS_epoll_ctl, "makes a device"),
+    call!(SYS_eventfd2, "makes a device: kicks, messages, its bell"),
+    call!(SYS_io_uring_setup, "makes a disk"),
+    call!(SYS_io_uring_register, "makes a disk"),
+    call!(SYS_fcntl, "copies descriptors; looks at a disk's"),
+    call!(SYS_fstat, "looks at a disk"),
+    call!(SYS_newfstatat, "looks at a disk"),
+    call!(SYS_statx, "looks at a disk"),
+    call!(SYS_lseek, "looks at a disk"),
+    call!(
+        SYS_ioctl,
+        "interrupts and doorbells of KVM; a tap's flags; a disk's size"
+    ),
+    call!(SYS_mmap, "a ring; a thread's stack"),
+    call!(SYS_munmap, "drops a ring"),
+    call!(SYS_mprotect, "a thread's stack"),
+    call!(SYS_getsockopt, "looks at a back end's socket"),
+    call!(SYS_setsockopt, "limits how long a back end is waited for"),
+    call!(SYS_clone3, "starts a device's thread"),
+    call!(SYS_clone, "starts a device's thread, on an older host"),
+    call!(SYS_set_robust_list, "a thread's start"),
+    call!(SYS_rseq, "a thread's start"),
+    call!(SYS_rt_sigprocmask, "a thread's start"),
+    call!(SYS_sigaltstack, "a thread's start"),
+    call!(SYS_sched_getaffinity, "a thread's start"),
+    call!(SYS_gettid, "a thread's start"),
+    call!(SYS_prctl, "a thread's name; its filter"),
+    call!(SYS_seccomp, "a thread's filter"),
+    call!(SYS_epoll_wait, "devices"),
+    call!(SYS_clock_gettime(0: CLOCK_MONOTONIC), "devices"),
+    call!(SYS_io_uring_enter, "devices"),
+    call!(SYS_preadv, "devices"),
+    call!(SYS_pwritev, "devices"),
+    call!(SYS_fdatasync, "devices"),
+    call!(SYS_fallocate, "devices"),
+    call!(SYS_readv, "devices"),
+    call!(SYS_writev, "devices"),
+    call!(SYS_ppoll, "devices; a back end's handshake"),
+    call!(SYS_sendmsg, "devices; a back end's handshake"),
+    call!(SYS_recvmsg, "devices; a back end's handshake"),
+    call!(SYS_recvfrom, "devices; a back end's handshake"),
+    call!(SYS_getrandom, "devices"),
+    call!(SYS_madvise, "devices"),
+];
+
 const CONTROL: &[Call] = &[
     call!(
         SYS_epoll_wait,
@@ -231,6 +287,13 @@ pub(crate) static SNAPSHOT_THREAD: Thread = Thread {
     name: "snapshot",
     shared: &[],
     own: SNAPSHOT,
+};
+/// Brings devices up and takes them apart while the guest runs, and touches nothing
+/// that the guest wrote.
+pub(crate) static NURSERY_THREAD: Thread = Thread {
+    name: "nursery",
+    shared: &[],
+    own: NURSERY,
 };
 pub(crate) static BLOCK_URING: Thread = Thread {
     name: "block, io_uring",
@@ -273,6 +336,7 @@ pub(crate) static THREADS: &[&Thread] = &[
     &VCPU_THREAD,
     &CONTROL_THREAD,
     &SNAPSHOT_THREAD,
+    &NURSERY_THREAD,
     &BLOCK_URING,
     &BLOCK_PLAIN,
     &NET_THREAD,

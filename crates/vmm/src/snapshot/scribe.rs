@@ -173,6 +173,7 @@ fn gather(subject: &Subject) -> Result<State, Error> {
         ],
         clock: (subject.vm.get_clock()).map_err(|e| Error::Kvm("read the guest's clock", e))?,
         serial: Serial::from(&subject.ports.state()),
+        slots: subject.bus.slots().save(),
         devices: subject.bus.save()?,
     })
 }

@@ -36,6 +36,8 @@ pub(crate) struct State {
     /// What the guest's KVM clock showed.
     pub(crate) clock: kvm_clock_data,
     pub(crate) serial: Serial,
+    /// Slots whose device came, goes, and may be let go: a bit each.
+    pub(crate) slots: [u32; 3],
     pub(crate) devices: Vec<Device>,
 }
 

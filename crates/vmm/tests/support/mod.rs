@@ -1,6 +1,4 @@
-//! A VMM with a test guest.
-
-#![allow(clippy::unwrap_used, clippy::panic, unreachable_pub, dead_code)]
+//! A VMM, and what it needs to be told.
 
 use std::{
     fs::File,
@@ -12,11 +10,11 @@ use std::{
 
 use walnut_initramfs::Archive;
 use walnut_vmm_api::{
-    Attachment, Backing, Channel, Config, Device, FdIndex, Jail, Limits, Message, Received, Reply,
-    Request, VERSION, pair,
+    Attachment, Backing, Channel, Config, Device, Event, FdIndex, Jail, Limits, Message, Received,
+    Reply, Request, VERSION, pair,
 };
 
-pub fn repository() -> PathBuf {
+pub(crate) fn repository() -> PathBuf {
     Path::new(env!("CARGO_MANIFEST_DIR"))
         .join("../..")
         .canonicalize()
@@ -24,14 +22,30 @@ pub fn repository() -> PathBuf {
 }
 
 /// A VMM, and what it needs to be told.
-pub struct Vmm {
-    pub child: Child,
-    pub control: Channel,
-    pub console: File,
+pub(crate) struct Vmm {
+    pub(crate) child: Child,
+    pub(crate) control: Channel,
+    pub(crate) console: File,
+    /// What the guest has said and nobody has waited for.
+    unheard: Vec<u8>,
+    /// Events that came while something else was waited for.
+    events: Vec<Event>,
+}
+
+/// What a machine is, beyond the usual.
+#[derive(Debug, Clone, Copy)]
+pub(crate) struct Guest<'a> {
+    /// What init does.
+    pub(crate) test: &'a str,
+    /// More of the kernel's command line.
+    pub(crate) cmdline: &'a str,
+    pub(crate) vcpus: u8,
+    /// Whether memory is shared.
+    pub(crate) shared: bool,
 }
 
 /// An init that does what the kernel command line's `test=` says.
-pub fn initramfs() -> PathBuf {
+fn initramfs() -> PathBuf {
     // Of the process, because tests may run beside each other.
     let name = format!("vmm-guest-{}", std::process::id());
     let dir = Path::new(env!("CARGO_TARGET_TMPDIR")).join(name);
@@ -54,7 +68,7 @@ pub fn initramfs() -> PathBuf {
 }
 
 impl Vmm {
-    pub fn spawn() -> Self {
+    pub(crate) fn spawn() -> Self {
         let (ours, theirs) = pair().unwrap();
         let theirs: OwnedFd = theirs.into();
         nix::fcntl::fcntl(
@@ -72,30 +86,31 @@ impl Vmm {
             child,
             control: ours,
             console: File::open("/dev/null").unwrap(),
+            unheard: Vec::new(),
+            events: Vec::new(),
         }
     }
 
-    pub fn start(&mut self, test: &str, vcpus: u8) -> Result<Reply, String> {
-        self.start_with(test, vcpus, &[])
-    }
-
     /// With disks, the first of which is read-only.
-    pub fn start_with(&mut self, test: &str, vcpus: u8, disks: &[&File]) -> Result<Reply, String> {
-        let disks: Vec<_> = disks
-            .iter()
-            .enumerate()
-            .map(|(n, d)| (*d, n == 0))
+    pub(crate) fn start(&mut self, guest: Guest<'_>, disks: &[&File]) -> Result<Reply, String> {
+        let disks: Vec<_> = (disks.iter().enumerate())
+            .map(|(n, disk)| (*disk, n == 0))
             .collect();
-        self.start_disks(test, vcpus, &disks)
+        self.start_disks(guest, &disks)
     }
 
     /// With disks, each read-only or not.
-    pub fn start_disks(
+    pub(crate) fn start_disks(
         &mut self,
-        test: &str,
-        vcpus: u8,
+        guest: Guest<'_>,
         disks: &[(&File, bool)],
     ) -> Result<Reply, String> {
+        let Guest {
+            test,
+            cmdline,
+            vcpus,
+            shared,
+        } = guest;
         let kernel = File::open(repository().join("out/lib/walnut/vmlinux")).unwrap();
         let initramfs = File::open(initramfs()).unwrap();
         let kvm = File::options()
@@ -112,10 +127,13 @@ impl Vmm {
             max_vcpus: vcpus,
             memory: 128 << 20,
             max_memory: 128 << 20,
-            backing: Backing::default(),
+            backing: Backing {
+                shared,
+                huge_pages: false,
+            },
             kernel: FdIndex(1),
             initramfs: Some(FdIndex(2)),
-            cmdline: format!("console=ttyS0 panic=-1 reboot=t test={test}"),
+            cmdline: format!("console=ttyS0 panic=-1 reboot=t {cmdline} test={test}"),
             console: Some(FdIndex(3)),
             devices: (0..disks.len())
                 .map(|n| Attachment {
@@ -145,35 +163,76 @@ impl Vmm {
         self.ask(&Request::Start(Box::new(config)), &fds)
     }
 
-    pub fn ask(&self, request: &Request, fds: &[BorrowedFd<'_>]) -> Result<Reply, String> {
+    pub(crate) fn ask(
+        &mut self,
+        request: &Request,
+        fds: &[BorrowedFd<'_>],
+    ) -> Result<Reply, String> {
         self.control.send(request, fds).unwrap();
-        match self.hear() {
-            Some(Message::Reply(reply)) => reply,
-            other => panic!("no reply, but {other:?}"),
+        loop {
+            match self.hear() {
+                Some(Message::Reply(reply)) => return reply,
+                Some(Message::Event(event)) => self.events.push(event),
+                None => panic!("no reply"),
+            }
         }
     }
 
-    pub fn hear(&self) -> Option<Message> {
+    pub(crate) fn hear(&self) -> Option<Message> {
         let received: Option<Received<Message>> = self.control.receive().unwrap();
         received.map(|r| r.message)
     }
 
-    /// Reads the console until `text` holds what is looked for.
-    pub fn console_until(&mut self, found: impl Fn(&str) -> bool) -> String {
-        let mut text = String::new();
-        let mut chunk = [0; 4096];
-        while !found(&text) {
-            let n = self.console.read(&mut chunk).unwrap();
-            assert!(n > 0, "the console ended: {text}");
-            let more = String::from_utf8_lossy(&chunk[..n]).into_owned();
-            print!("{more}");
-            text.push_str(&more);
+    /// The next event.
+    pub(crate) fn event(&mut self) -> Option<Event> {
+        if !self.events.is_empty() {
+            return Some(self.events.remove(0));
         }
-        text
+        match self.hear() {
+            Some(Message::Event(event)) => Some(event),
+            None => None,
+            Some(other) => panic!("no event, but {other:?}"),
+        }
     }
 
-    pub fn console(&mut self) -> String {
-        let mut text = Vec::new();
+    /// Reads the console up to a line that contains `words`; that line.
+    pub(crate) fn line(&mut self, words: &str) -> String {
+        let mut chunk = [0; 4096];
+        loop {
+            while let Some(end) = self.unheard.iter().position(|&byte| byte == b'\n') {
+                let line: Vec<u8> = self.unheard.drain(..=end).collect();
+                let line = String::from_utf8_lossy(&line).trim().to_owned();
+                if line.contains(words) {
+                    return line;
+                }
+            }
+            let n = self.console.read(&mut chunk).unwrap();
+            assert!(n > 0, "the guest ended before it said {words:?}");
+            print!("{}", String::from_utf8_lossy(&chunk[..n]));
+            self.unheard.extend(&chunk[..n]);
+        }
+    }
+
+    /// Reads the console until what it said since the last call holds what is looked
+    /// for.
+    pub(crate) fn console_until(&mut self, found: impl Fn(&str) -> bool) -> String {
+        let mut text = std::mem::take(&mut self.unheard);
+        let mut chunk = [0; 4096];
+        loop {
+            let said = String::from_utf8_lossy(&text);
+            if found(&said) {
+                return said.into_owned();
+            }
+            let n = self.console.read(&mut chunk).unwrap();
+            assert!(n > 0, "the console ended: {said}");
+            print!("{}", String::from_utf8_lossy(&chunk[..n]));
+            text.extend(&chunk[..n]);
+        }
+    }
+
+    /// All that the guest says until its end.
+    pub(crate) fn console(&mut self) -> String {
+        let mut text = std::mem::take(&mut self.unheard);
         let mut chunk = [0; 4096];
         loop {
             let n = self.console.read(&mut chunk).unwrap();
