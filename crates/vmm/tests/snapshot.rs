@@ -87,7 +87,9 @@ fn restore(vmm: &mut Vmm, files: &Files, disk: &File, backing: Backing) -> Resul
 /// The steps in what a guest of `test=ticks` said: number, random bytes, and whether
 /// its disk keeps what it writes.
 fn ticks(console: &str) -> Vec<(u64, String, bool)> {
-    let lines = console.lines().filter_map(|line| {
+    // What is not yet a line may be cut anywhere.
+    let whole = console.rfind('\n').map_or("", |end| &console[..end]);
+    let lines = whole.lines().filter_map(|line| {
         let (n, rest) = line.trim().strip_prefix("tick ")?.split_once(" random=")?;
         let (random, disk) = rest.split_once(" disk=")?;
         Some((n.parse().ok()?, random.to_owned(), disk == "1"))
