@@ -18,7 +18,7 @@ cargo build --release --quiet -p walnut-cli -p walnut-shim -p walnut-initramfs
 cargo build --release --quiet -p walnut-devices --bin walnut-vsock
 
 step "monitor"
-# Static: it starts without a loader, and shares no pages that it would have to touch.
+# Static: no loader and no library of the host's runs in it.
 cargo rustc --profile monitor --quiet -p walnut-vmm --bin walnut-vmm -- \
     -C target-feature=+crt-static -C link-arg=-Wl,-z,pack-relative-relocs
 
