@@ -13,6 +13,9 @@
 
 mod device;
 mod request;
+#[cfg(any(test, feature = "fuzzing"))]
+#[doc(hidden)]
+pub mod fuzz;
 
 pub use device::{Mem, Target};
 
