@@ -44,7 +44,7 @@ for target in "${targets[@]}"; do
     [[ -d corpus/$target ]] && seeds=("corpus/$target")
     echo "==> fuzz $target"
     log=$(mktemp)
-    if ! "target/$host/release/$target" "${limit[@]}" -max_len=2048 -timeout=30 \
+    if ! "target/$host/release/$target" "${limit[@]}" -max_len=1024 -len_control=0 -timeout=60 \
         -malloc_limit_mb=64 -rss_limit_mb=2048 -print_final_stats=1 \
         "-artifact_prefix=artifacts/$target/" "corpus.d/$target" "${seeds[@]}" >"$log" 2>&1; then
         tail -n 60 "$log" >&2

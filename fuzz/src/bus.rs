@@ -230,7 +230,11 @@ fn play(bus: &Bus, input: &mut Input<'_>) {
                 let value = small(input);
                 bus.set(at, len, value);
             }
-            5 => bus.set(0x14, 1, [1, 3, 11, 15, 0, 64, 128, 9][usize::from(input.below(8))]),
+            5 => bus.set(
+                0x14,
+                1,
+                [1, 3, 11, 15, 0, 64, 128, 9][usize::from(input.below(8))],
+            ),
             // What a driver would write next.
             6 => {
                 if input.u8() % 4 == 0 {
@@ -287,8 +291,10 @@ fn play(bus: &Bus, input: &mut Input<'_>) {
                 }
                 let status = bus.read(STATUS, 1);
                 assert!(
-                    [0, 1, 3, 11, 15].contains(&(status & 0x3f)) || status & 128 != 0
-                        || bus.read(SLOT + 4, 2) & 2 == 0 || bus.read(SLOT + 0x10, 8) & !15 != BAR,
+                    [0, 1, 3, 11, 15].contains(&(status & 0x3f))
+                        || status & 128 != 0
+                        || bus.read(SLOT + 4, 2) & 2 == 0
+                        || bus.read(SLOT + 0x10, 8) & !15 != BAR,
                     "the status is {status:#x}"
                 );
             }

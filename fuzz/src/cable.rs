@@ -77,7 +77,8 @@ pub(crate) fn net(data: &[u8]) {
                 };
                 buffer[..len].fill(n);
                 let _ = nix::unistd::write(hosts[pair].as_fd(), &buffer[..len]);
-                fuzz.direct.event(Event::Watched(u32::try_from(pair).unwrap()));
+                fuzz.direct
+                    .event(Event::Watched(u32::try_from(pair).unwrap()));
                 fuzz.kick(pair * 2);
             }
             80..84 => link.set(input.u8() % 2 == 0),
@@ -98,7 +99,9 @@ pub(crate) fn net(data: &[u8]) {
                 let (at, len) = (input.address(), input.len());
                 let flags = WRITE | if n % 4 == 0 { NEXT } else { 0 };
                 let next = (index + 1) % RING_SIZE;
-                fuzz.lines[pair * 2].ring.write_desc(index, at, len, flags, next);
+                fuzz.lines[pair * 2]
+                    .ring
+                    .write_desc(index, at, len, flags, next);
                 fuzz.publish(pair * 2, index);
             }
             // A frame of the guest's.

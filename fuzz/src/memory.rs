@@ -66,9 +66,6 @@ pub(crate) fn mem(data: &[u8]) {
     agrees();
     owner.busy.store(false, Ordering::Relaxed);
     fuzz.mem.write_obj(2u64, GuestAddress(TABLES)).unwrap();
-    assert_eq!(
-        fuzz.serves(0, &[(TABLES, 24, false), (DATA, 10, true)]),
-        10
-    );
+    assert_eq!(fuzz.serves(0, &[(TABLES, 24, false), (DATA, 10, true)]), 10);
     assert_eq!(target.plugged(), 0);
 }

@@ -122,7 +122,9 @@ pub(crate) fn requests(data: &[u8]) {
             let mut raw = [0; 24];
             raw.fill_with(|| input.u8());
             if raw[20] % 2 == 0 {
-                let at = region.addr.wrapping_add(block.wrapping_mul(u64::from(raw[8])));
+                let at = region
+                    .addr
+                    .wrapping_add(block.wrapping_mul(u64::from(raw[8])));
                 raw[8..16].copy_from_slice(&at.to_le_bytes());
             }
             mem::fuzz::request(&raw, &region);

@@ -129,7 +129,10 @@ pub(crate) fn restore(data: &[u8]) {
 /// Why a state file is refused, as in `walnut-vmm`.
 #[derive(Debug, thiserror::Error)]
 #[error("{self:?}")]
-#[allow(dead_code, reason = "the header's reader makes them, nobody here asks why")]
+#[allow(
+    dead_code,
+    reason = "the header's reader makes them, nobody here asks why"
+)]
 pub(crate) enum Error {
     Io(&'static str, #[source] std::io::Error),
     Foreign(&'static str),

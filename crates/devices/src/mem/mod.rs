@@ -12,10 +12,10 @@
 //! of [`Blocks`]: a read of an eventfd when the size asked for has changed.
 
 mod device;
-mod request;
 #[cfg(any(test, feature = "fuzzing"))]
 #[doc(hidden)]
 pub mod fuzz;
+mod request;
 
 pub use device::{Mem, Target};
 

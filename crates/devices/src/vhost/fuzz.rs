@@ -30,10 +30,7 @@ pub fn wire(plan: &[u8], answers: &[u8]) {
         let (ok, most) = match step % 6 {
             0 => (channel.ask::<8>(Request::GetFeatures, &[]).is_ok(), 20),
             1 => (channel.ask::<8>(Request::GetQueueNum, &[]).is_ok(), 20),
-            2 => (
-                channel.ask::<8>(Request::GetVringBase, &[0; 8]).is_ok(),
-                20,
-            ),
+            2 => (channel.ask::<8>(Request::GetVringBase, &[0; 8]).is_ok(), 20),
             3 => {
                 let reply = channel.ask_long(Request::GetConfig, &[0; 72]);
                 assert!(reply.as_ref().is_ok_and(|r| r.len() <= MOST) || reply.is_err());

@@ -337,7 +337,11 @@ impl<D: Device> Fuzz<D> {
     }
 
     /// Does what the input says; `special` are the device's own deeds.
-    pub(crate) fn run(&mut self, mut input: Input<'_>, mut special: impl FnMut(&mut Self, &mut Input<'_>)) {
+    pub(crate) fn run(
+        &mut self,
+        mut input: Input<'_>,
+        mut special: impl FnMut(&mut Self, &mut Input<'_>),
+    ) {
         while !input.0.is_empty() {
             let queues = u16::try_from(self.lines.len()).unwrap();
             match input.u8() % 16 {
