@@ -102,6 +102,12 @@ impl Bus {
         }
     }
 
+    /// Puts the registers where they were.
+    fn place(&self) {
+        self.write(SLOT + 0x10, 8, BAR);
+        self.write(SLOT + 0x04, 2, 2);
+    }
+
     fn reset(&self) {
         self.write(STATUS, 1, 0);
         self.until("reset", |bus| bus.read(STATUS, 1) == 0);
@@ -202,8 +208,7 @@ pub(crate) fn pci(data: &[u8]) {
     std::thread::scope(|scope| {
         let thread = scope.spawn(|| worker.run().unwrap());
         play(&bus, &mut input);
-        bus.write(SLOT + 0x10, 8, BAR);
-        bus.write(SLOT + 0x04, 2, 2);
+        bus.place();
         bus.reset();
         bus.serves();
         bus.port.stop();
@@ -235,9 +240,10 @@ fn play(bus: &Bus, input: &mut Input<'_>) {
                 1,
                 [1, 3, 11, 15, 0, 64, 128, 9][usize::from(input.below(8))],
             ),
-            // What a driver would write next.
+            // What a driver would write next, where the registers were at first.
             6 => {
-                if input.u8() % 4 == 0 {
+                bus.place();
+                if input.u8().is_multiple_of(4) {
                     bus.reset();
                 }
                 bus.set_up();
@@ -286,7 +292,7 @@ fn play(bus: &Bus, input: &mut Input<'_>) {
             }
             _ => {
                 // Let the device have its turn.
-                if input.u8() % 8 == 0 {
+                if input.u8().is_multiple_of(8) {
                     std::thread::yield_now();
                 }
                 let status = bus.read(STATUS, 1);

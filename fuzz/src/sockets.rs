@@ -177,6 +177,9 @@ pub(crate) fn vsock(data: &[u8]) {
     drop(streams);
     if !brief {
         bed.reboot();
+        // Those who connected and left are found to be gone.
+        bed.settle();
+        bed.until("nobody is left", |bed| bed.device.connections() == 0);
         let (mut client, key) = bed.dial(9);
         client.write_all(b"well?").unwrap();
         bed.until("data", |bed| bed.guest.socket(key).inbox == b"well?");
