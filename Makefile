@@ -6,7 +6,7 @@ CARGO ?= cargo
 # Two end-to-end tests at a time: each runs a machine of its own.
 TEST_THREADS ?= 2
 
-.PHONY: all deps build demo test unit e2e lab lab-short lint fmt bench install uninstall clean help
+.PHONY: all deps build demo test unit e2e lab lab-short lint fuzz fuzz-short fmt bench install uninstall clean help
 
 all: build
 
@@ -22,12 +22,13 @@ build: deps ## Build everything into out/
 demo: build ## Make a real image, serve it, pull it, run it
 	@scripts/demo.sh
 
-test: lint unit e2e lab-short ## Everything that must pass
+test: lint unit fuzz-short e2e lab-short ## Everything that must pass
 	@echo "==> all tests passed"
 
 lint: deps ## Formatting, shell scripts, lints
 	@echo "==> lint"
 	@$(CARGO) fmt --all --check
+	@cd fuzz && $(CARGO) fmt --check
 	@scripts/lint.sh
 	@$(CARGO) clippy --release --quiet --workspace --all-targets -- -D warnings
 
@@ -54,6 +55,17 @@ lab-short: build
 lab: build ## Tests with a real KVM, in an emulated host: all
 	@tests/image/build.sh
 	@tests/lab/test.sh
+
+# Inputs for each target; the build with its sanitizer takes longer than a short run.
+FUZZ_RUNS ?= 20000
+FUZZ_SHORT ?= 500
+
+fuzz: deps ## Every fuzz target, for FUZZ_RUNS inputs each
+	@fuzz/run.sh --runs $(FUZZ_RUNS)
+
+fuzz-short: deps
+	@echo "==> fuzz targets, $(FUZZ_SHORT) inputs each"
+	@fuzz/run.sh --runs $(FUZZ_SHORT)
 
 bench: build ## Start time and memory, beside crun and runsc
 	@tests/image/build.sh

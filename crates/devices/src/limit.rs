@@ -255,4 +255,39 @@ mod tests {
         let most: u64 = 300_000 * 331 * 7 / 1_000_003 + 7;
         assert!(taken <= most && taken + 6 >= most, "{taken} of {most}");
     }
+
+    /// Every small bucket, every sequence of three requests at every distance: what
+    /// was promised for a moment can be had then, and no more than the rate, the
+    /// bucket and the burst allow is ever given, beyond what passed when it was full.
+    #[test]
+    fn every_small_bucket_keeps_its_rate_and_its_promises() {
+        let start = Instant::now();
+        let nanos = Duration::from_nanos;
+        for (size, refill, burst) in
+            (1..=4).flat_map(|s| (1..=4).flat_map(move |r| (0..=1).map(move |b| (s, r, b))))
+        {
+            for plan in 0..(6u64 * 4).pow(3) {
+                let (mut plan, mut at, mut given, mut excess) = (plan, 0, 0, 0);
+                let mut limit = limit(size, burst, nanos(refill), start);
+                for _ in 0..3 {
+                    let (tokens, wait) = (plan % 6, plan / 6 % 4);
+                    plan /= 24;
+                    at += wait;
+                    let now = start + nanos(at);
+                    match limit.take(1, tokens, now) {
+                        Ok(()) => {
+                            given += tokens;
+                            excess = excess.max(tokens.saturating_sub(size));
+                        }
+                        Err(then) => {
+                            assert!(then > now);
+                            assert_eq!(limit.clone().take(1, tokens, then), Ok(()));
+                        }
+                    }
+                    let most = size + burst + at * size / refill + excess;
+                    assert!(given <= most, "{given} of {most}");
+                }
+            }
+        }
+    }
 }

@@ -48,3 +48,36 @@ impl Log {
         }
     }
 }
+
+#[cfg(test)]
+mod tests {
+    use std::sync::atomic::{AtomicU32, Ordering};
+
+    use super::*;
+
+    static WRITTEN: AtomicU32 = AtomicU32::new(0);
+
+    #[test]
+    fn a_flood_is_held_back_and_counted() {
+        let mut log = Log::new(|_| {
+            WRITTEN.fetch_add(1, Ordering::SeqCst);
+        });
+        // A sentence of a guest's making is not even put together.
+        struct Costly;
+        impl fmt::Display for Costly {
+            fn fmt(&self, _: &mut fmt::Formatter<'_>) -> fmt::Result {
+                unreachable!("a message that nobody reads")
+            }
+        }
+        for _ in 0..100_000 {
+            log.say(format_args!("{Costly}"));
+        }
+        assert_eq!(WRITTEN.swap(0, Ordering::SeqCst), BURST);
+        assert_eq!(log.dropped, 100_000 - u64::from(BURST));
+        // When the time is over, one sentence says how many there were.
+        log.since = log.since.checked_sub(PERIOD).unwrap();
+        log.say(format_args!("and"));
+        assert_eq!(WRITTEN.swap(0, Ordering::SeqCst), 2);
+        assert_eq!(log.dropped, 0);
+    }
+}

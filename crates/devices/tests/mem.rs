@@ -6,34 +6,24 @@
     reason = "a test fails by panicking"
 )]
 
+#[path = "support/blocks.rs"]
+mod blocks;
 #[path = "support/rig.rs"]
 mod rig;
 
 use std::{
-    ops::Range,
-    sync::{
-        Arc, Mutex,
-        atomic::{AtomicBool, Ordering},
-    },
+    sync::{Arc, atomic::Ordering},
     time::Instant,
 };
 
+use blocks::{BLOCK, COUNT, Owner, REGION};
 use rig::{Bell, LIMIT, Rig, Rng, Vring};
-use vm_memory::{
-    Bytes, GuestAddress, GuestAddressSpace, GuestMemory, GuestRegionMmap, MmapRegion, Permissions,
-};
+use vm_memory::{Bytes, GuestAddress, GuestAddressSpace, GuestMemory, Permissions};
 use walnut_devices::{
-    mem::{Blocks, Busy, Error, Mem, Region, Target},
+    mem::{Error, Mem, Region, Target},
     virtio::{Activation, Device, Event, Memory, MemoryCell},
 };
 
-const BLOCK: u64 = 0x1_0000;
-const COUNT: u64 = 16;
-const REGION: Region = Region {
-    addr: 1 << 32,
-    size: COUNT * BLOCK,
-    block: BLOCK,
-};
 const RING: u64 = 0x1000;
 const REQUEST: u64 = 0x8000;
 const ANSWER: u64 = 0x9000;
@@ -48,54 +38,6 @@ const ACK: (u16, u16) = (0, 0);
 const NACK: (u16, u16) = (1, 0);
 const BUSY: (u16, u16) = (2, 0);
 const ERROR: (u16, u16) = (3, 0);
-
-/// Maps each block by itself.
-#[derive(Debug, Clone)]
-struct Owner {
-    cell: MemoryCell,
-    busy: Arc<AtomicBool>,
-    calls: Arc<Mutex<Vec<Range<u64>>>>,
-}
-
-impl Owner {
-    fn change(
-        &self,
-        range: Range<u64>,
-        change: impl Fn(Memory, u64) -> Memory,
-    ) -> Result<(), Busy> {
-        assert!(range.start >= REGION.addr && range.end <= REGION.addr + REGION.size);
-        let whole = |at: u64| at.is_multiple_of(BLOCK);
-        assert!(range.start < range.end && whole(range.start) && whole(range.end));
-        if self.busy.load(Ordering::Relaxed) {
-            return Err(Busy);
-        }
-        self.calls.lock().unwrap().push(range.clone());
-        let mut memory = Memory::clone(&self.cell.memory());
-        let mut at = range.start;
-        while at < range.end {
-            memory = change(memory, at);
-            at += BLOCK;
-        }
-        self.cell.lock().unwrap().replace(memory);
-        Ok(())
-    }
-}
-
-impl Blocks for Owner {
-    fn plug(&mut self, range: Range<u64>) -> Result<(), Busy> {
-        self.change(range, |memory, at| {
-            let block = MmapRegion::new(usize::try_from(BLOCK).unwrap()).unwrap();
-            let block = GuestRegionMmap::new(block, GuestAddress(at)).unwrap();
-            memory.insert_region(Arc::new(block)).unwrap()
-        })
-    }
-
-    fn unplug(&mut self, range: Range<u64>) -> Result<(), Busy> {
-        self.change(range, |memory, at| {
-            memory.remove_region(GuestAddress(at), BLOCK).unwrap().0
-        })
-    }
-}
 
 struct Bed {
     mem: Mem,

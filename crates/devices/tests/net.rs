@@ -811,3 +811,45 @@ fn any_ring_and_any_frame() {
         bed.net.reset();
     }
 }
+
+/// Class 10 of docs/hostile-guests.md: a header that another processor changes while
+/// the device checks and sends it. What was checked is what is sent.
+#[test]
+fn a_header_that_changes_under_the_device_is_checked_once() {
+    let own = config();
+    let config = Config {
+        only_own_mac: true,
+        ..own
+    };
+    let mut bed = Bed::new(1, config);
+    let all = bed.net.features();
+    bed.boot(all & !(1 << 11 | 1 << 12 | 1 << 13 | 1 << 56 | GUEST_OFFLOADS));
+    let at = MEMORY as u64 - 0x20000;
+    let memory = bed.memory.clone();
+    let done = std::sync::atomic::AtomicBool::new(false);
+    let relaxed = std::sync::atomic::Ordering::Relaxed;
+    let mut arrived = 0;
+    std::thread::scope(|scope| {
+        let flipper = scope.spawn(|| {
+            let mut n = 0u8;
+            while !done.load(relaxed) {
+                n = n.wrapping_add(1);
+                // Segments of TCP, which were not agreed on; another's address.
+                memory.write_obj(n & 1, GuestAddress(at + 1)).unwrap();
+                let last = own.mac[5] ^ (n >> 1 & 1);
+                memory.write_obj(last, GuestAddress(at + 23)).unwrap();
+            }
+        });
+        for tag in 0..4000 {
+            bed.send(0, &[0, 0], &from_guest(100, tag), &[12, 30]);
+            while let Some((header, frame)) = bed.host.receive() {
+                assert_eq!((header[1], &frame[6..12]), (0, &own.mac[..]));
+                arrived += 1;
+            }
+        }
+        done.store(true, relaxed);
+        flipper.join().unwrap();
+    });
+    // Some pass as they are written, before they are changed.
+    assert!(arrived > 0);
+}

@@ -564,3 +564,27 @@ fn socket_file_is_private_and_removed() {
     drop(device);
     assert!(!dir.path().join("v").exists());
 }
+
+/// Class 8 of docs/hostile-guests.md: the directory is a descriptor. Who puts another
+/// in its place, or a link, leads nobody there.
+#[test]
+fn a_directory_replaced_by_a_link_is_not_followed() {
+    use walnut_devices::vsock::{Device, Log, SocketDir};
+    let base = tempfile::tempdir().unwrap();
+    let (place, moved, trap) = (
+        base.path().join("place"),
+        base.path().join("moved"),
+        base.path().join("trap"),
+    );
+    for dir in [&place, &trap] {
+        std::fs::create_dir(dir).unwrap();
+    }
+    let sockets = SocketDir::open(&place).unwrap();
+    std::fs::rename(&place, &moved).unwrap();
+    std::os::unix::fs::symlink(&trap, &place).unwrap();
+    let device = Device::new(support_config(), sockets, Log::new(|_| {})).unwrap();
+    assert_eq!(std::fs::read_dir(&trap).unwrap().count(), 0);
+    assert!(moved.join("v").exists());
+    drop(device);
+    assert!(!moved.join("v").exists());
+}

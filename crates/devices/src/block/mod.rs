@@ -22,6 +22,9 @@
 
 mod device;
 mod disk;
+#[cfg(any(test, feature = "fuzzing"))]
+#[doc(hidden)]
+pub mod fuzz;
 mod request;
 mod size;
 mod slots;

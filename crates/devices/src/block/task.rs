@@ -52,6 +52,11 @@ impl Piece {
         iov_base: ptr::null_mut(),
         iov_len: 0,
     });
+
+    #[cfg(any(test, feature = "fuzzing"))]
+    pub(super) fn parts(&self) -> (usize, usize) {
+        (self.0.iov_base.addr(), self.0.iov_len)
+    }
 }
 
 /// Room for the pieces of one request.

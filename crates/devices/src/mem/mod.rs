@@ -12,6 +12,9 @@
 //! of [`Blocks`]: none.
 
 mod device;
+#[cfg(any(test, feature = "fuzzing"))]
+#[doc(hidden)]
+pub mod fuzz;
 mod request;
 
 pub use device::{Mem, Target};

@@ -152,7 +152,28 @@ impl Net {
             .into_iter()
             .map(Tap::new)
             .collect::<Result<Vec<_>, _>>()?;
-        let (mut features, offload) = set_up(&taps, config.offloads)?;
+        let (features, offload) = set_up(&taps, config.offloads)?;
+        Self::on(taps, config, log, features, offload)
+    }
+
+    /// A device whose frames go to sockets, a message each, in a tap's place.
+    #[cfg(feature = "fuzzing")]
+    #[doc(hidden)]
+    pub fn on_sockets(sockets: Vec<OwnedFd>, config: Config, log: Log) -> Result<Self, Error> {
+        let taps = sockets.into_iter().map(Tap::stand_in).collect();
+        // A socket cannot be told what its reader takes.
+        let features = (ALWAYS | OFFLOADS | USO) & !bit(VIRTIO_NET_F_GUEST_CSUM);
+        Self::on(taps, config, log, features, 0)
+    }
+
+    fn on(
+        taps: Vec<Tap>,
+        config: Config,
+        log: Log,
+        mut features: u64,
+        offload: u32,
+    ) -> Result<Self, Error> {
+        let pairs = u16::try_from(taps.len()).unwrap_or(u16::MAX);
         if config.mtu.is_some() {
             features |= bit(VIRTIO_NET_F_MTU);
         }

@@ -18,6 +18,9 @@
 
 mod control;
 mod device;
+#[cfg(any(test, feature = "fuzzing"))]
+#[doc(hidden)]
+pub mod fuzz;
 mod handles;
 mod header;
 mod ring;

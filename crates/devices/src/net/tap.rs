@@ -58,7 +58,7 @@ impl Tap {
     }
 
     /// Another descriptor that takes messages, in a tap's place.
-    #[cfg(test)]
+    #[cfg(any(test, feature = "fuzzing"))]
     pub(super) fn stand_in(fd: OwnedFd) -> Self {
         Self { fd, readable: true }
     }

@@ -17,6 +17,9 @@
 
 mod block;
 mod frontend;
+#[cfg(any(test, feature = "fuzzing"))]
+#[doc(hidden)]
+pub mod fuzz;
 mod net;
 mod wire;
 

@@ -18,6 +18,9 @@
 
 mod connection;
 mod device;
+#[cfg(any(test, feature = "fuzzing"))]
+#[doc(hidden)]
+pub mod fuzz;
 mod handshake;
 mod host;
 mod muxer;

@@ -1,11 +1,19 @@
 //! Any bytes as the deeds of a driver: `block`, `rng` and `balloon` each take an
 //! input of a fuzzer's, and panic if the device does what it must not: write
-//! outside of the buffers that it was given for writing, lose a chain, or use one
-//! twice. The program that includes this has `direct` and `rig` beside it.
+//! outside of the buffers that it was given for writing, lose a chain, use one
+//! twice, or serve nobody after a reset. The program that includes this has `direct`
+//! and `rig` beside it; `fuzz/` at the root of the repository is one.
 
 #![allow(dead_code, reason = "every test program uses its part")]
 
-use std::{collections::BTreeMap, fs::File, ops::Range, os::unix::fs::FileExt, time::Duration};
+use std::{
+    cell::{Cell, RefCell},
+    collections::BTreeMap,
+    fs::File,
+    ops::Range,
+    os::unix::fs::FileExt,
+    time::{Duration, Instant},
+};
 
 use nix::sys::memfd::{MFdFlags, memfd_create};
 use vm_memory::{Bytes, GuestAddress, GuestAddressSpace};
@@ -19,31 +27,49 @@ use walnut_devices::{
 
 use super::{
     direct::Direct,
-    rig::{INDIRECT, NEXT, Vring, WRITE},
+    rig::{INDIRECT, NEXT, PATIENCE, Vring, WRITE},
 };
 
-const PAGE: u64 = 4096;
+pub(crate) const PAGE: u64 = 4096;
 /// Rings, headers and tables are below, buffers above.
-const DATA: u64 = 0x2_0000;
-const TABLES: u64 = 0x1_8000;
+pub(crate) const DATA: u64 = 0x2_0000;
+pub(crate) const TABLES: u64 = 0x1_8000;
 const SEAM: u64 = 0x2_8000;
 const HOLE: u64 = 0x3_0000;
 const HOLE_END: u64 = 0x4_0000;
-const END: u64 = 0x4_4000;
-const RINGS: u64 = 0x1000;
-const RING_SIZE: u16 = 16;
+pub(crate) const END: u64 = 0x4_4000;
+pub(crate) const RINGS: u64 = 0x1000;
+pub(crate) const RING_SIZE: u16 = 16;
 const DISK: u64 = 128 * 512;
 
-fn memory() -> Memory {
+/// Guest memory, all zeroes: always the same, as making it takes most of the time
+/// that an input does.
+pub(crate) fn memory() -> Memory {
     let part = |from: u64, to: u64| (GuestAddress(from), usize::try_from(to - from).unwrap());
-    Memory::from_ranges(&[part(0, SEAM), part(SEAM, HOLE), part(HOLE_END, END)]).unwrap()
+    let parts = [part(0, SEAM), part(SEAM, HOLE), part(HOLE_END, END)];
+    thread_local! {
+        static MEMORY: RefCell<Option<Memory>> = const { RefCell::new(None) };
+    }
+    let make = || Memory::from_ranges(&parts).unwrap();
+    let memory = MEMORY.with_borrow_mut(|memory| memory.get_or_insert_with(make).clone());
+    for (at, len) in parts {
+        memory.write_slice(&ZEROES[..len], at).unwrap();
+    }
+    memory
 }
 
+thread_local! {
+    /// Memory before and after a kick.
+    static PICTURES: Cell<(Vec<u8>, Vec<u8>)> = const { Cell::new((Vec::new(), Vec::new())) };
+}
+
+static ZEROES: [u8; 0x3_0000] = [0; 0x3_0000];
+
 /// The input, of which there is always more: zeroes.
-struct Input<'a>(&'a [u8]);
+pub(crate) struct Input<'a>(pub(crate) &'a [u8]);
 
 impl Input<'_> {
-    fn u8(&mut self) -> u8 {
+    pub(crate) fn u8(&mut self) -> u8 {
         let Some((first, rest)) = self.0.split_first() else {
             return 0;
         };
@@ -51,20 +77,20 @@ impl Input<'_> {
         *first
     }
 
-    fn u16(&mut self) -> u16 {
+    pub(crate) fn u16(&mut self) -> u16 {
         u16::from(self.u8()) << 8 | u16::from(self.u8())
     }
 
-    fn u32(&mut self) -> u32 {
+    pub(crate) fn u32(&mut self) -> u32 {
         u32::from(self.u16()) << 16 | u32::from(self.u16())
     }
 
-    fn below(&mut self, n: u16) -> u16 {
+    pub(crate) fn below(&mut self, n: u16) -> u16 {
         self.u8() as u16 % n
     }
 
     /// An address, mostly of a buffer.
-    fn address(&mut self) -> u64 {
+    pub(crate) fn address(&mut self) -> u64 {
         const EDGES: [u64; 8] = [
             SEAM - 256,
             HOLE - 512,
@@ -84,7 +110,7 @@ impl Input<'_> {
         }
     }
 
-    fn len(&mut self) -> u32 {
+    pub(crate) fn len(&mut self) -> u32 {
         match self.u8() {
             0 => self.u32(),
             1..8 => 0,
@@ -97,25 +123,27 @@ impl Input<'_> {
 }
 
 /// One queue, and what its driver knows about it.
-struct Line {
-    ring: Vring,
+pub(crate) struct Line {
+    pub(crate) ring: Vring,
     /// Heads published and not yet used, with how often.
     out: BTreeMap<u16, u32>,
     /// The driver has written into its rings by hand: nothing is known.
     wild: bool,
 }
 
-struct Fuzz<D> {
-    direct: Direct<D>,
-    mem: Memory,
-    lines: Vec<Line>,
+pub(crate) struct Fuzz<D> {
+    pub(crate) direct: Direct<D>,
+    pub(crate) mem: Memory,
+    pub(crate) lines: Vec<Line>,
     features: u64,
-    /// What the device may write beside its writable buffers.
-    free: bool,
+    /// The device may write beside its writable buffers.
+    pub(crate) free: bool,
+    /// How many chains the device may keep, by queue.
+    pub(crate) keeps: fn(usize) -> u32,
 }
 
 impl<D: Device> Fuzz<D> {
-    fn new(device: D, features: u64, cell: MemoryCell) -> Self {
+    pub(crate) fn new(device: D, features: u64, cell: MemoryCell) -> Self {
         let mem = (*cell.memory()).clone();
         let mut direct = Direct::new(device, mem.clone());
         direct.memory = cell;
@@ -125,6 +153,7 @@ impl<D: Device> Fuzz<D> {
             lines: Vec::new(),
             features,
             free: false,
+            keeps: |_| 0,
         };
         fuzz.start();
         fuzz
@@ -143,14 +172,14 @@ impl<D: Device> Fuzz<D> {
         self.direct.activate(self.features, &rings);
     }
 
-    fn restart(&mut self) {
+    pub(crate) fn restart(&mut self) {
         self.direct.drain();
         self.direct.device.deactivate();
         self.direct.device.reset();
         self.start();
     }
 
-    fn rest(&mut self) {
+    pub(crate) fn rest(&mut self) {
         self.direct.device.quiesce();
         self.direct.drain();
         let broken = self.direct.broken;
@@ -205,15 +234,15 @@ impl<D: Device> Fuzz<D> {
         }
     }
 
-    fn snapshot(&self) -> Vec<u8> {
-        let mut all = vec![0; usize::try_from(END).unwrap()];
+    /// Takes a picture of memory.
+    fn picture(&self, all: &mut Vec<u8>) {
+        all.resize(usize::try_from(END).unwrap(), 0);
         let _ = self.mem.read(&mut all[..0x3_0000], GuestAddress(0));
         let _ = self.mem.read(&mut all[0x4_0000..], GuestAddress(HOLE_END));
-        all
     }
 
     /// Kicks a queue, and checks what came of it.
-    fn kick(&mut self, queue: usize) {
+    pub(crate) fn kick(&mut self, queue: usize) {
         let mut may = Vec::new();
         let mut read = Vec::new();
         for line in &self.lines {
@@ -235,18 +264,24 @@ impl<D: Device> Fuzz<D> {
         let used: Vec<_> = used.collect();
         let clobbered = may.iter().any(|a| used.iter().any(|b| Self::meet(a, b)));
         may.extend(used);
-        let before = if known { self.snapshot() } else { Vec::new() };
+        let (mut before, mut after) = PICTURES.take();
+        if known {
+            self.picture(&mut before);
+        }
         self.direct.kick(queue);
         if known {
-            let after = self.snapshot();
-            let pages = before.chunks(64).zip(after.chunks(64));
+            const PART: u64 = 512;
+            self.picture(&mut after);
+            let part = usize::try_from(PART).unwrap();
+            let pages = before.chunks(part).zip(after.chunks(part));
             for (page, (old, new)) in (0u64..).zip(pages).filter(|(_, (old, new))| old != new) {
-                for (at, (old, new)) in (page * 64..).zip(old.iter().zip(new)) {
+                for (at, (old, new)) in (page * PART..).zip(old.iter().zip(new)) {
                     let allowed = old == new || may.iter().any(|range| range.contains(&at));
                     assert!(allowed, "{at:#x} was written to");
                 }
             }
         }
+        PICTURES.set((before, after));
         if known && !clobbered && !self.direct.broken {
             self.settle(queue);
         } else {
@@ -270,9 +305,8 @@ impl<D: Device> Fuzz<D> {
                 line.out.remove(&head);
             }
         }
-        // One buffer of statistics is kept.
         let kept: u32 = line.out.values().sum();
-        assert!(waits || kept <= u32::from(queue == 2), "chains were lost");
+        assert!(waits || kept <= (self.keeps)(queue), "chains were lost");
     }
 
     fn descriptor(&mut self, input: &mut Input<'_>, at: u64, last: u16) {
@@ -293,7 +327,7 @@ impl<D: Device> Fuzz<D> {
         self.mem.write_slice(&raw, GuestAddress(at)).unwrap();
     }
 
-    fn publish(&mut self, queue: usize, head: u16) {
+    pub(crate) fn publish(&mut self, queue: usize, head: u16) {
         let line = &mut self.lines[queue];
         // No more than the ring holds, or it is no queue any more.
         if line.out.values().sum::<u32>() < u32::from(RING_SIZE) {
@@ -303,7 +337,11 @@ impl<D: Device> Fuzz<D> {
     }
 
     /// Does what the input says; `special` are the device's own deeds.
-    fn run(&mut self, mut input: Input<'_>, mut special: impl FnMut(&mut Self, &mut Input<'_>)) {
+    pub(crate) fn run(
+        &mut self,
+        mut input: Input<'_>,
+        mut special: impl FnMut(&mut Self, &mut Input<'_>),
+    ) {
         while !input.0.is_empty() {
             let queues = u16::try_from(self.lines.len()).unwrap();
             match input.u8() % 16 {
@@ -366,6 +404,22 @@ impl<D: Device> Fuzz<D> {
             self.kick(queue);
         }
         self.direct.drain();
+        self.restart();
+    }
+
+    /// Whatever was done: after the reset a chain is served. Bytes written to it.
+    pub(crate) fn serves(&mut self, queue: usize, chain: &[(u64, u32, bool)]) -> u32 {
+        self.lines[queue].ring.add(chain);
+        let start = Instant::now();
+        self.direct.kick(queue);
+        loop {
+            if let Some((_, len)) = self.lines[queue].ring.pop_used() {
+                return len;
+            }
+            assert!(start.elapsed() < PATIENCE, "a new driver is not served");
+            std::thread::sleep(Duration::from_micros(50));
+            self.direct.event(Event::Deadline);
+        }
     }
 }
 
@@ -384,7 +438,7 @@ pub(crate) fn block(data: &[u8]) {
     let slow = BucketConfig {
         size: 2000,
         burst: 0,
-        refill: Duration::from_millis(1),
+        refill: Duration::from_micros(20),
     };
     let config = block::Config {
         read_only: kind & 1 != 0,
@@ -444,6 +498,12 @@ pub(crate) fn block(data: &[u8]) {
             }
         }
     });
+    fuzz.mem.write_obj(8u128, GuestAddress(TABLES)).unwrap();
+    let status = DATA + 100;
+    fuzz.mem.write_obj(0xffu8, GuestAddress(status)).unwrap();
+    let asked = [(TABLES, 16, false), (DATA, 20, true), (status, 1, true)];
+    assert_eq!(fuzz.serves(0, &asked), 21);
+    assert_eq!(fuzz.mem.read_obj::<u8>(GuestAddress(status)).unwrap(), 0);
 }
 
 /// The entropy device.
@@ -452,7 +512,7 @@ pub(crate) fn rng(data: &[u8]) {
     let slow = BucketConfig {
         size: 4096,
         burst: 100,
-        refill: Duration::from_millis(1),
+        refill: Duration::from_micros(20),
     };
     let limit = LimitConfig {
         bytes: (input.u8() % 2 == 0).then_some(slow),
@@ -460,11 +520,13 @@ pub(crate) fn rng(data: &[u8]) {
     };
     let device = Entropy::new(limit);
     let features = device.features();
-    Fuzz::new(device, features, MemoryCell::new(memory())).run(input, |fuzz, input| {
+    let mut fuzz = Fuzz::new(device, features, MemoryCell::new(memory()));
+    fuzz.run(input, |fuzz, input| {
         let head = input.below(RING_SIZE);
         fuzz.publish(0, head);
         fuzz.kick(0);
     });
+    assert_eq!(fuzz.serves(0, &[(DATA, 64, true)]), 64);
 }
 
 /// Only pages that are there may be released.
@@ -494,6 +556,8 @@ pub(crate) fn balloon(data: &[u8]) {
     let features = device.features();
     let mut fuzz = Fuzz::new(device, features, cell);
     fuzz.free = true;
+    // One buffer of statistics.
+    fuzz.keeps = |queue| u32::from(queue == 2);
     fuzz.run(input, |fuzz, input| match input.u8() {
         0..64 => {
             control.set_target(input.u32());
@@ -522,4 +586,5 @@ pub(crate) fn balloon(data: &[u8]) {
         }
     });
     let _ = (control.actual(), control.stats());
+    assert_eq!(fuzz.serves(0, &[(DATA, 4, false)]), 0);
 }

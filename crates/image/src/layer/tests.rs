@@ -120,6 +120,13 @@ fn whiteouts_remove_only_what_lower_layers_brought() {
     assert_eq!(paths(&odd).len(), 4);
 }
 
+/// A root of nothing, and not whatever else could be found to mount.
+#[test]
+fn an_image_without_layers_is_an_empty_tree() {
+    assert!(paths(&merged(&[])).is_empty());
+    assert!(paths(&merged(&[&[], &[]])).is_empty());
+}
+
 #[test]
 fn links_in_paths_stay_within_the_root() {
     let tree = merged(&[
