@@ -271,6 +271,7 @@ impl Filter {
             libc::SYS_read,
             libc::SYS_write,
             libc::SYS_futex,
+            libc::SYS_restart_syscall,
             libc::SYS_brk,
             libc::SYS_clock_gettime,
             libc::SYS_io_uring_enter,
@@ -306,6 +307,9 @@ impl Filter {
                 libc::SYS_clock_gettime,
                 libc::SYS_sigaltstack,
                 libc::SYS_munmap,
+                // `poll`, after the kernel has called the thread out of it: a ring
+                // that it made is closed by another.
+                libc::SYS_restart_syscall,
                 libc::SYS_exit_group,
             ],
             &[],

@@ -3,9 +3,8 @@
 
 #![allow(clippy::unwrap_used, clippy::panic)]
 
-// Each test program uses some of it.
-#[allow(dead_code)]
-mod support;
+#[path = "hotplug/machine.rs"]
+mod machine;
 
 use std::{
     fs::File,
@@ -18,7 +17,7 @@ use std::{
     process::{Child, Command, Stdio},
 };
 
-use support::{Guest, Vmm};
+use machine::{Guest, Vmm};
 use walnut_vmm_api::{Attachment, Device, Event, FdIndex, Limits, Message, Reply, Request, Stats};
 
 /// Turns of each kind.

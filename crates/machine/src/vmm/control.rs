@@ -1,6 +1,7 @@
 //! The control socket: requests one at a time, and the guest's end.
 
 use std::{
+    collections::HashMap,
     os::fd::{BorrowedFd, OwnedFd},
     sync::Arc,
 };
@@ -21,7 +22,12 @@ pub(super) struct Control {
     /// Held while a request waits for its reply.
     replies: Mutex<mpsc::Receiver<Result<Reply, String>>>,
     end: watch::Receiver<Option<End>>,
+    leaving: Leaving,
 }
+
+/// Devices that the guest was asked to let go, and whether it has. No others are
+/// remembered, whatever the VMM says.
+type Leaving = Arc<watch::Sender<HashMap<String, bool>>>;
 
 fn monitor(request: &str, reason: impl std::fmt::Display) -> Error {
     Error::Other(format!("walnut-vmm, {request}: {reason}"))
@@ -39,11 +45,14 @@ impl Control {
         let channel = Arc::new(channel.map_err(|e| monitor("prepare", std::io::Error::from(e)))?);
         let (to_replies, replies) = mpsc::channel(1);
         let (to_end, end) = watch::channel(None);
-        tokio::spawn(listen(Arc::clone(&channel), to_replies, to_end));
+        let leaving = Leaving::default();
+        let news = Arc::clone(&leaving);
+        tokio::spawn(listen(Arc::clone(&channel), to_replies, to_end, news));
         Ok(Self {
             channel,
             replies: Mutex::new(replies),
             end,
+            leaving,
         })
     }
 
@@ -72,6 +81,31 @@ impl Control {
         }
     }
 
+    /// From now on it is noticed that the guest lets go of a device. True if it had
+    /// been asked before, and has.
+    pub(super) fn expect(&self, device: &str) -> bool {
+        let mut before = None;
+        self.leaving.send_modify(|leaving| {
+            before = leaving.get(device).copied();
+            leaving.insert(device.to_owned(), before == Some(true));
+        });
+        before == Some(true)
+    }
+
+    /// It need not be noticed any more.
+    pub(super) fn forget(&self, device: &str) {
+        self.leaving.send_modify(|leaving| {
+            leaving.remove(device);
+        });
+    }
+
+    /// Returns when the guest has let go of a device that was [expected](Self::expect).
+    pub(super) async fn left(&self, device: &str) {
+        let gone = |leaving: &HashMap<String, bool>| leaving.get(device) == Some(&true);
+        // The sender is in `self`.
+        let _ = self.leaving.subscribe().wait_for(gone).await;
+    }
+
     /// How the guest ended, as far as the VMM has said.
     pub(super) fn end(&self) -> Option<End> {
         self.end.borrow().clone()
@@ -89,14 +123,19 @@ async fn listen(
     channel: Arc<AsyncFd<Channel>>,
     replies: mpsc::Sender<Result<Reply, String>>,
     end: watch::Sender<Option<End>>,
+    leaving: Leaving,
 ) {
     while let Ok(mut ready) = channel.readable().await {
         match channel.get_ref().receive::<Message>() {
             Err(ChannelError::Socket(_, Errno::EAGAIN)) => ready.clear_ready(),
             Ok(Some(Received { message, .. })) => match message {
                 Message::Event(Event::Ended(how)) => drop(end.send_replace(Some(how))),
-                // Nothing is detached yet.
-                Message::Event(Event::Detached { .. }) => {}
+                Message::Event(Event::Detached { name }) => {
+                    leaving.send_if_modified(|leaving| {
+                        let device = leaving.get_mut(&name);
+                        device.is_some_and(|gone| !std::mem::replace(gone, true))
+                    });
+                }
                 // One that nobody waits for is a VMM's mistake, or its malice.
                 Message::Reply(reply) => drop(replies.try_send(reply)),
             },

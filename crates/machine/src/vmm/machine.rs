@@ -22,7 +22,7 @@ use walnut_vmm_api::{
 
 use super::{Vmm, control::Control};
 use crate::{
-    Error, Exit, Machine, MachineSpec, Pause,
+    Disk, Error, Exit, HotPlug, Machine, MachineSpec, Pause, Share,
     agent::{self, CONSOLE_MAX, Door, GUEST_CID, host, or_end},
     console,
     files::{self, Files},
@@ -49,6 +49,8 @@ struct Shared {
     door: Door,
     dir: PathBuf,
     vmm: Child,
+    /// Queues of a disk.
+    queues: u16,
     console: Arc<Tail>,
     control: Control,
     /// The end was asked for.
@@ -142,6 +144,33 @@ fn attachment(name: &str, device: Device) -> Attachment {
     }
 }
 
+pub(super) fn fs_name(share: &Share) -> String {
+    format!("fs-{}", share.tag)
+}
+
+pub(super) fn fs(share: &Share, socket: FdIndex) -> Attachment {
+    let device = Device::Fs {
+        tag: share.tag.clone(),
+        socket,
+    };
+    attachment(&fs_name(share), device)
+}
+
+pub(super) fn block_name(disk: &Disk) -> String {
+    format!("disk-{}", disk.serial)
+}
+
+pub(super) fn block(disk: &Disk, file: FdIndex, queues: u16) -> Attachment {
+    let device = Device::Block {
+        serial: disk.serial.clone(),
+        read_only: disk.read_only,
+        file,
+        queues,
+        limits: Limits::default(),
+    };
+    attachment(&block_name(disk), device)
+}
+
 fn config(
     spec: &MachineSpec,
     files: Files,
@@ -157,21 +186,10 @@ fn config(
     };
     let mut devices = vec![attachment("vsock", vsock)];
     for (share, socket) in spec.shares.iter().zip(files.shares) {
-        let device = Device::Fs {
-            tag: share.tag.clone(),
-            socket: fds.add(socket),
-        };
-        devices.push(attachment(&format!("fs-{}", share.tag), device));
+        devices.push(fs(share, fds.add(socket)));
     }
     for (disk, file) in spec.disks.iter().zip(files.disks) {
-        let device = Device::Block {
-            serial: disk.serial.clone(),
-            read_only: disk.read_only,
-            file: fds.add(file),
-            queues: vcpus.into(),
-            limits: Limits::default(),
-        };
-        devices.push(attachment(&format!("disk-{}", disk.serial), device));
+        devices.push(block(disk, fds.add(file), vcpus.into()));
     }
     devices.push(attachment("rng", Device::Rng));
     devices.push(attachment("balloon", Device::Balloon));
@@ -222,11 +240,13 @@ impl VmmMachine {
         let vmm = spawn.spawn()?;
         step(started, "vmm spawned");
         let control = Control::new(ours)?;
+        let queues = config.vcpus.into();
         let shared = Arc::new(Shared {
             started,
             door,
             dir: dir_path,
             vmm,
+            queues,
             console,
             control,
             stopping: AtomicBool::new(false),
@@ -246,8 +266,36 @@ impl VmmMachine {
     }
 
     async fn ask(&self, what: &'static str, name: &str, request: &Request) -> Result<(), Error> {
-        let attempt = async { self.shared.control.ask(name, request, &[]).await.map(drop) };
+        self.ask_with(what, name, request, &[]).await
+    }
+
+    pub(super) async fn ask_with(
+        &self,
+        what: &'static str,
+        name: &str,
+        request: &Request,
+        fds: &[BorrowedFd<'_>],
+    ) -> Result<(), Error> {
+        let attempt = async { self.shared.control.ask(name, request, fds).await.map(drop) };
+        self.or_end(what, attempt).await
+    }
+
+    /// What `attempt` leads to, or that the machine ended before.
+    pub(super) async fn or_end<T>(
+        &self,
+        what: &'static str,
+        attempt: impl Future<Output = Result<T, Error>>,
+    ) -> Result<T, Error> {
         or_end(what, attempt, self.shared.ended()).await
+    }
+
+    pub(super) fn control(&self) -> &Control {
+        &self.shared.control
+    }
+
+    /// Queues of a disk: as many as vCPUs.
+    pub(super) fn queues(&self) -> u16 {
+        self.shared.queues
     }
 }
 
@@ -359,6 +407,10 @@ impl Machine for VmmMachine {
     }
 
     fn as_pause(&self) -> Option<&dyn Pause> {
+        Some(self)
+    }
+
+    fn as_hot_plug(&self) -> Option<&dyn HotPlug> {
         Some(self)
     }
 }

@@ -14,7 +14,7 @@ use walnut_vmm_api::{
     Reply, Request, VERSION, pair,
 };
 
-pub(crate) fn repository() -> PathBuf {
+fn repository() -> PathBuf {
     Path::new(env!("CARGO_MANIFEST_DIR"))
         .join("../..")
         .canonicalize()
@@ -24,7 +24,7 @@ pub(crate) fn repository() -> PathBuf {
 /// A VMM, and what it needs to be told.
 pub(crate) struct Vmm {
     pub(crate) child: Child,
-    pub(crate) control: Channel,
+    control: Channel,
     console: File,
     /// What the guest has said and nobody has waited for.
     unheard: Vec<u8>,
@@ -197,21 +197,6 @@ impl Vmm {
             assert!(n > 0, "the guest ended before it said {words:?}");
             print!("{}", String::from_utf8_lossy(&chunk[..n]));
             self.unheard.extend(&chunk[..n]);
-        }
-    }
-
-    /// All that the guest says until its end.
-    pub(crate) fn console(&mut self) -> String {
-        let mut text = std::mem::take(&mut self.unheard);
-        let mut chunk = [0; 4096];
-        loop {
-            let n = self.console.read(&mut chunk).unwrap();
-            if n == 0 {
-                break String::from_utf8_lossy(&text).into_owned();
-            }
-            // Seen with --nocapture, should the guest hang.
-            print!("{}", String::from_utf8_lossy(&chunk[..n]));
-            text.extend(&chunk[..n]);
         }
     }
 }
