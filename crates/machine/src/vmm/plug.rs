@@ -57,27 +57,7 @@ impl HotPlug for VmmMachine {
 
     async fn detach(&self, device: &Pluggable, deadline: Duration) -> Result<(), Error> {
         let name = name(device);
-        let control = self.control();
-        let attempt = async {
-            if !control.expect(&name) {
-                let request = Request::Detach { name: name.clone() };
-                let asked = control.ask("detach", &request, &[]).await;
-                // One that it does not know may have gone at this moment.
-                if let Err(e) = asked
-                    && !control.expect(&name)
-                {
-                    control.forget(&name);
-                    return Err(e);
-                }
-                let left = tokio::time::timeout(deadline, control.left(&name)).await;
-                left.map_err(|_| Error::NotDetached {
-                    device: name.clone(),
-                    deadline,
-                })?;
-            }
-            control.forget(&name);
-            Ok(())
-        };
+        let attempt = self.control().detach(&name, deadline);
         self.or_end("detach a device", attempt).await
     }
 }
