@@ -65,6 +65,17 @@ pub enum Error {
         /// What the guest said last, or that it was silent.
         hint: String,
     },
+    /// The guest did not let go of a device in time.
+    #[error(
+        "the guest did not let go of the device {device} within {deadline:?}; \
+         it is still attached, and may be in use in the guest"
+    )]
+    NotDetached {
+        /// The device's name.
+        device: String,
+        /// The caller's deadline.
+        deadline: Duration,
+    },
     /// The guest said something else than the ready line.
     #[error("the guest's first words were not an agent's: {words:?}")]
     BadReady {

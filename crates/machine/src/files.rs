@@ -76,7 +76,7 @@ fn open_boot(what: &'static str, path: &Path, private: bool) -> Result<OwnedFd, 
     Ok(file.into())
 }
 
-fn open_disk(disk: &Disk) -> Result<OwnedFd, Error> {
+pub(crate) fn open_disk(disk: &Disk) -> Result<OwnedFd, Error> {
     let what = if disk.read_only {
         "open disk for reading"
     } else {
@@ -111,7 +111,7 @@ fn open(path: &Path, write: bool) -> io::Result<File> {
     ))
 }
 
-fn connect_share(share: &Share) -> Result<OwnedFd, Error> {
+pub(crate) fn connect_share(share: &Share) -> Result<OwnedFd, Error> {
     UnixStream::connect(&share.socket)
         .map(OwnedFd::from)
         .map_err(|source| Error::File {

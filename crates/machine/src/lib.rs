@@ -77,6 +77,16 @@ pub struct Share {
     pub socket: PathBuf,
 }
 
+/// A device that may come and go while a machine runs.
+#[derive(Debug, Clone)]
+#[non_exhaustive]
+pub enum Pluggable {
+    /// Known by its serial.
+    Disk(Disk),
+    /// Known by its tag.
+    Share(Share),
+}
+
 /// Why and how a machine ended.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub enum Exit {
@@ -177,6 +187,11 @@ pub trait Machine: fmt::Debug + Send + Sync {
     fn as_snapshot(&self) -> Option<&dyn Snapshot> {
         None
     }
+
+    /// The machine's ability to have devices come and go, if it has it.
+    fn as_hot_plug(&self) -> Option<&dyn HotPlug> {
+        None
+    }
 }
 
 /// Saves a machine.
@@ -185,6 +200,24 @@ pub trait Snapshot: Send + Sync {
     /// Writes the machine, which must be paused ([`Pause::pause`]), to two new files
     /// that only their owner can read. They are removed again on failure.
     async fn save(&self, to: &SnapshotFiles) -> Result<(), Error>;
+}
+
+/// Adds devices to a running machine and takes them away.
+#[async_trait]
+pub trait HotPlug: Send + Sync {
+    /// Returns when the device is there; the guest finds it by itself, some
+    /// milliseconds later. Fails if the machine has a device of this serial or tag,
+    /// no room for another, or, for a share, memory of its own alone: a machine
+    /// whose memory is shared started with a share.
+    async fn attach(&self, device: &Pluggable) -> Result<(), Error>;
+
+    /// Asks the guest to let go of a device, and returns when it has and the machine
+    /// holds nothing of it any more. What is mounted should be unmounted first.
+    ///
+    /// Fails when `deadline` has passed: the device stays until the guest does let
+    /// go, which it may never. May be asked again, and then also succeeds if it has
+    /// let go meanwhile.
+    async fn detach(&self, device: &Pluggable, deadline: Duration) -> Result<(), Error>;
 }
 
 /// Stops and continues all vCPUs.

@@ -1,6 +1,6 @@
 //! What is wrong with a specification, whatever the driver.
 
-use crate::{Error, MachineSpec};
+use crate::{Disk, Error, MachineSpec, Share};
 
 /// Longest name of a machine.
 const ID_MAX: usize = 128;
@@ -18,11 +18,6 @@ pub(crate) fn refuse(spec: &MachineSpec, problem: Option<String>) -> Result<(), 
 
 /// What no driver can make a machine from, as a sentence.
 pub(crate) fn problem(spec: &MachineSpec) -> Option<String> {
-    let word = |s: &str, max: usize| {
-        (1..=max).contains(&s.len())
-            && s.bytes()
-                .all(|b| b.is_ascii_alphanumeric() || b"_.-".contains(&b))
-    };
     if !word(&spec.id, ID_MAX) {
         return Some(format!("the name must be 1–{ID_MAX} of A-Z a-z 0-9 _ . -"));
     }
@@ -38,17 +33,24 @@ pub(crate) fn problem(spec: &MachineSpec) -> Option<String> {
             spec.memory
         ));
     }
-    if let Some(disk) = spec.disks.iter().find(|d| !word(&d.serial, 20)) {
-        return Some(format!(
-            "disk serial {:?} is not 1–20 of A-Z a-z 0-9 _ . -",
-            disk.serial
-        ));
-    }
-    if let Some(share) = spec.shares.iter().find(|s| !word(&s.tag, 36)) {
-        return Some(format!(
-            "share tag {:?} is not 1–36 of A-Z a-z 0-9 _ . -",
-            share.tag
-        ));
-    }
-    None
+    let disks = spec.disks.iter().find_map(disk_problem);
+    disks.or_else(|| spec.shares.iter().find_map(share_problem))
+}
+
+fn word(s: &str, max: usize) -> bool {
+    (1..=max).contains(&s.len())
+        && s.bytes()
+            .all(|b| b.is_ascii_alphanumeric() || b"_.-".contains(&b))
+}
+
+/// What is wrong with a disk.
+pub(crate) fn disk_problem(disk: &Disk) -> Option<String> {
+    let serial = &disk.serial;
+    (!word(serial, 20)).then(|| format!("disk serial {serial:?} is not 1–20 of A-Z a-z 0-9 _ . -"))
+}
+
+/// What is wrong with a share.
+pub(crate) fn share_problem(share: &Share) -> Option<String> {
+    let tag = &share.tag;
+    (!word(tag, 36)).then(|| format!("share tag {tag:?} is not 1–36 of A-Z a-z 0-9 _ . -"))
 }

@@ -54,6 +54,29 @@ pub(crate) struct Line {
     event: EventFd,
 }
 
+impl Table {
+    /// A number that is free, given out.
+    fn take(&mut self) -> Option<u32> {
+        let free = self.numbers.iter().position(|n| *n == Number::Free);
+        let index = free.unwrap_or(self.numbers.len());
+        let number = u32::try_from(index).ok()?.checked_add(PINS)?;
+        if usize::try_from(number).map_or(true, |n| n >= ROUTES_MAX) {
+            return None;
+        }
+        match self.numbers.get_mut(index) {
+            Some(free) => *free = Number::Quiet,
+            None => self.numbers.push(Number::Quiet),
+        }
+        Some(number)
+    }
+
+    /// What a number stands for from now on; what it stood for.
+    fn put(&mut self, number: u32, to: Number) -> Option<Number> {
+        let index = usize::try_from(number.checked_sub(PINS)?).ok()?;
+        Some(std::mem::replace(self.numbers.get_mut(index)?, to))
+    }
+}
+
 impl Routes {
     pub(crate) fn new(vm: Arc<VmFd>) -> Self {
         Self {
@@ -85,20 +108,19 @@ impl Routes {
     /// A line, with no message yet.
     pub(crate) fn line(self: &Arc<Self>) -> Result<Line, Error> {
         let mut table = self.table();
-        let free = table.numbers.iter().position(|n| *n == Number::Free);
-        let index = free.unwrap_or(table.numbers.len());
-        let number = PINS.saturating_add(u32::try_from(index).unwrap_or(u32::MAX));
-        if usize::try_from(number).map_or(true, |n| n >= ROUTES_MAX) {
-            return Err(Error::Config("too many interrupt messages".to_owned()));
+        let number = table
+            .take()
+            .ok_or_else(|| Error::Config("too many interrupt messages".to_owned()))?;
+        let wired = eventfd().and_then(|event| {
+            self.vm
+                .register_irqfd(&event, number)
+                .map(|()| event)
+                .map_err(|e| Error::Kvm("wire an interrupt message", e))
+        });
+        if wired.is_err() {
+            table.put(number, Number::Free);
         }
-        let event = eventfd()?;
-        self.vm
-            .register_irqfd(&event, number)
-            .map_err(|e| Error::Kvm("wire an interrupt message", e))?;
-        match table.numbers.get_mut(index) {
-            Some(free) => *free = Number::Quiet,
-            None => table.numbers.push(Number::Quiet),
-        }
+        let event = wired?;
         Ok(Line {
             routes: Arc::clone(self),
             number,
@@ -108,13 +130,11 @@ impl Routes {
 
     fn set(&self, number: u32, to: Number) -> Result<(), Error> {
         let mut table = self.table();
-        let index = usize::try_from(number.saturating_sub(PINS)).unwrap_or(usize::MAX);
-        let Some(slot) = table.numbers.get_mut(index) else {
+        let Some(old) = table.put(number, to) else {
             return Ok(());
         };
-        let (old, routed_before) = (*slot, matches!(*slot, Number::Sends(_)));
-        *slot = to;
-        if old == to || !(routed_before || matches!(to, Number::Sends(_))) {
+        let sends = |number| matches!(number, Number::Sends(_));
+        if old == to || !(sends(old) || sends(to)) {
             return Ok(());
         }
         let mut entries: Vec<_> = (0..PINS).map(pin).collect();
@@ -199,4 +219,25 @@ fn routed(number: u32, message: Message) -> kvm_irq_routing_entry {
     entry.u.msi.address_hi = half(4);
     entry.u.msi.data = message.data;
     entry
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn numbers_that_come_back_are_given_out_again() {
+        let mut table = Table::default();
+        let all: Vec<_> = std::iter::from_fn(|| table.take()).collect();
+        assert_eq!(all.len(), ROUTES_MAX - 24);
+        assert_eq!((all.first(), all.last()), (Some(&24), Some(&4095)));
+        assert_eq!(table.put(100, Number::Free), Some(Number::Quiet));
+        assert_eq!(table.put(99, Number::Free), Some(Number::Quiet));
+        assert_eq!((table.take(), table.take()), (Some(99), Some(100)));
+        assert_eq!(table.take(), None);
+        // No pin is a message.
+        for none in [0, 23, 4096, u32::MAX] {
+            assert_eq!(table.put(none, Number::Free), None);
+        }
+    }
 }

@@ -131,3 +131,139 @@ impl Slots {
 fn mask(slot: u8) -> u32 {
     1u32.checked_shl(slot.into()).unwrap_or(0)
 }
+
+#[cfg(test)]
+mod tests {
+    use std::sync::Mutex;
+
+    use vm_memory::{GuestAddress, GuestMemoryMmap};
+    use walnut_devices::{
+        limit::LimitConfig,
+        pci::{Doorbells, Message, Messages},
+        rng,
+        virtio::{MemoryCell, Worker},
+    };
+
+    use super::*;
+
+    #[derive(Debug)]
+    struct Nobody;
+
+    impl Messages for Nobody {
+        fn route(&self, _: usize, _: Option<Message>) {}
+        fn send(&self, _: usize) {}
+    }
+
+    impl Doorbells for Nobody {
+        fn moved(&self, _: Option<u64>) {}
+    }
+
+    #[derive(Debug, Default)]
+    #[expect(clippy::vec_box, reason = "as they come")]
+    struct Out(Mutex<Vec<Box<VirtioPci>>>);
+
+    impl Ejected for Out {
+        fn ejected(&self, function: Box<VirtioPci>) {
+            self.0.lock().unwrap().push(function);
+        }
+    }
+
+    struct Bus {
+        slots: Slots,
+        out: Arc<Out>,
+        pin: EventFd,
+        memory: MemoryCell,
+        workers: Vec<Worker>,
+    }
+
+    impl Bus {
+        fn new() -> Self {
+            let root = Arc::new(Root::new(0xe000_0000, 0x8_0000_0000..0x8_1000_0000));
+            let pin = EventFd::new(libc::EFD_NONBLOCK).unwrap();
+            let out = Arc::<Out>::default();
+            let memory = GuestMemoryMmap::from_ranges(&[(GuestAddress(0), 1 << 16)]).unwrap();
+            Self {
+                slots: Slots::new(root, pin.try_clone().unwrap(), out.clone()),
+                out,
+                pin,
+                memory: MemoryCell::new(memory),
+                workers: Vec::new(),
+            }
+        }
+
+        fn plug(&mut self) -> u8 {
+            let device = Box::new(rng::Rng::new(LimitConfig::default()));
+            let (worker, port) = Worker::new(device).unwrap();
+            self.workers.push(worker);
+            let root = &self.slots.root;
+            let memory = self.memory.clone();
+            let slot = root
+                .plug(port, memory, Arc::new(Nobody), Box::new(Nobody))
+                .unwrap();
+            self.slots.came(slot);
+            slot
+        }
+
+        fn read(&self, port: u16) -> u32 {
+            let mut data = [0xff; 4];
+            self.slots.read(port, &mut data);
+            u32::from_le_bytes(data)
+        }
+
+        fn eject(&self, slots: u32) -> usize {
+            let before = self.out.0.lock().unwrap().len();
+            self.slots.write(EJECT, &slots.to_le_bytes());
+            self.out.0.lock().unwrap().len() - before
+        }
+    }
+
+    #[test]
+    fn news_is_raised_and_read_once() {
+        let mut bus = Bus::new();
+        assert_eq!((bus.read(CAME), bus.read(GOES)), (0, 0));
+        assert_eq!((bus.plug(), bus.plug()), (1, 2));
+        assert_eq!(bus.pin.read().unwrap(), 2);
+        // Other widths and ports read nothing, and clear nothing.
+        for len in [1, 2, 3, 8] {
+            let mut data = vec![0xff; len];
+            bus.slots.read(CAME, &mut data);
+            assert_eq!(data, vec![0xff; len]);
+        }
+        for port in [1, 2, 3, 5, EJECT, 11] {
+            assert_eq!(bus.read(port), u32::MAX);
+        }
+        assert_eq!((bus.read(CAME), bus.read(CAME)), (0b110, 0));
+        bus.slots.ask(2);
+        assert!(bus.pin.read().is_ok());
+        assert_eq!((bus.read(GOES), bus.read(GOES)), (0b100, 0));
+    }
+
+    #[test]
+    fn a_guest_lets_go_only_of_what_it_was_asked_for() {
+        let mut bus = Bus::new();
+        bus.plug();
+        bus.plug();
+        assert_eq!(bus.eject(u32::MAX), 0, "nobody asked");
+        bus.slots.ask(2);
+        for odd in [&[0xff][..], &[0xff; 2], &[0xff; 8], &[]] {
+            bus.slots.write(EJECT, odd);
+        }
+        bus.slots.write(CAME, &[0xff; 4]);
+        bus.slots.write(GOES, &[0xff; 4]);
+        assert_eq!(bus.eject(0b010), 0, "another");
+        assert_eq!(bus.eject(u32::MAX), 1);
+        assert_eq!(bus.eject(u32::MAX), 0, "twice");
+        // Asked for an empty slot, or none, nothing goes.
+        for slot in [2, 0, 31, 32, 255] {
+            bus.slots.ask(slot);
+        }
+        assert_eq!(bus.eject(u32::MAX), 0);
+        // The next in the slot has not been asked for, whatever the last was.
+        bus.slots.ask(2);
+        assert_eq!(bus.plug(), 2);
+        assert_eq!(bus.read(GOES) & 0b100, 0);
+        assert_eq!(bus.eject(u32::MAX), 0);
+        bus.slots.ask(2);
+        assert_eq!(bus.eject(u32::MAX), 1);
+    }
+}

@@ -10,8 +10,8 @@
 //!
 //! A transport (virtio-pci) runs on the vCPU's thread: it holds the registers,
 //! and must never wait. A device runs on a thread of its own that exists before
-//! the guest does, so that no thread has to be made, and no slow disk is waited
-//! for, on a guest's word. Between them stands [`Port`]: requests one way,
+//! the guest sees the device, so that no thread has to be made, and no slow disk is
+//! waited for, on a guest's word. Between them stands [`Port`]: requests one way,
 //! acknowledgements the other.
 
 mod config;

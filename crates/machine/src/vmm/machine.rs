@@ -22,7 +22,7 @@ use walnut_vmm_api::{
 
 use super::{Vmm, control::Control};
 use crate::{
-    Error, Exit, Machine, MachineSpec, Pause, Snapshot, SnapshotFiles,
+    Disk, Error, Exit, HotPlug, Machine, MachineSpec, Pause, Share, Snapshot, SnapshotFiles,
     agent::{self, CONSOLE_MAX, Door, GUEST_CID, host, or_end},
     console,
     files::{self, Files},
@@ -49,6 +49,8 @@ struct Shared {
     door: Door,
     dir: PathBuf,
     vmm: Child,
+    /// Queues of a disk.
+    queues: u16,
     console: Arc<Tail>,
     control: Control,
     /// The end was asked for.
@@ -142,6 +144,33 @@ fn attachment(name: &str, device: Device) -> Attachment {
     }
 }
 
+pub(super) fn fs_name(share: &Share) -> String {
+    format!("fs-{}", share.tag)
+}
+
+pub(super) fn fs(share: &Share, socket: FdIndex) -> Attachment {
+    let device = Device::Fs {
+        tag: share.tag.clone(),
+        socket,
+    };
+    attachment(&fs_name(share), device)
+}
+
+pub(super) fn block_name(disk: &Disk) -> String {
+    format!("disk-{}", disk.serial)
+}
+
+pub(super) fn block(disk: &Disk, file: FdIndex, queues: u16) -> Attachment {
+    let device = Device::Block {
+        serial: disk.serial.clone(),
+        read_only: disk.read_only,
+        file,
+        queues,
+        limits: Limits::default(),
+    };
+    attachment(&block_name(disk), device)
+}
+
 /// The devices of `spec`, in the order of their slots.
 fn devices(
     spec: &MachineSpec,
@@ -156,21 +185,10 @@ fn devices(
     };
     let mut attachments = vec![attachment("vsock", vsock)];
     for (share, socket) in spec.shares.iter().zip(devices.shares) {
-        let device = Device::Fs {
-            tag: share.tag.clone(),
-            socket: fds.add(socket),
-        };
-        attachments.push(attachment(&format!("fs-{}", share.tag), device));
+        attachments.push(fs(share, fds.add(socket)));
     }
     for (disk, file) in spec.disks.iter().zip(devices.disks) {
-        let device = Device::Block {
-            serial: disk.serial.clone(),
-            read_only: disk.read_only,
-            file: fds.add(file),
-            queues: vcpus(spec).into(),
-            limits: Limits::default(),
-        };
-        attachments.push(attachment(&format!("disk-{}", disk.serial), device));
+        attachments.push(block(disk, fds.add(file), vcpus(spec).into()));
     }
     attachments.push(attachment("rng", Device::Rng));
     attachments.push(attachment("balloon", Device::Balloon));
@@ -235,6 +253,7 @@ impl Waiting {
             door,
             dir: dir_path,
             vmm,
+            queues: vcpus(spec).into(),
             console: tail,
             control: Control::new(ours)?,
             stopping: AtomicBool::new(false),
@@ -353,8 +372,36 @@ impl VmmMachine {
     }
 
     async fn ask(&self, what: &'static str, name: &str, request: &Request) -> Result<(), Error> {
-        let attempt = async { self.shared.control.ask(name, request, &[]).await.map(drop) };
+        self.ask_with(what, name, request, &[]).await
+    }
+
+    pub(super) async fn ask_with(
+        &self,
+        what: &'static str,
+        name: &str,
+        request: &Request,
+        fds: &[BorrowedFd<'_>],
+    ) -> Result<(), Error> {
+        let attempt = async { self.shared.control.ask(name, request, fds).await.map(drop) };
+        self.or_end(what, attempt).await
+    }
+
+    /// What `attempt` leads to, or that the machine ended before.
+    pub(super) async fn or_end<T>(
+        &self,
+        what: &'static str,
+        attempt: impl Future<Output = Result<T, Error>>,
+    ) -> Result<T, Error> {
         or_end(what, attempt, self.shared.ended()).await
+    }
+
+    pub(super) fn control(&self) -> &Control {
+        &self.shared.control
+    }
+
+    /// Queues of a disk: as many as vCPUs.
+    pub(super) fn queues(&self) -> u16 {
+        self.shared.queues
     }
 }
 
@@ -470,6 +517,10 @@ impl Machine for VmmMachine {
     }
 
     fn as_snapshot(&self) -> Option<&dyn Snapshot> {
+        Some(self)
+    }
+
+    fn as_hot_plug(&self) -> Option<&dyn HotPlug> {
         Some(self)
     }
 }

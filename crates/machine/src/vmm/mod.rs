@@ -2,10 +2,11 @@
 //!
 //! One process per machine. It gets descriptors over its control socket
 //! (`walnut_vmm_api`), never paths, and locks itself in before the guest runs.
-//! `machine` owns its life, `control` speaks with it.
+//! `machine` owns its life, `control` speaks with it, `plug` lets devices come and go.
 
 mod control;
 mod machine;
+mod plug;
 
 use std::path::PathBuf;
 
