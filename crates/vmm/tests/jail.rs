@@ -119,6 +119,10 @@ fn every_call_is_made_and_no_other() {
         missing.remove("control: exit_group");
         // A machine with a shared file system cannot be saved: the next one is.
         missing.retain(|call| !call.starts_with("snapshot"));
+        // What the nursery calls depends on the device that comes and on the C
+        // library; tests/hotplug.rs brings one of each kind. That it calls nothing
+        // else is seen here as for all.
+        missing.retain(|call| !call.starts_with("nursery"));
         if missing.is_empty() {
             break;
         }
@@ -141,6 +145,7 @@ fn every_call_is_made_and_no_other() {
     trace.read(&machine.trace());
     let missing_there = missing(&lists, &trace);
     missing_still.retain(|call| missing_there.contains(call));
+    missing_still.retain(|call| !call.starts_with("nursery"));
     assert_eq!(missing_still, BTreeSet::new());
 }
 
