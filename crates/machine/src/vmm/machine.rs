@@ -17,12 +17,12 @@ use std::{
 use async_trait::async_trait;
 use tokio::{net::UnixStream, sync::watch};
 use walnut_vmm_api::{
-    self as api, Attachment, Backing, Config, Device, End, FdIndex, Limits, Request,
+    self as api, Attachment, Backing, Config, Device, End, FdIndex, Limits, Reply, Request,
 };
 
 use super::{Vmm, control::Control};
 use crate::{
-    Error, Exit, Machine, MachineSpec, Pause,
+    Error, Exit, Machine, MachineSpec, Pause, Resize,
     agent::{self, CONSOLE_MAX, Door, GUEST_CID, host, or_end},
     console,
     files::{self, Files},
@@ -40,6 +40,7 @@ const DEVICES_MAX: usize = 24;
 #[derive(Debug)]
 pub(super) struct VmmMachine {
     shared: Arc<Shared>,
+    vcpus: u32,
 }
 
 /// What the machine and its supervising task share.
@@ -179,9 +180,9 @@ fn config(
         version: api::VERSION,
         kvm: fds.add(open_kvm()?),
         vcpus,
-        max_vcpus: vcpus,
+        max_vcpus: u8::try_from(spec.max_vcpus).unwrap_or(u8::MAX),
         memory: spec.memory,
-        max_memory: spec.memory,
+        max_memory: spec.max_memory,
         backing: Backing {
             shared: !spec.shares.is_empty(),
             huge_pages: false,
@@ -235,6 +236,7 @@ impl VmmMachine {
         // From here on a drop of `machine` ends the process.
         let machine = Self {
             shared: Arc::clone(&shared),
+            vcpus: spec.max_vcpus,
         };
         tokio::spawn(Arc::clone(&shared).supervise());
         let request = Request::Start(Box::new(config));
@@ -360,6 +362,34 @@ impl Machine for VmmMachine {
 
     fn as_pause(&self) -> Option<&dyn Pause> {
         Some(self)
+    }
+
+    fn as_resize(&self) -> Option<&dyn Resize> {
+        Some(self)
+    }
+}
+
+#[async_trait]
+impl Resize for VmmMachine {
+    async fn set_memory(&self, bytes: u64) -> Result<(), Error> {
+        let request = Request::Resize { memory: bytes };
+        self.ask("resize the guest's memory", "resize", &request)
+            .await
+    }
+
+    async fn memory(&self) -> Result<u64, Error> {
+        let attempt = self.shared.control.ask("stats", &Request::Stats, &[]);
+        let what = "ask for the guest's memory";
+        match or_end(what, attempt, self.shared.ended()).await? {
+            Reply::Stats(stats) => Ok(stats.memory),
+            Reply::Done => Err(Error::Other(
+                "walnut-vmm, stats: no figures came".to_owned(),
+            )),
+        }
+    }
+
+    fn vcpus(&self) -> u32 {
+        self.vcpus
     }
 }
 
