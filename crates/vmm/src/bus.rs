@@ -14,7 +14,7 @@ use kvm_ioctls::{IoEventAddress, NoDatamatch, VmFd};
 use vmm_sys_util::eventfd::EventFd;
 use walnut_devices::{
     pci::{self, Doorbells, Messages, Root},
-    virtio::{Memory, MemoryCell, Port, Worker},
+    virtio::{Device, Memory, MemoryCell, Port, Worker},
 };
 use walnut_vmm_api::{Attachment, FdIndex, NAME_MAX};
 
@@ -32,10 +32,12 @@ pub(crate) struct Bus {
     members: Vec<Member>,
     /// Until they are started, each with its name and system calls. (Locked only
     /// because a device is not `Sync`.)
-    workers: Mutex<Vec<(String, Worker, Vec<libc::c_long>)>>,
+    workers: Mutex<Vec<(String, Worker, devices::Calls)>>,
     vm: Arc<VmFd>,
     routes: Arc<Routes>,
     memory: MemoryCell,
+    /// Memory comes and goes.
+    grows: bool,
 }
 
 /// A device on the bus.
@@ -120,6 +122,7 @@ impl Bus {
         routes: &Arc<Routes>,
         memory: &Memory,
         window64: Range<u64>,
+        grows: bool,
     ) -> Self {
         Self {
             root: Root::new(layout::ECAM, window64),
@@ -128,6 +131,7 @@ impl Bus {
             vm: Arc::clone(vm),
             routes: Arc::clone(routes),
             memory: MemoryCell::new(memory.clone()),
+            grows,
         }
     }
 
@@ -143,11 +147,27 @@ impl Bus {
                 "a device cannot be called {name:?}: a name has 1 to {NAME_MAX} bytes"
             )));
         }
-        if self.members.iter().any(|member| member.name == *name) {
-            return Err(Error::Config(format!("two devices are called {name}")));
+        if self.grows && devices::shares_memory(&attachment.device) {
+            return Err(Error::Config(format!(
+                "device {name}: its back end would keep memory that the guest gives up; \
+                 a machine whose memory grows has no vhost-user devices"
+            )));
         }
         let (device, calls) = devices::make(&attachment.device, &self.memory, take)
             .map_err(|e| Error::Config(format!("device {name}: {e}")))?;
+        self.place(name, device, calls)
+    }
+
+    /// Puts a device into the next slot.
+    pub(crate) fn place(
+        &mut self,
+        name: &str,
+        device: Box<dyn Device>,
+        calls: devices::Calls,
+    ) -> Result<(), Error> {
+        if self.members.iter().any(|member| member.name == *name) {
+            return Err(Error::Config(format!("two devices are called {name}")));
+        }
         let (worker, port) = Worker::new(device)?;
         let mut kicks = Vec::new();
         let mut lines = vec![self.routes.line()?];
@@ -171,10 +191,10 @@ impl Bus {
             )
             .map_err(|e| Error::Config(e.to_string()))?;
         self.members.push(Member {
-            name: name.clone(),
+            name: name.to_owned(),
             port,
         });
-        self.workers().push((name.clone(), worker, calls));
+        self.workers().push((name.to_owned(), worker, calls));
         Ok(())
     }
 
@@ -201,9 +221,14 @@ impl Bus {
         Ok(())
     }
 
-    fn workers(&mut self) -> &mut Vec<(String, Worker, Vec<libc::c_long>)> {
+    fn workers(&mut self) -> &mut Vec<(String, Worker, devices::Calls)> {
         let workers = self.workers.get_mut();
         workers.unwrap_or_else(PoisonError::into_inner)
+    }
+
+    /// Guest memory, as the devices see it.
+    pub(crate) fn memory(&self) -> &MemoryCell {
+        &self.memory
     }
 
     /// The last bus.

@@ -88,14 +88,11 @@ fn answer(
             machine.resume();
             Ok(Reply::Done)
         }
+        (Request::Resize { memory }, Some(machine)) => machine.resize(memory).map(|()| Reply::Done),
         (Request::Stats, Some(machine)) => Ok(Reply::Stats(machine.stats())),
-        (
-            Request::Attach(_)
-            | Request::Detach { .. }
-            | Request::Resize { .. }
-            | Request::Snapshot { .. },
-            Some(_),
-        ) => Err(Error::Config("not there yet".into())),
+        (Request::Attach(_) | Request::Detach { .. } | Request::Snapshot { .. }, Some(_)) => {
+            Err(Error::Config("not there yet".into()))
+        }
         (Request::Stop, Some(machine)) => {
             machine.wind_up();
             Ok(Reply::Done)

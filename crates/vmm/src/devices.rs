@@ -3,6 +3,7 @@
 
 use std::{fmt::Display, os::fd::OwnedFd, time::Duration};
 
+use vm_memory::{GuestAddress, GuestAddressSpace, GuestMemoryBackend};
 use walnut_devices::{
     Log, balloon, block, fs,
     limit::{BucketConfig, LimitConfig},
@@ -19,8 +20,29 @@ const FS_QUEUES: u16 = 1;
 /// Host programs and guest programs connected at once.
 const VSOCK_CONNECTIONS: usize = 1023;
 
+/// The tap's offloads are set when a driver is ready (linux/if_tun.h).
+const TUNSETOFFLOAD: u32 = 0x4004_54d0;
+
 /// A device, and the system calls that it makes.
-pub(crate) type Made = (Box<dyn virtio::Device>, Vec<libc::c_long>);
+pub(crate) type Made = (Box<dyn virtio::Device>, Calls);
+
+/// What a device's thread calls beside what every device's does.
+#[derive(Debug, Clone, Default)]
+pub(crate) struct Calls {
+    /// Calls, with any arguments.
+    pub(crate) any: Vec<libc::c_long>,
+    /// Requests of `ioctl`.
+    pub(crate) ioctls: Vec<u32>,
+}
+
+impl<const N: usize> From<[libc::c_long; N]> for Calls {
+    fn from(any: [libc::c_long; N]) -> Self {
+        Self {
+            any: any.into(),
+            ioctls: Vec::new(),
+        }
+    }
+}
 
 fn log() -> Log {
     Log::new(|message| eprintln!("walnut-vmm: {message}"))
@@ -43,14 +65,22 @@ fn limit(limits: &Limits) -> LimitConfig {
 }
 
 /// What the front end of a vhost-user back end calls.
-fn vhost_calls() -> Vec<libc::c_long> {
-    vec![
+fn vhost_calls() -> Calls {
+    Calls::from([
         libc::SYS_sendmsg,
         libc::SYS_recvmsg,
         libc::SYS_recvfrom,
         libc::SYS_poll,
         libc::SYS_close,
-    ]
+    ])
+}
+
+/// Whether another process maps guest memory to serve it.
+pub(crate) fn shares_memory(device: &Device) -> bool {
+    matches!(
+        device,
+        Device::Fs { .. } | Device::VhostBlock { .. } | Device::VhostNet { .. }
+    )
 }
 
 /// Makes a device. `take` gives the descriptors that came with the request.
@@ -81,13 +111,13 @@ pub(crate) fn make(
             }
             let device = block::Block::new(take(*file)?, config).map_err(complain)?;
             let calls = match device.engine() {
-                block::Engine::IoUring => vec![libc::SYS_io_uring_enter],
-                _ => vec![
+                block::Engine::IoUring => Calls::from([libc::SYS_io_uring_enter]),
+                _ => Calls::from([
                     libc::SYS_preadv,
                     libc::SYS_pwritev,
                     libc::SYS_fdatasync,
                     libc::SYS_fallocate,
-                ],
+                ]),
             };
             Ok((Box::new(device), calls))
         }
@@ -109,12 +139,10 @@ pub(crate) fn make(
                 send: limit(send),
             };
             let device = net::Net::new(taps?, config, log()).map_err(complain)?;
-            let calls = vec![
-                libc::SYS_readv,
-                libc::SYS_writev,
-                libc::SYS_poll,
-                libc::SYS_ioctl,
-            ];
+            let calls = Calls {
+                ioctls: vec![TUNSETOFFLOAD],
+                ..Calls::from([libc::SYS_readv, libc::SYS_writev, libc::SYS_poll])
+            };
             Ok((Box::new(device), calls))
         }
         Device::Fs { tag, socket } => {
@@ -149,7 +177,7 @@ pub(crate) fn make(
                 timeouts: vsock::Timeouts::default(),
             };
             let device = vsock::Device::new(config, vsock::SocketDir::current(), log())?;
-            let calls = vec![
+            let calls = Calls::from([
                 libc::SYS_epoll_ctl,
                 libc::SYS_recvmsg,
                 libc::SYS_sendmsg,
@@ -159,18 +187,43 @@ pub(crate) fn make(
                 libc::SYS_connect,
                 libc::SYS_shutdown,
                 libc::SYS_close,
-            ];
+            ]);
             Ok((Box::new(vsock::Virtio::new(device)), calls))
         }
         Device::Rng => {
             let device = rng::Rng::new(LimitConfig::default());
-            Ok((Box::new(device), vec![libc::SYS_getrandom]))
+            Ok((Box::new(device), Calls::from([libc::SYS_getrandom])))
         }
-        Device::Balloon => {
-            let release = balloon::Advise::new(memory.clone());
-            let device = balloon::Balloon::new(balloon::Config::default(), Box::new(release))
-                .map_err(complain)?;
-            Ok((Box::new(device), vec![libc::SYS_madvise]))
-        }
+        Device::Balloon => balloon(memory),
     }
+}
+
+/// A balloon. Huge pages stay the machine's: nobody could promise one that is given
+/// back again, and a touch without one would end the machine. So none is reported.
+fn balloon(memory: &MemoryCell) -> Result<Made, Error> {
+    let huge = memory
+        .memory()
+        .iter()
+        .any(|region| region.is_hugetlbfs() == Some(true));
+    let config = balloon::Config {
+        reporting: !huge,
+        ..balloon::Config::default()
+    };
+    let (release, calls): (Box<dyn balloon::Release>, Calls) = match huge {
+        true => (Box::new(Kept), Calls::default()),
+        false => (
+            Box::new(balloon::Advise::new(memory.clone())),
+            Calls::from([libc::SYS_madvise]),
+        ),
+    };
+    let device = balloon::Balloon::new(config, release).map_err(complain)?;
+    Ok((Box::new(device), calls))
+}
+
+/// Gives nothing back.
+#[derive(Debug)]
+struct Kept;
+
+impl balloon::Release for Kept {
+    fn release(&self, _at: GuestAddress, _len: u64) {}
 }

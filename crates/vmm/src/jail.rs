@@ -12,7 +12,7 @@
 //! | thread | calls |
 //! |---|---|
 //! | vCPU | `ioctl` (run the guest; route a message, move a doorbell), `write` (eventfds, the console), `futex`, `rt_sigreturn` (after a call out of the guest), `brk` (a message table may grow) |
-//! | device | `epoll_wait`, `read` and `write` (eventfds), `futex`, `brk`, and what [`walnut_devices`] says the device needs |
+//! | device | `epoll_wait`, `read` and `write` (eventfds), `futex`, `brk`, and what [`walnut_devices`] says the device needs; of `ioctl`, the network device may set a tap's offloads and the memory device KVM's memory slots |
 //! | control | `poll`, `recvmsg`, `sendmsg`, `close`, `read`, `write`, `futex`, `brk`, `tgkill` (call a vCPU out), `exit_group` |
 
 use std::{
@@ -36,7 +36,7 @@ use seccompiler::{
     SeccompRule, TargetArch,
 };
 
-use crate::Error;
+use crate::{Error, devices::Calls};
 
 /// Requests of `ioctl` that a vCPU makes (linux/kvm.h).
 const KVM_RUN: u32 = 0xae80;
@@ -218,7 +218,7 @@ impl Filter {
     }
 
     /// For a device's thread, whose device makes `calls` as well.
-    pub(crate) fn device(calls: &[libc::c_long]) -> Result<Self, Error> {
+    pub(crate) fn device(calls: &Calls) -> Result<Self, Error> {
         let own = [
             libc::SYS_epoll_wait,
             libc::SYS_read,
@@ -228,7 +228,7 @@ impl Filter {
             // Where the host's clock is not one that the vDSO can read.
             libc::SYS_clock_gettime,
         ];
-        filter(&[&own, calls].concat(), &[])
+        filter(&[&own[..], &calls.any].concat(), &calls.ioctls)
     }
 
     /// For the thread that serves the control socket.

@@ -11,7 +11,7 @@ use kvm_bindings::{KVM_CAP_TSC_DEADLINE_TIMER, kvm_userspace_memory_region};
 use kvm_ioctls::{Kvm, VcpuFd, VmFd};
 use vm_memory::{Address, GuestMemoryBackend, GuestMemoryRegion};
 use vmm_sys_util::eventfd::EventFd;
-use walnut_devices::virtio::Memory;
+use walnut_devices::{mem::Target, virtio::Memory};
 use walnut_vmm_api::{Config, Device, End, FdIndex, Jail, Stats, VERSION};
 
 use crate::{
@@ -19,7 +19,7 @@ use crate::{
     acpi::Tables,
     boot::Boot,
     bus::{Bus, Failures},
-    cpu,
+    cpu, growth,
     irq::Routes,
     jail::{self, Filter},
     layout, memory,
@@ -29,6 +29,10 @@ use crate::{
 
 /// vCPUs at most.
 const VCPUS_MAX: u8 = 32;
+/// How much memory may be added, bytes.
+const GROWTH_MAX: u64 = 1 << 40;
+/// What requests call the memory device, which is not theirs to name.
+const MEMORY: &str = "memory";
 /// How long a device may take to finish what is in flight.
 const QUIESCE: Duration = Duration::from_secs(10);
 /// `KVM_CREATE_VM` is interrupted by signals that a busy host's timers send.
@@ -45,6 +49,9 @@ pub(crate) struct Machine {
     _vm: Arc<VmFd>,
     /// The mapping that KVM reads and writes.
     memory: Memory,
+    /// How to ask for more memory, if there may be more.
+    growth: Option<Target>,
+    max_memory: u64,
 }
 
 /// The descriptors of a request, each to be taken once.
@@ -76,8 +83,13 @@ fn check(config: &Config) -> Result<(), Error> {
             config.vcpus, config.max_vcpus
         ));
     }
-    if config.max_memory != config.memory {
-        return complain("memory that grows is not there yet".to_owned());
+    let more = config.max_memory.checked_sub(config.memory);
+    if more.is_none_or(|more| !more.is_multiple_of(2 << 20) || more > GROWTH_MAX) {
+        return complain(format!(
+            "memory cannot grow from {} bytes to {}: the difference must be a multiple of 2 MiB, \
+             and 1 TiB at most",
+            config.memory, config.max_memory
+        ));
     }
     if config.memory < 32 << 20 || !config.memory.is_multiple_of(1 << 20) {
         return complain(format!(
@@ -104,15 +116,27 @@ impl Machine {
             .map_err(|e| Error::Kvm("create the interrupt controllers", e))?;
         let routes = Arc::new(Routes::new(Arc::clone(&vm)));
 
-        let window64 = layout::window64(config.memory);
-        let mut bus = Bus::new(&vm, &routes, &memory, window64.clone());
+        let window64 = layout::window64(config.memory, config.max_memory);
+        let supported = cpu::supported(&kvm)?;
+        if window64.end > cpu::address_end(&supported) {
+            return Err(Error::Config(format!(
+                "{} bytes of memory are more than the host's processor can address beside devices",
+                config.max_memory
+            )));
+        }
+        let grows = config.max_memory > config.memory;
+        let mut bus = Bus::new(&vm, &routes, &memory, window64.clone(), grows);
         let root = sockets(config, &fds)?;
         for attachment in &config.devices {
             bus.add(attachment, |fd| fds.take(fd))?;
         }
+        let mut growth = None;
+        if let Some((device, target, calls)) = growth::device(config, &vm, bus.memory())? {
+            bus.place(MEMORY, Box::new(device), calls)?;
+            growth = Some(target);
+        }
         let tables = Tables {
-            vcpus: config.vcpus,
-            max_vcpus: config.max_vcpus,
+            vcpus: config.max_vcpus,
             last_bus: bus.last(),
             window64,
         };
@@ -123,7 +147,7 @@ impl Machine {
                 .map(|fd| fds.take(fd))
                 .transpose()?
                 .map(File::from),
-            cmdline: &config.cmdline,
+            cmdline: &cmdline(config),
             rsdp: tables.write(&memory)?,
         };
         let entry = boot.load(&memory)?;
@@ -131,7 +155,6 @@ impl Machine {
 
         let console = config.console.map(|fd| fds.take(fd)).transpose()?;
         let ports = Ports::new(console.map(File::from), routes.pin(ports::SERIAL_IRQ)?);
-        let supported = cpu::supported(&kvm)?;
         let deadline = kvm.check_extension_raw(u64::from(KVM_CAP_TSC_DEADLINE_TIMER)) > 0;
         let mut vcpus: Vec<VcpuFd> = Vec::new();
         for id in 0..config.max_vcpus {
@@ -171,6 +194,8 @@ impl Machine {
             failure,
             _vm: vm,
             memory,
+            growth,
+            max_memory: config.max_memory,
         })
     }
 
@@ -198,12 +223,44 @@ impl Machine {
         }
     }
 
+    /// Asks the guest to have that much memory.
+    pub(crate) fn resize(&self, memory: u64) -> Result<(), Error> {
+        let boot = self.boot_memory();
+        let more = memory.checked_sub(boot).ok_or_else(|| {
+            Error::Config(format!(
+                "{memory} bytes of memory are less than the machine booted with, {boot}"
+            ))
+        })?;
+        match &self.growth {
+            _ if memory > self.max_memory => Err(Error::Config(format!(
+                "{memory} bytes of memory are more than the machine was made for, {}",
+                self.max_memory
+            ))),
+            Some(target) => target.set(more).map_err(|e| Error::Config(e.to_string())),
+            // More is not there to be had.
+            None => Ok(()),
+        }
+    }
+
     /// What it has done so far.
     pub(crate) fn stats(&self) -> Stats {
+        let plugged = self.growth.as_ref().map_or(0, Target::plugged);
         Stats {
             exits: self.vcpus.exits(),
-            memory: self.memory.iter().map(GuestMemoryRegion::len).sum(),
+            memory: self.boot_memory() + plugged,
         }
+    }
+
+    fn boot_memory(&self) -> u64 {
+        self.memory.iter().map(GuestMemoryRegion::len).sum()
+    }
+}
+
+/// The kernel's command line: it leaves vCPUs offline that it is not to boot with.
+fn cmdline(config: &Config) -> String {
+    match config.max_vcpus > config.vcpus {
+        true => format!("{} maxcpus={}", config.cmdline, config.vcpus),
+        false => config.cmdline.clone(),
     }
 }
 

@@ -7,7 +7,7 @@
 //! or the supervisor ends.
 //!
 //! `machine` puts the parts together; `memory`, `boot`, `acpi` and `cpu` make what
-//! the guest finds at its first instruction; `vcpu`, `irq`, `ports` and `bus` run
+//! the guest finds at its first instruction, `growth` what comes later; `vcpu`, `irq`, `ports` and `bus` run
 //! it; `jail` locks the process in. The devices, and the PCI bus they sit on, come
 //! from `walnut-devices` and know nothing of KVM.
 //!
@@ -20,6 +20,7 @@ mod control;
 mod cpu;
 mod devices;
 mod error;
+mod growth;
 mod irq;
 mod jail;
 mod layout;
