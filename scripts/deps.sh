@@ -12,7 +12,7 @@ packages=(
     # the test image, and what serves it
     mmdebstrap umoci skopeo docker-registry
     # tests and benchmarks
-    erofs-utils attr crun runsc busybox-static util-linux procps strace
+    erofs-utils attr crun runsc busybox-static util-linux procps strace qemu-system-common
 )
 
 missing=()

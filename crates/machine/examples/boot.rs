@@ -33,7 +33,9 @@ fn main() -> Result<(), Box<dyn Error>> {
             initramfs: PathBuf::from(initramfs),
             cmdline: args.iter().skip(4).cloned().collect(),
             vcpus: 1,
+            max_vcpus: 1,
             memory: 128 << 20,
+            max_memory: 128 << 20,
             disks: Vec::new(),
             shares: Vec::new(),
         };

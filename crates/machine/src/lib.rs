@@ -49,8 +49,14 @@ pub struct MachineSpec {
     pub cmdline: Vec<String>,
     /// vCPUs online at boot, 1–32.
     pub vcpus: u32,
-    /// Guest memory in bytes, a multiple of 1 MiB.
+    /// vCPUs that there are, `vcpus`–32: the agent can bring the others online. More
+    /// than `vcpus` needs a driver whose machines have [`Resize`].
+    pub max_vcpus: u32,
+    /// Guest memory at boot in bytes, a multiple of 1 MiB.
     pub memory: u64,
+    /// What it can grow to, at least `memory`; the difference is a multiple of 2 MiB.
+    /// More than `memory` needs a driver whose machines have [`Resize`], and no shares.
+    pub max_memory: u64,
     /// Block devices, in order.
     pub disks: Vec<Disk>,
     /// virtio-fs devices.
@@ -192,6 +198,11 @@ pub trait Machine: fmt::Debug + Send + Sync {
     fn as_hot_plug(&self) -> Option<&dyn HotPlug> {
         None
     }
+
+    /// The machine's ability to change its size, if it has it.
+    fn as_resize(&self) -> Option<&dyn Resize> {
+        None
+    }
 }
 
 /// Saves a machine.
@@ -218,6 +229,23 @@ pub trait HotPlug: Send + Sync {
     /// go, which it may never. May be asked again, and then also succeeds if it has
     /// let go meanwhile.
     async fn detach(&self, device: &Pluggable, deadline: Duration) -> Result<(), Error>;
+}
+
+/// Changes a machine's size while it runs, within what it was made for
+/// ([`MachineSpec::max_memory`], [`MachineSpec::max_vcpus`]).
+#[async_trait]
+pub trait Resize: Send + Sync {
+    /// Asks the guest to have that much memory, in bytes, at least what it booted
+    /// with. Returns when it has been asked: growing takes a moment, and a guest that
+    /// uses its memory may never give all of it back.
+    async fn set_memory(&self, bytes: u64) -> Result<(), Error>;
+
+    /// Guest memory that is there now, in bytes.
+    async fn memory(&self) -> Result<u64, Error>;
+
+    /// vCPUs that there are. Those that are not online cost nothing; to bring them
+    /// online is the agent's (`OnlineCpus`).
+    fn vcpus(&self) -> u32;
 }
 
 /// Stops and continues all vCPUs.

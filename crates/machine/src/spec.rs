@@ -27,6 +27,19 @@ pub(crate) fn problem(spec: &MachineSpec) -> Option<String> {
             spec.vcpus
         ));
     }
+    if !(spec.vcpus..=32).contains(&spec.max_vcpus) {
+        return Some(format!(
+            "{} vCPUs that may become {} were asked for; it must be as many or more, and 32 at most",
+            spec.vcpus, spec.max_vcpus
+        ));
+    }
+    let more = spec.max_memory.checked_sub(spec.memory);
+    if more.is_none_or(|more| !more.is_multiple_of(2 << 20)) {
+        return Some(format!(
+            "{} bytes of memory cannot grow to {}: the difference must be a multiple of 2 MiB",
+            spec.memory, spec.max_memory
+        ));
+    }
     if spec.memory == 0 || !spec.memory.is_multiple_of(1 << 20) {
         return Some(format!(
             "{} bytes of memory are not a multiple of 1 MiB",

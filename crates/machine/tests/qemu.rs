@@ -32,7 +32,9 @@ fn spec(run_dir: &TempDir, test: &str) -> MachineSpec {
         initramfs: initramfs(),
         cmdline: vec![format!("test={test}")],
         vcpus: 1,
+        max_vcpus: 1,
         memory: 128 << 20,
+        max_memory: 128 << 20,
         disks: Vec::new(),
         shares: Vec::new(),
     }
@@ -103,7 +105,7 @@ async fn starts_answers_and_stops() {
 async fn two_vcpus_pause_and_resume() {
     let run = run_dir();
     let mut spec = spec(&run, "serve");
-    spec.vcpus = 2;
+    (spec.vcpus, spec.max_vcpus) = (2, 2);
     let machine = driver().start(spec).await.unwrap();
     if let Err(error) = machine.ready(BOOT).await {
         panic!("{error}\n{}", machine.console_tail());

@@ -40,7 +40,9 @@ fn spec(run_dir: &TempDir, disk: &str) -> MachineSpec {
         initramfs: product("initramfs.cpio"),
         cmdline: Vec::new(),
         vcpus: 1,
+        max_vcpus: 1,
         memory: 128 << 20,
+        max_memory: 128 << 20,
         disks: vec![Disk {
             serial: "data".to_owned(),
             path,

@@ -721,7 +721,9 @@ async fn boot(
         initramfs: config.assets.initramfs(),
         cmdline: Vec::new(),
         vcpus: plan.size.vcpus,
+        max_vcpus: plan.size.vcpus,
         memory: plan.size.memory,
+        max_memory: plan.size.memory,
         disks: vec![plan.rootfs.disk.clone()],
         shares: shared.map(VirtioFs::share).into_iter().collect(),
     };

@@ -29,7 +29,9 @@ async fn a_guest_reads_and_writes_what_it_may() {
         initramfs: guest::initramfs(),
         cmdline: vec!["test=serve".into()],
         vcpus: 1,
+        max_vcpus: 1,
         memory: 128 << 20,
+        max_memory: 128 << 20,
         disks: Vec::new(),
         shares: vec![shared.share()],
     };

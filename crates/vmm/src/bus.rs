@@ -11,7 +11,7 @@ use kvm_ioctls::{IoEventAddress, NoDatamatch, VmFd};
 use vmm_sys_util::eventfd::EventFd;
 use walnut_devices::{
     pci::{self, Doorbells, Messages, Root},
-    virtio::{MemoryCell, Port, Quiesced, Worker},
+    virtio::{self, MemoryCell, Port, Quiesced, Worker},
 };
 use walnut_vmm_api::{Attachment, Device, FdIndex, NAME_MAX};
 
@@ -30,6 +30,8 @@ use crate::{
 
 /// virtio 1.3 §5.11.
 const VIRTIO_ID_FS: u32 = 26;
+/// virtio 1.3 §5.15.
+const VIRTIO_ID_MEM: u32 = 24;
 
 /// The bus, and the ports of what sits on it.
 #[derive(Debug)]
@@ -52,6 +54,8 @@ pub(crate) struct Wiring {
     memory: MemoryCell,
     /// Whether guest memory can be shared with a back end.
     shared: bool,
+    /// Whether it comes and goes.
+    grows: bool,
 }
 
 /// A device in its slot, without a thread.
@@ -177,6 +181,17 @@ impl Wiring {
                 complain(Error::Config(what.to_owned()))
             })?;
         }
+        self.install(name, device, thread, when)
+    }
+
+    /// Puts a device into a slot.
+    fn install(
+        &self,
+        name: &str,
+        device: Box<dyn virtio::Device>,
+        thread: &'static Thread,
+        when: When<'_>,
+    ) -> Result<Fitted, Error> {
         let (worker, port) = Worker::new(device)?;
         let mut kicks = Vec::new();
         let mut lines = vec![self.routes.line()?];
@@ -203,7 +218,7 @@ impl Wiring {
         };
         let slot = slot.map_err(|e| Error::Config(e.to_string()))?;
         let member = Member {
-            name: name.clone(),
+            name: name.to_owned(),
             slot,
             port,
             rest: Arc::default(),
@@ -218,13 +233,13 @@ impl Wiring {
     fn check(&self, device: &Device, when: When<'_>) -> Result<(), Error> {
         let complain = |what: &str| Err(Error::Config(what.to_owned()));
         match device {
-            Device::Fs { .. } | Device::VhostBlock { .. } | Device::VhostNet { .. }
-                if !self.shared =>
-            {
-                complain(
-                    "its back end needs guest memory that is shared, and this machine's is not",
-                )
-            }
+            _ if !self.shared && devices::shares_memory(device) => complain(
+                "its back end needs guest memory that is shared, and this machine's is not",
+            ),
+            _ if self.grows && devices::shares_memory(device) => complain(
+                "its back end would keep memory that the guest gives up; \
+                 a machine whose memory grows has no vhost-user devices",
+            ),
             Device::Vsock { .. } if matches!(when, When::Running) => {
                 complain("a vsock device is there from the start or not at all")
             }
@@ -250,6 +265,7 @@ impl Bus {
         memory: &MemoryCell,
         window64: Range<u64>,
         shared: bool,
+        grows: bool,
     ) -> Result<Self, Error> {
         let root = Arc::new(Root::new(layout::ECAM, window64));
         let queue = Arc::new(Queue::new());
@@ -261,6 +277,7 @@ impl Bus {
             routes: Arc::clone(routes),
             memory: memory.clone(),
             shared,
+            grows,
         };
         Ok(Self {
             wiring: Arc::new(wiring),
@@ -323,10 +340,27 @@ impl Bus {
     ) -> Result<(), Error> {
         self.check_name(&attachment.name)?;
         let fitted = self.wiring.fit(attachment, when, take)?;
+        self.keep(fitted);
+        Ok(())
+    }
+
+    /// Adds a device that no request names, in the next slot.
+    pub(crate) fn place(
+        &mut self,
+        name: &str,
+        device: Box<dyn virtio::Device>,
+        thread: &'static Thread,
+    ) -> Result<(), Error> {
+        self.check_name(name)?;
+        let fitted = self.wiring.install(name, device, thread, When::Boot)?;
+        self.keep(fitted);
+        Ok(())
+    }
+
+    fn keep(&mut self, fitted: Fitted) {
         self.members().push(fitted.member.clone());
         let all = self.fitted.get_mut();
         all.unwrap_or_else(PoisonError::into_inner).push(fitted);
-        Ok(())
     }
 
     fn check_name(&self, name: &str) -> Result<(), Error> {
@@ -440,6 +474,13 @@ impl Bus {
                     "device {name} cannot be saved: what its guest has open is known to the \
                      process that serves it; detach it first"
                 )));
+            }
+            if member.port.id() == VIRTIO_ID_MEM {
+                return Err(Error::Config(
+                    "a machine whose memory can grow cannot be saved; make it without \
+                     max-memory beyond memory"
+                        .to_owned(),
+                ));
             }
             let rest = member.rest();
             // One that the guest has let go is not there any more.

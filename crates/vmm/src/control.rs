@@ -170,7 +170,7 @@ fn answer(
             machine.attach(*attachment, fds).map(|()| Reply::Done)
         }
         (Request::Detach { name }, Some(machine)) => machine.detach(&name).map(|()| Reply::Done),
-        (Request::Resize { .. }, Some(_)) => Err(Error::Config("not there yet".into())),
+        (Request::Resize { memory }, Some(machine)) => machine.resize(memory).map(|()| Reply::Done),
         (Request::Stop, Some(machine)) => {
             machine.wind_up();
             Ok(Reply::Done)

@@ -40,6 +40,17 @@ pub(crate) fn supported(kvm: &Kvm) -> Result<CpuId, Error> {
         .map_err(|e| Error::Kvm("ask for the CPUID", e))
 }
 
+/// The end of what a processor with this CPUID can address.
+pub(crate) fn address_end(supported: &CpuId) -> u64 {
+    let sizes = supported.as_slice().iter();
+    let bits = sizes
+        .filter(|entry| entry.function == 0x8000_0008)
+        .map(|entry| entry.eax & 0xff)
+        .next();
+    // What every processor of this kind can, where one does not say.
+    1u64.checked_shl(bits.unwrap_or(36)).unwrap_or(u64::MAX)
+}
+
 /// The CPUID of vCPU `id` of `count`.
 pub(crate) fn cpuid(supported: &CpuId, id: u8, count: u8, tsc_deadline: bool) -> CpuId {
     let mut cpuid = supported.clone();

@@ -3,6 +3,7 @@
 
 use std::{fmt::Display, os::fd::OwnedFd, time::Duration};
 
+use vm_memory::{GuestAddress, GuestAddressSpace, GuestMemoryBackend};
 use walnut_devices::{
     Log, balloon, block, fs,
     limit::{BucketConfig, LimitConfig},
@@ -43,6 +44,14 @@ fn limit(limits: &Limits) -> LimitConfig {
         bytes: limits.bytes.map(bucket),
         operations: limits.operations.map(bucket),
     }
+}
+
+/// Whether another process maps guest memory to serve it.
+pub(crate) fn shares_memory(device: &Device) -> bool {
+    matches!(
+        device,
+        Device::Fs { .. } | Device::VhostBlock { .. } | Device::VhostNet { .. }
+    )
 }
 
 /// Makes a device. `take` gives the descriptors that came with the request.
@@ -137,11 +146,33 @@ pub(crate) fn make(
             let device = rng::Rng::new(LimitConfig::default());
             Ok((Box::new(device), &calls::RNG_THREAD))
         }
-        Device::Balloon => {
-            let release = balloon::Advise::new(memory.clone());
-            let device = balloon::Balloon::new(balloon::Config::default(), Box::new(release))
-                .map_err(complain)?;
-            Ok((Box::new(device), &calls::BALLOON_THREAD))
-        }
+        Device::Balloon => balloon(memory),
     }
+}
+
+/// A balloon. Huge pages stay the machine's: nobody could promise one that is given
+/// back again, and a touch without one would end the machine. So none is reported.
+fn balloon(memory: &MemoryCell) -> Result<Made, Error> {
+    let huge = memory
+        .memory()
+        .iter()
+        .any(|region| region.is_hugetlbfs() == Some(true));
+    let config = balloon::Config {
+        reporting: !huge,
+        ..balloon::Config::default()
+    };
+    let release: Box<dyn balloon::Release> = match huge {
+        true => Box::new(Kept),
+        false => Box::new(balloon::Advise::new(memory.clone())),
+    };
+    let device = balloon::Balloon::new(config, release).map_err(complain)?;
+    Ok((Box::new(device), &calls::BALLOON_THREAD))
+}
+
+/// Gives nothing back.
+#[derive(Debug)]
+struct Kept;
+
+impl balloon::Release for Kept {
+    fn release(&self, _at: GuestAddress, _len: u64) {}
 }

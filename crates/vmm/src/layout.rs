@@ -6,6 +6,7 @@
 //! 0xe000_0000  ECAM, 1 MiB per bus
 //! 0xfec0_0000  IOAPIC, local APIC, KVM's own pages
 //! 4 GiB        the rest of RAM
+//! above        memory that comes and goes (virtio-mem)
 //! above        64-bit window for PCI BARs
 //! ```
 
@@ -57,10 +58,26 @@ pub(crate) fn ram(memory: u64) -> Vec<(u64, u64)> {
     pieces
 }
 
-/// The 64-bit window for a machine of that much memory: above RAM, in naturally
-/// aligned gibibytes.
-pub(crate) fn window64(memory: u64) -> std::ops::Range<u64> {
-    let end = HIGH_START + memory.saturating_sub(LOW_END);
+/// Alignment of [`growth`], and what its size is a multiple of: Linux uses no piece of a
+/// region that is smaller.
+pub(crate) const GROWTH_ALIGN: u64 = 128 << 20;
+
+/// Where memory beyond what a machine boots with comes to lie: above RAM, and above
+/// what 32 bits reach.
+pub(crate) fn growth(memory: u64, max_memory: u64) -> std::ops::Range<u64> {
+    let start = ram_end(memory).next_multiple_of(GROWTH_ALIGN);
+    let size = max_memory.saturating_sub(memory);
+    start..start.saturating_add(size.next_multiple_of(GROWTH_ALIGN))
+}
+
+fn ram_end(memory: u64) -> u64 {
+    HIGH_START + memory.saturating_sub(LOW_END)
+}
+
+/// The 64-bit window of a machine whose memory grows so far: above all of it, in
+/// naturally aligned gibibytes.
+pub(crate) fn window64(memory: u64, max_memory: u64) -> std::ops::Range<u64> {
+    let end = growth(memory, max_memory).end;
     let start = end.next_multiple_of(1 << 30).max(8 << 30);
     start..start + WINDOW64_SIZE
 }
@@ -75,10 +92,17 @@ mod tests {
             let memory = gib << 30;
             let pieces = ram(memory);
             assert_eq!(pieces.iter().map(|p| p.1).sum::<u64>(), memory);
-            let window = window64(memory);
-            for (start, len) in pieces {
-                assert!(start + len <= window.start);
-                assert!(start + len <= WINDOW32.start || start >= HIGH_START);
+            for more in [0, 2 << 20, 130 << 20, 1 << 30, 63 << 30] {
+                let growth = growth(memory, memory + more);
+                let window = window64(memory, memory + more);
+                let size = growth.end - growth.start;
+                assert!(size >= more && size - more < GROWTH_ALIGN);
+                assert!((growth.start | size).is_multiple_of(GROWTH_ALIGN));
+                assert!(growth.end <= window.start && growth.start >= HIGH_START);
+                for (start, len) in &pieces {
+                    assert!(start + len <= growth.start);
+                    assert!(start + len <= WINDOW32.start || *start >= HIGH_START);
+                }
             }
         }
     }

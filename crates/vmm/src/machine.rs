@@ -17,7 +17,10 @@ use kvm_bindings::{
 use kvm_ioctls::{Kvm, VcpuFd, VmFd};
 use vm_memory::{Address, GuestAddressSpace, GuestMemoryBackend, GuestMemoryRegion};
 use vmm_sys_util::eventfd::EventFd;
-use walnut_devices::virtio::{Memory, MemoryCell};
+use walnut_devices::{
+    mem::Target,
+    virtio::{Memory, MemoryCell},
+};
 use walnut_vmm_api::{Attachment, Config, Device, End, FdIndex, Jail, Restore, Stats, VERSION};
 
 use crate::{
@@ -25,7 +28,7 @@ use crate::{
     acpi::{Tables, generation},
     boot::Boot,
     bus::{Bus, Failures},
-    cpu,
+    cpu, growth,
     irq::Routes,
     jail::{self, Filter, calls},
     layout, memory,
@@ -39,6 +42,10 @@ use crate::{
 
 /// vCPUs at most.
 const VCPUS_MAX: u8 = 32;
+/// How much memory may be added, bytes.
+const GROWTH_MAX: u64 = 1 << 40;
+/// What requests call the memory device, which is not theirs to name.
+const MEMORY: &str = "memory";
 /// How long a device may take to finish what is in flight.
 const QUIESCE: Duration = Duration::from_secs(10);
 /// `KVM_CREATE_VM` is interrupted by signals that a busy host's timers send.
@@ -54,8 +61,18 @@ pub(crate) struct Machine {
     scribe: Scribe,
     /// Neither vCPUs nor devices run.
     paused: AtomicBool,
-    /// The mapping that KVM reads and writes.
-    memory: MemoryCell,
+    /// Memory at boot, bytes.
+    boot_memory: u64,
+    /// How to ask for more, if there may be more.
+    growth: Option<Growth>,
+}
+
+/// Memory that may be added.
+#[derive(Debug, Clone)]
+struct Growth {
+    target: Target,
+    /// What all memory can grow to, bytes.
+    max: u64,
 }
 
 /// The descriptors of a request, each to be taken once.
@@ -96,8 +113,13 @@ fn check(config: &Config) -> Result<(), Error> {
             config.vcpus, config.max_vcpus
         ));
     }
-    if config.max_memory != config.memory {
-        return complain("memory that grows is not there yet".to_owned());
+    let more = config.max_memory.checked_sub(config.memory);
+    if more.is_none_or(|more| !more.is_multiple_of(2 << 20) || more > GROWTH_MAX) {
+        return complain(format!(
+            "memory cannot grow from {} bytes to {}: the difference must be a multiple of 2 MiB, \
+             and 1 TiB at most",
+            config.memory, config.max_memory
+        ));
     }
     if config.memory < 32 << 20 || !config.memory.is_multiple_of(1 << 20) {
         return complain(format!(
@@ -136,8 +158,15 @@ impl Base {
         })
     }
 
-    fn bus(&self, window64: Range<u64>, shared: bool) -> Result<Bus, Error> {
-        Bus::new(&self.vm, &self.routes, &self.memory, window64, shared)
+    fn bus(&self, window64: Range<u64>, shared: bool, grows: bool) -> Result<Bus, Error> {
+        Bus::new(
+            &self.vm,
+            &self.routes,
+            &self.memory,
+            window64,
+            shared,
+            grows,
+        )
     }
 
     fn vcpu(&self, id: u8) -> Result<VcpuFd, Error> {
@@ -165,6 +194,7 @@ struct Parts {
     bus: Bus,
     ports: Ports,
     processors: Vec<Processor>,
+    growth: Option<Growth>,
     /// The directory of the sockets, which is to become the root.
     root: Option<OwnedFd>,
     jail: Jail,
@@ -183,15 +213,27 @@ impl Machine {
         let mut fds = Fds::new(fds);
         let memory = memory::create(config.memory, config.backing)?;
         let base = Base::new(fds.take(config.kvm)?, memory.clone())?;
-        let window64 = layout::window64(config.memory);
-        let mut bus = base.bus(window64.clone(), config.backing.shared)?;
+        let window64 = layout::window64(config.memory, config.max_memory);
+        if window64.end > cpu::address_end(&cpu::supported(&base.kvm)?) {
+            return Err(Error::Config(format!(
+                "{} bytes of memory are more than the host's processor can address beside devices",
+                config.max_memory
+            )));
+        }
+        let grows = config.max_memory > config.memory;
+        let mut bus = base.bus(window64.clone(), config.backing.shared, grows)?;
         let root = sockets(&config.devices, &fds)?;
         for attachment in &config.devices {
             bus.add(attachment, |fd| fds.take(fd))?;
         }
+        let mut growth = None;
+        if let Some((device, target, thread)) = growth::device(config, &base.vm, &base.memory)? {
+            bus.place(MEMORY, Box::new(device), thread)?;
+            let max = config.max_memory;
+            growth = Some(Growth { target, max });
+        }
         let tables = Tables {
-            vcpus: config.vcpus,
-            max_vcpus: config.max_vcpus,
+            vcpus: config.max_vcpus,
             last_bus: bus.last(),
             window64,
         };
@@ -202,7 +244,7 @@ impl Machine {
                 .map(|fd| fds.take(fd))
                 .transpose()?
                 .map(File::from),
-            cmdline: &config.cmdline,
+            cmdline: &cmdline(config),
             rsdp: tables.write(&memory)?,
         };
         generation::write(&memory, &random()?)?;
@@ -227,6 +269,7 @@ impl Machine {
                 bus,
                 ports,
                 processors,
+                growth,
                 root,
                 jail: config.jail,
             },
@@ -249,7 +292,7 @@ impl Machine {
         generation::write(&memory, &random()?)?;
         let size = memory.iter().map(GuestMemoryRegion::len).sum();
         let base = Base::new(fds.take(restore.kvm)?, memory)?;
-        let mut bus = base.bus(layout::window64(size), restore.backing.shared)?;
+        let mut bus = base.bus(layout::window64(size, size), restore.backing.shared, false)?;
         let root = sockets(&restore.devices, &fds)?;
         bus.add_saved(&restore.devices, &state.devices, |fd| fds.take(fd))?;
 
@@ -290,6 +333,7 @@ impl Machine {
                 bus,
                 ports,
                 processors,
+                growth: None,
                 root,
                 jail: restore.jail,
             },
@@ -317,10 +361,12 @@ impl Machine {
             mut bus,
             ports,
             processors,
+            growth,
             root,
             jail,
         } = parts;
         let seed = random()?;
+        let boot_memory = base.memory.memory().iter().map(|r| r.len()).sum();
         let jailed = match jail {
             Jail::Full { user } => {
                 jail::leave_host(root.as_ref().map(AsFd::as_fd), user)?;
@@ -360,7 +406,8 @@ impl Machine {
             scribe,
             paused: AtomicBool::new(true),
             failure,
-            memory: base.memory,
+            boot_memory,
+            growth,
         })
     }
 
@@ -418,10 +465,40 @@ impl Machine {
 
     /// What it has done so far.
     pub(crate) fn stats(&self) -> Stats {
+        let plugged = self.growth.as_ref().map_or(0, |it| it.target.plugged());
         Stats {
             exits: self.vcpus.exits(),
-            memory: self.memory.memory().iter().map(|r| r.len()).sum(),
+            memory: self.boot_memory + plugged,
         }
+    }
+
+    /// Asks the guest to have that much memory.
+    pub(crate) fn resize(&self, memory: u64) -> Result<(), Error> {
+        let boot = self.boot_memory;
+        let more = memory.checked_sub(boot).ok_or_else(|| {
+            Error::Config(format!(
+                "{memory} bytes of memory are less than the machine booted with, {boot}"
+            ))
+        })?;
+        let max = self.growth.as_ref().map_or(boot, |it| it.max);
+        match &self.growth {
+            _ if memory > max => Err(Error::Config(format!(
+                "{memory} bytes of memory are more than the machine was made for, {max}"
+            ))),
+            Some(Growth { target, .. }) => {
+                (target.set(more)).map_err(|e| Error::Config(e.to_string()))
+            }
+            // As much as there is.
+            None => Ok(()),
+        }
+    }
+}
+
+/// The kernel's command line: it leaves vCPUs offline that it is not to boot with.
+fn cmdline(config: &Config) -> String {
+    match config.max_vcpus > config.vcpus {
+        true => format!("{} maxcpus={}", config.cmdline, config.vcpus),
+        false => config.cmdline.clone(),
     }
 }
 

@@ -7,9 +7,9 @@
 //! or the supervisor ends.
 //!
 //! `machine` puts the parts together; `memory`, `boot`, `acpi` and `cpu` make what
-//! the guest finds at its first instruction; `vcpu`, `irq`, `ports` and `bus` run
-//! it; `slots`, `nursery` and `threads` let devices come and go; `jail` locks the
-//! process in. The devices, and the PCI bus they sit on, come
+//! the guest finds at its first instruction, `growth` what comes later; `vcpu`, `irq`,
+//! `ports` and `bus` run it; `slots`, `nursery` and `threads` let devices come and go;
+//! `snapshot` saves it; `jail` locks the process in. The devices, and the PCI bus they sit on, come
 //! from `walnut-devices` and know nothing of KVM.
 //!
 //! This program must never know containers, images or what a sandbox is.
@@ -21,6 +21,7 @@ mod control;
 mod cpu;
 mod devices;
 mod error;
+mod growth;
 mod irq;
 mod jail;
 mod layout;

@@ -328,6 +328,12 @@ impl Vcpu {
             let exit = match fd.run() {
                 Ok(exit) => exit,
                 Err(e) if e.errno() == libc::EINTR || e.errno() == libc::EAGAIN => return None,
+                // Nothing is mapped there for KVM: see `growth`.
+                Err(e) if e.errno() == libc::EFAULT => {
+                    return Some(End::Failed(
+                        "the guest used memory that it has given up".to_owned(),
+                    ));
+                }
                 Err(e) => return Some(End::Failed(format!("KVM cannot run the guest: {e}"))),
             };
             self.shared.exits.fetch_add(1, Ordering::Relaxed);

@@ -3,8 +3,6 @@
 
 #![allow(clippy::unwrap_used, clippy::panic)]
 
-// Each test program uses some of it.
-#[allow(dead_code)]
 mod support;
 
 use std::{

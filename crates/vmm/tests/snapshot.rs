@@ -2,8 +2,6 @@
 
 #![allow(clippy::unwrap_used, clippy::panic)]
 
-// Each test program uses some of it.
-#[allow(dead_code)]
 mod support;
 
 use std::{

@@ -24,8 +24,8 @@ use tokio::io::{AsyncReadExt, AsyncWriteExt};
 use ttrpc::Code;
 use vm::{Vm, container, context, merge, process, process_of, read_until, sh, size, type_in};
 use walnut_protocol::agent::{
-    Empty, ExecProcessRequest, HelloRequest, ResizeTerminalRequest, SignalProcessRequest,
-    UpdateContainerRequest,
+    Empty, ExecProcessRequest, HelloRequest, OnlineCpusRequest, ResizeTerminalRequest,
+    SignalProcessRequest, UpdateContainerRequest,
 };
 
 fn code<T: std::fmt::Debug>(result: ttrpc::Result<T>) -> (Code, String) {
@@ -71,6 +71,28 @@ async fn a_sandbox_gets_its_identity_and_ends() {
     assert_eq!(end.exit_code, 0);
     vm.agent.shutdown(context(), &Empty::new()).await.unwrap();
     vm.gone().await;
+}
+
+#[tokio::test]
+async fn processors_come_online_when_asked() {
+    let vm = Vm::boot_with("3", "maxcpus=1").await;
+    let online = |count: u32| {
+        let request = OnlineCpusRequest {
+            count,
+            ..OnlineCpusRequest::default()
+        };
+        let agent = &vm.agent;
+        async move { agent.online_cpus(context(), &request).await }
+    };
+    assert_eq!(online(1).await.unwrap().online, 1);
+    assert_eq!(online(2).await.unwrap().online, 2);
+    // None is taken away.
+    assert_eq!(online(1).await.unwrap().online, 2);
+    assert_eq!(code(online(0).await).0, Code::INVALID_ARGUMENT);
+    let (refusal, why) = code(online(4).await);
+    assert_eq!(refusal, Code::FAILED_PRECONDITION, "{why}");
+    let hello = vm.agent.hello(context(), &HelloRequest::new()).await;
+    assert_eq!(hello.unwrap().cpus_online, 3);
 }
 
 #[tokio::test]

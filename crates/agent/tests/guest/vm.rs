@@ -111,6 +111,12 @@ fn image(dir: &Path) -> PathBuf {
 impl Vm {
     /// Boots, and returns when the agent serves.
     pub(crate) async fn boot() -> Self {
+        let smp = std::env::var("WALNUT_TEST_CPUS").unwrap_or_else(|_| "1".into());
+        Self::boot_with(&smp, "").await
+    }
+
+    /// With that many processors, and more words for the kernel.
+    pub(crate) async fn boot_with(smp: &str, words: &str) -> Self {
         let kernel = product(
             "WALNUT_KERNEL",
             "out/lib/walnut/vmlinux",
@@ -136,14 +142,13 @@ impl Vm {
             .spawn()
             .unwrap();
         until(|| at("vhost").exists()).await;
-        let smp = std::env::var("WALNUT_TEST_CPUS").unwrap_or_else(|_| "1".into());
         let extra = std::env::var("WALNUT_TEST_CMDLINE").unwrap_or_default();
-        let cmdline = format!("console=ttyS0 quiet panic=-1 reboot=t {extra}");
+        let cmdline = format!("console=ttyS0 quiet panic=-1 reboot=t {words} {extra}");
         let mut qemu = Command::new("qemu-system-x86_64");
         qemu.args(["-nodefaults", "-no-user-config", "-no-reboot", "-display", "none"])
             .args(["-M", "microvm,acpi=off,pit=on,pic=on,rtc=on,isa-serial=on,auto-kernel-cmdline=on,x-option-roms=off,memory-backend=mem"])
             .args(["-accel", "tcg,thread=multi", "-cpu", "max", "-m", "256M", "-bios", "qboot.rom"])
-            .args(["-smp", &smp])
+            .args(["-smp", smp])
             .args(["-object", "memory-backend-memfd,id=mem,size=256M,share=on"])
             .args(["-global", "virtio-mmio.force-legacy=false"])
             .args(["-append", &cmdline])

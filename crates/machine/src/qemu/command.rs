@@ -50,6 +50,12 @@ fn problem(spec: &MachineSpec) -> Option<String> {
     if let Some(problem) = crate::spec::problem(spec) {
         return Some(problem);
     }
+    if spec.max_vcpus > spec.vcpus || spec.max_memory > spec.memory {
+        return Some(
+            "QEMU's machines keep the size they boot with; ask for no more, or use the driver vmm"
+                .to_owned(),
+        );
+    }
     let devices = spec.disks.len() + spec.shares.len();
     if devices >= SLOTS {
         return Some(format!(
@@ -228,7 +234,9 @@ mod tests {
             initramfs: "/i".into(),
             cmdline: vec!["a=b".into()],
             vcpus: 1,
+            max_vcpus: 1,
             memory: 128 << 20,
+            max_memory: 128 << 20,
             disks: vec![],
             shares: vec![],
         }
@@ -254,7 +262,12 @@ mod tests {
         assert!(check(&spec()).is_ok());
         assert!(refused(|s| s.id = "a,b".into()).contains("the name must be"));
         assert!(refused(|s| s.vcpus = 0).contains("0 vCPUs"));
-        assert!(refused(|s| s.memory = 1000).contains("multiple of 1 MiB"));
+        assert!(refused(|s| s.max_vcpus = 0).contains("may become 0"));
+        assert!(refused(|s| s.max_vcpus = 2).contains("keep the size"));
+        assert!(refused(|s| s.max_memory = 64 << 20).contains("cannot grow"));
+        assert!(refused(|s| s.max_memory += 1 << 20).contains("cannot grow"));
+        assert!(refused(|s| s.max_memory += 2 << 20).contains("keep the size"));
+        assert!(refused(|s| (s.memory, s.max_memory) = (1000, 1000)).contains("of 1 MiB"));
         assert!(refused(|s| s.disks = disks(8)).contains("room for 7"));
         assert!(refused(|s| s.cmdline = vec!["x".repeat(4096)]).contains("longer than"));
         let error = refused(|s| {

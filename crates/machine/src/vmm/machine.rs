@@ -17,12 +17,13 @@ use std::{
 use async_trait::async_trait;
 use tokio::{net::UnixStream, sync::watch};
 use walnut_vmm_api::{
-    self as api, Attachment, Backing, Config, Device, End, FdIndex, Limits, Request,
+    self as api, Attachment, Backing, Config, Device, End, FdIndex, Limits, Reply, Request,
 };
 
 use super::{Vmm, control::Control};
 use crate::{
-    Disk, Error, Exit, HotPlug, Machine, MachineSpec, Pause, Share, Snapshot, SnapshotFiles,
+    Disk, Error, Exit, HotPlug, Machine, MachineSpec, Pause, Resize, Share, Snapshot,
+    SnapshotFiles,
     agent::{self, CONSOLE_MAX, Door, GUEST_CID, host, or_end},
     console,
     files::{self, Files},
@@ -45,6 +46,8 @@ pub(super) struct VmmMachine {
 /// What the machine and its supervising task share.
 #[derive(Debug)]
 struct Shared {
+    /// vCPUs that there are.
+    vcpus: u32,
     started: Instant,
     door: Door,
     dir: PathBuf,
@@ -254,6 +257,7 @@ impl Waiting {
             dir: dir_path,
             vmm,
             queues: vcpus(spec).into(),
+            vcpus: spec.max_vcpus,
             console: tail,
             control: Control::new(ours)?,
             stopping: AtomicBool::new(false),
@@ -290,9 +294,9 @@ impl VmmMachine {
             version: api::VERSION,
             kvm: fds.add(open_kvm()?),
             vcpus: vcpus(&spec),
-            max_vcpus: vcpus(&spec),
+            max_vcpus: u8::try_from(spec.max_vcpus).unwrap_or(u8::MAX),
             memory: spec.memory,
-            max_memory: spec.memory,
+            max_memory: spec.max_memory,
             backing: backing(&spec),
             kernel: fds.add(files.kernel),
             initramfs: Some(fds.add(files.initramfs)),
@@ -522,6 +526,34 @@ impl Machine for VmmMachine {
 
     fn as_hot_plug(&self) -> Option<&dyn HotPlug> {
         Some(self)
+    }
+
+    fn as_resize(&self) -> Option<&dyn Resize> {
+        Some(self)
+    }
+}
+
+#[async_trait]
+impl Resize for VmmMachine {
+    async fn set_memory(&self, bytes: u64) -> Result<(), Error> {
+        let request = Request::Resize { memory: bytes };
+        self.ask("resize the guest's memory", "resize", &request)
+            .await
+    }
+
+    async fn memory(&self) -> Result<u64, Error> {
+        let attempt = self.shared.control.ask("stats", &Request::Stats, &[]);
+        let what = "ask for the guest's memory";
+        match or_end(what, attempt, self.shared.ended()).await? {
+            Reply::Stats(stats) => Ok(stats.memory),
+            Reply::Done => Err(Error::Other(
+                "walnut-vmm, stats: no figures came".to_owned(),
+            )),
+        }
+    }
+
+    fn vcpus(&self) -> u32 {
+        self.shared.vcpus
     }
 }
 

@@ -125,12 +125,14 @@ pub struct Config {
     /// vCPUs online at boot.
     pub vcpus: u8,
     /// vCPUs that there are, at least `vcpus`: the guest sees all and may bring
-    /// the others online.
+    /// the others online. It boots with `maxcpus=vcpus`, which the VMM says.
     pub max_vcpus: u8,
     /// Guest memory at boot in bytes, a multiple of 1 MiB.
     pub memory: u64,
     /// What guest memory can grow to, at least `memory`; the difference is a
-    /// multiple of 2 MiB. More than `memory` takes a slot of the bus.
+    /// multiple of 2 MiB. More than `memory` takes a slot of the bus, for a device
+    /// called `memory`, and excludes devices that another process serves: it would
+    /// keep what the guest gives up.
     pub max_memory: u64,
     /// What guest memory is made of.
     pub backing: Backing,
@@ -156,7 +158,8 @@ pub struct Backing {
     /// [`Device::Fs`], [`Device::VhostBlock`] and [`Device::VhostNet`].
     pub shared: bool,
     /// Whether it is made of huge pages of 2 MiB, which the host must have set
-    /// aside; all of it is taken at once.
+    /// aside; all of it is taken at once, and stays taken: a balloon gives none back.
+    /// Memory is a multiple of 2 MiB then.
     pub huge_pages: bool,
 }
 

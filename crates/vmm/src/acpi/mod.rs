@@ -32,10 +32,10 @@ const TABLE: [u8; 8] = *b"WALNUTVM";
 /// What the tables tell.
 #[derive(Debug, Clone)]
 pub(crate) struct Tables {
-    /// vCPUs online at boot.
+    /// vCPUs that there are. The guest brings those online that it boots with
+    /// (`maxcpus=`), and the others when it is asked to: without ACPI's hot-plug, what
+    /// may ever be there is there from the start.
     pub(crate) vcpus: u8,
-    /// vCPUs that may come online.
-    pub(crate) max_vcpus: u8,
     /// The last PCI bus.
     pub(crate) last_bus: u8,
     /// The 64-bit window for BARs.
@@ -69,12 +69,8 @@ impl Tables {
             1,
             LocalInterruptController::Address(layout::LOCAL_APIC),
         );
-        for id in 0..self.max_vcpus {
-            let status = match id < self.vcpus {
-                true => EnabledStatus::Enabled,
-                false => EnabledStatus::DisabledOnlineCapable,
-            };
-            madt.add_structure(ProcessorLocalApic::new(id, id, status));
+        for id in 0..self.vcpus {
+            madt.add_structure(ProcessorLocalApic::new(id, id, EnabledStatus::Enabled));
         }
         madt.add_structure(IoApic::new(0, layout::IOAPIC, 0));
         madt

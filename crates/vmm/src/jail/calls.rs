@@ -59,6 +59,7 @@ macro_rules! call {
 const KVM_RUN: u32 = 0xae80;
 const KVM_SET_GSI_ROUTING: u32 = 0x4008_ae6a;
 const KVM_IOEVENTFD: u32 = 0x4040_ae79;
+const KVM_SET_USER_MEMORY_REGION: u32 = 0x4020_ae46;
 const KVM_GET_MP_STATE: u32 = 0x8004_ae98;
 const KVM_GET_REGS: u32 = 0x8090_ae81;
 const KVM_GET_SREGS: u32 = 0x8138_ae83;
@@ -81,8 +82,11 @@ const FUTEX_WAIT_BITSET: u32 = 128 | 9;
 const FUTEX_WAKE: u32 = 128 | 1;
 // linux/falloc.h
 const PUNCH_HOLE: u32 = 0x02 | 0x01;
+const ALLOCATE: u32 = 0;
 const ZERO_RANGE: u32 = 0x10 | 0x01;
 // linux/mman.h
+const PROT_NONE: u32 = 0;
+const PROT_READ_WRITE: u32 = 1 | 2;
 const MADV_DONTNEED: u32 = 4;
 const MADV_REMOVE: u32 = 9;
 // The rest of what arguments are held to.
@@ -168,6 +172,21 @@ const VSOCK: &[Call] = &[
     ),
     call!(SYS_shutdown, "passes on the end of one direction"),
     call!(SYS_close, "a connection ends"),
+];
+
+const GROW_PRIVATE: &[Call] = &[
+    call!(SYS_mprotect(2: PROT_NONE, PROT_READ_WRITE), "lets a block be reached, or not"),
+    call!(SYS_madvise(2: MADV_DONTNEED), "gives a block's pages back to the host"),
+    call!(SYS_ioctl(1: KVM_SET_USER_MEMORY_REGION), "shows KVM a slot, or takes it away"),
+];
+
+const GROW_SHARED: &[Call] = &[
+    call!(SYS_mprotect(2: PROT_NONE, PROT_READ_WRITE), "lets a block be reached, or not"),
+    call!(
+        SYS_fallocate(1: PUNCH_HOLE, ALLOCATE),
+        "gives a block's pages back to the host; takes huge ones"
+    ),
+    call!(SYS_ioctl(1: KVM_SET_USER_MEMORY_REGION), "shows KVM a slot, or takes it away"),
 ];
 
 const RNG: &[Call] = &[call!(SYS_getrandom, "fills the guest's buffers")];
@@ -331,6 +350,17 @@ pub(crate) static BALLOON_THREAD: Thread = Thread {
     own: BALLOON,
 };
 
+pub(crate) static MEM_PRIVATE: Thread = Thread {
+    name: "memory, private",
+    shared: DEVICE,
+    own: GROW_PRIVATE,
+};
+pub(crate) static MEM_SHARED: Thread = Thread {
+    name: "memory, shared",
+    shared: DEVICE,
+    own: GROW_SHARED,
+};
+
 /// Every kind there is.
 pub(crate) static THREADS: &[&Thread] = &[
     &VCPU_THREAD,
@@ -344,6 +374,8 @@ pub(crate) static THREADS: &[&Thread] = &[
     &VSOCK_THREAD,
     &RNG_THREAD,
     &BALLOON_THREAD,
+    &MEM_PRIVATE,
+    &MEM_SHARED,
 ];
 
 impl Call {

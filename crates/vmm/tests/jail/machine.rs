@@ -53,6 +53,7 @@ pub(crate) struct Machine {
     traced: bool,
     control: Channel,
     virtiofsd: Option<Child>,
+    kind: Kind,
     dir: TempDir,
 }
 
@@ -135,6 +136,14 @@ fn limits() -> Limits {
     }
 }
 
+/// What is tried of a machine.
+#[derive(Debug, Clone, Copy)]
+enum Kind {
+    Everything,
+    Saved,
+    Growing { shared: bool },
+}
+
 /// The descriptors of the first request.
 #[derive(Default)]
 struct Fds(Vec<OwnedFd>);
@@ -149,20 +158,25 @@ impl Fds {
 impl Machine {
     /// A machine whose process nobody looks at, at work.
     pub(crate) fn plain() -> Self {
-        Self::start(false, true)
+        Self::start(false, Kind::Everything)
     }
 
     /// A machine whose calls are written to [`Self::trace`].
     pub(crate) fn traced() -> Self {
-        Self::start(true, true)
+        Self::start(true, Kind::Everything)
     }
 
     /// As [`Self::traced`], without a shared file system: it can be saved.
     pub(crate) fn traced_to_be_saved() -> Self {
-        Self::start(true, false)
+        Self::start(true, Kind::Saved)
     }
 
-    fn start(traced: bool, shares: bool) -> Self {
+    /// As [`Self::traced`], with memory that grows, which excludes a shared file system.
+    pub(crate) fn traced_and_growing(shared: bool) -> Self {
+        Self::start(true, Kind::Growing { shared })
+    }
+
+    fn start(traced: bool, kind: Kind) -> Self {
         let dir = tempfile::tempdir().unwrap();
         let (ours, theirs) = pair().unwrap();
         let theirs = OwnedFd::from(theirs);
@@ -183,12 +197,14 @@ impl Machine {
             .spawn()
             .unwrap();
         drop(theirs);
+        let shares = matches!(kind, Kind::Everything);
         let (virtiofsd, share) = shares.then(|| virtiofsd(dir.path())).unzip();
         let mut machine = Self {
             child,
             traced,
             control: ours,
             virtiofsd,
+            kind,
             dir,
         };
         machine.build(share);
@@ -280,9 +296,12 @@ impl Machine {
             vcpus: 1,
             max_vcpus: 1,
             memory: 128 << 20,
-            max_memory: 128 << 20,
+            max_memory: match self.kind {
+                Kind::Growing { .. } => 256 << 20,
+                _ => 128 << 20,
+            },
             backing: Backing {
-                shared: true,
+                shared: !matches!(self.kind, Kind::Growing { shared: false }),
                 huge_pages: false,
             },
             kernel: fds.add(File::open(product("vmlinux")).unwrap()),
@@ -329,6 +348,18 @@ impl Machine {
         let stray = File::open("/dev/null").unwrap();
         self.control.send(request, &[stray.as_fd()]).unwrap();
         self.reply()
+    }
+
+    /// Asks for so much memory, and waits until the guest has it.
+    pub(crate) fn resize(&self, memory: u64) {
+        assert_eq!(self.ask(&Request::Resize { memory }), Ok(Reply::Done));
+        loop {
+            match self.ask(&Request::Stats) {
+                Ok(Reply::Stats(stats)) if stats.memory == memory => return,
+                Ok(Reply::Stats(_)) => thread::sleep(std::time::Duration::from_millis(100)),
+                other => panic!("{other:?}"),
+            }
+        }
     }
 
     /// Saves it, and lets it go on.

@@ -70,6 +70,13 @@ impl Trace {
         self.threads.values()
     }
 
+    /// Calls a thread something else.
+    pub(crate) fn call(&mut self, name: &str, other: &str) {
+        for thread in self.threads.values_mut().filter(|it| it.name == name) {
+            other.clone_into(&mut thread.name);
+        }
+    }
+
     /// The first thread's number.
     pub(crate) fn pid(&self) -> Option<u32> {
         self.threads.keys().next().copied()

@@ -1,6 +1,14 @@
 //! A VMM, and what it needs to be told.
 
+#![allow(
+    dead_code,
+    clippy::unwrap_used,
+    clippy::panic,
+    reason = "each test program uses a part; a test says so by panicking"
+)]
+
 use std::{
+    cell::RefCell,
     fs::File,
     io::Read,
     os::fd::{AsFd, AsRawFd, BorrowedFd, OwnedFd},
@@ -29,7 +37,7 @@ pub(crate) struct Vmm {
     /// What the guest has said and nobody has waited for.
     unheard: Vec<u8>,
     /// Events that came while something else was waited for.
-    events: Vec<Event>,
+    events: RefCell<Vec<Event>>,
 }
 
 /// What a machine is, beyond the usual.
@@ -87,7 +95,7 @@ impl Vmm {
             control: ours,
             console: File::open("/dev/null").unwrap(),
             unheard: Vec::new(),
-            events: Vec::new(),
+            events: RefCell::default(),
         }
     }
 
@@ -163,16 +171,12 @@ impl Vmm {
         self.ask(&Request::Start(Box::new(config)), &fds)
     }
 
-    pub(crate) fn ask(
-        &mut self,
-        request: &Request,
-        fds: &[BorrowedFd<'_>],
-    ) -> Result<Reply, String> {
+    pub(crate) fn ask(&self, request: &Request, fds: &[BorrowedFd<'_>]) -> Result<Reply, String> {
         self.control.send(request, fds).unwrap();
         loop {
             match self.hear() {
                 Some(Message::Reply(reply)) => return reply,
-                Some(Message::Event(event)) => self.events.push(event),
+                Some(Message::Event(event)) => self.events.borrow_mut().push(event),
                 None => panic!("no reply"),
             }
         }
@@ -185,8 +189,9 @@ impl Vmm {
 
     /// The next event.
     pub(crate) fn event(&mut self) -> Option<Event> {
-        if !self.events.is_empty() {
-            return Some(self.events.remove(0));
+        let events = self.events.get_mut();
+        if !events.is_empty() {
+            return Some(events.remove(0));
         }
         match self.hear() {
             Some(Message::Event(event)) => Some(event),

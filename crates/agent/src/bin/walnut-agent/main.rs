@@ -8,6 +8,7 @@
 
 mod cgroup;
 mod container;
+mod cpus;
 mod events;
 mod helper;
 mod init;

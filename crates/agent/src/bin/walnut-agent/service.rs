@@ -17,8 +17,9 @@ use walnut_agent::wire::{Status, Verb};
 use walnut_protocol::agent::{
     ConfigureSandboxRequest, ContainerRequest, ContainerStatsResponse, CreateContainerRequest,
     CreateContainerResponse, Empty, Event, ExecProcessRequest, ExecProcessResponse, HelloRequest,
-    HelloResponse, ListProcessesResponse, ProcessRequest, ResizeTerminalRequest, SetClockRequest,
-    SignalProcessRequest, Stdio, UpdateContainerRequest, WaitProcessResponse,
+    HelloResponse, ListProcessesResponse, OnlineCpusRequest, OnlineCpusResponse, ProcessRequest,
+    ResizeTerminalRequest, SetClockRequest, SignalProcessRequest, Stdio, UpdateContainerRequest,
+    WaitProcessResponse,
 };
 use walnut_protocol::agent_ttrpc::Agent;
 
@@ -31,7 +32,7 @@ use crate::reaper::Reaper;
 use crate::remove::remove;
 use crate::streams::Pending;
 use crate::table::{CONTAINERS_MAX, Refused, Table};
-use crate::{pressure, stats, system};
+use crate::{cpus, pressure, stats, system};
 
 /// How long freezing may take.
 const FREEZE_WITHIN: Duration = Duration::from_secs(10);
@@ -568,6 +569,28 @@ impl Agent for Service {
 
     async fn next_event(&self, _: &TtrpcContext, _: Empty) -> Result<Event> {
         Ok(self.events.next().await)
+    }
+
+    async fn online_cpus(
+        &self,
+        _: &TtrpcContext,
+        request: OnlineCpusRequest,
+    ) -> Result<OnlineCpusResponse> {
+        if request.count == 0 {
+            return Err(invalid("bring 0 processors online: want 1 or more"));
+        }
+        let online = cpus::online(request.count).await.map_err(|e| {
+            let code = match e {
+                cpus::Refused::Few(_) => Code::FAILED_PRECONDITION,
+                cpus::Refused::Kernel(..) | cpus::Refused::Unknown(_) => Code::INTERNAL,
+            };
+            let count = request.count;
+            status(code, format!("bring {count} processors online: {e}"))
+        })?;
+        Ok(OnlineCpusResponse {
+            online,
+            ..OnlineCpusResponse::default()
+        })
     }
 
     async fn set_clock(&self, _: &TtrpcContext, request: SetClockRequest) -> Result<Empty> {
