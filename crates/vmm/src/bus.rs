@@ -225,8 +225,9 @@ impl Bus {
     ) -> Result<Self, Error> {
         let root = Arc::new(Root::new(layout::ECAM, window64));
         let queue = Arc::new(Queue::new());
-        let pin = routes.latch(ports::SLOTS_PIN)?;
-        let slots = Slots::new(Arc::clone(&root), pin, Arc::clone(&queue) as Arc<_>);
+        let (pin, acknowledged) = routes.latch(ports::SLOTS_PIN)?;
+        let ejected = Arc::clone(&queue) as Arc<_>;
+        let slots = Slots::new(Arc::clone(&root), pin, acknowledged, ejected);
         let wiring = Wiring {
             root,
             vm: Arc::clone(vm),

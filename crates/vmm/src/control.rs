@@ -27,7 +27,7 @@ fn converse(control: &Channel, machine: &mut Option<Machine>) -> Result<(), Erro
         gone: bell()?,
     };
     loop {
-        match wait(control, &bells)? {
+        match wait(control, &bells, machine.as_ref())? {
             News::Ended => {
                 let end = machine.as_ref().map_or(End::Stopped, Machine::wind_up);
                 // Fails if the supervisor is gone: then nobody asks.
@@ -38,6 +38,11 @@ fn converse(control: &Channel, machine: &mut Option<Machine>) -> Result<(), Erro
                 let _ = bells.gone.read();
                 for name in machine.as_ref().map_or_else(Vec::new, Machine::gone) {
                     control.send(&Message::Event(Event::Detached { name }), &[])?;
+                }
+            }
+            News::Acknowledged => {
+                if let Some(machine) = machine {
+                    machine.slots().look_again();
                 }
             }
             News::Request => {
@@ -79,27 +84,41 @@ fn copy(bell: &EventFd) -> Result<EventFd, Error> {
 enum News {
     Ended,
     Gone,
+    /// The guest has acknowledged news of its slots.
+    Acknowledged,
     Request,
 }
 
 /// Waits for something to see to.
-fn wait(control: &Channel, bells: &Bells) -> Result<News, Error> {
+fn wait(control: &Channel, bells: &Bells, machine: Option<&Machine>) -> Result<News, Error> {
     use std::os::fd::{AsRawFd, BorrowedFd};
     // SAFETY: the eventfds outlive the borrows.
-    let [ended, gone] =
-        [&bells.ended, &bells.gone].map(|bell| unsafe { BorrowedFd::borrow_raw(bell.as_raw_fd()) });
+    let borrow = |bell: &EventFd| unsafe { BorrowedFd::borrow_raw(bell.as_raw_fd()) };
+    let mut bells = vec![
+        (borrow(&bells.ended), News::Ended),
+        (borrow(&bells.gone), News::Gone),
+        (control.as_fd(), News::Request),
+    ];
+    if let Some(machine) = machine {
+        let acknowledged = borrow(machine.slots().acknowledged());
+        bells.push((acknowledged, News::Acknowledged));
+    }
+    let mut fds: Vec<_> = bells
+        .iter()
+        .map(|(fd, _)| PollFd::new(*fd, PollFlags::POLLIN))
+        .collect();
     loop {
-        let mut fds = [
-            PollFd::new(ended, PollFlags::POLLIN),
-            PollFd::new(gone, PollFlags::POLLIN),
-            PollFd::new(control.as_fd(), PollFlags::POLLIN),
-        ];
         match poll(&mut fds, PollTimeout::NONE) {
             Err(Errno::EINTR) => {}
             Err(e) => return Err(Error::Host("wait for a request", e)),
-            Ok(_) if fds[0].any() == Some(true) => return Ok(News::Ended),
-            Ok(_) if fds[1].any() == Some(true) => return Ok(News::Gone),
-            Ok(_) => return Ok(News::Request),
+            Ok(_) => {
+                let mut rung = fds
+                    .iter()
+                    .zip(&bells)
+                    .filter(|(fd, _)| fd.any() == Some(true));
+                // A request that is none says what is wrong by itself.
+                return Ok(rung.next().map_or(News::Request, |(_, (_, news))| *news));
+            }
         }
     }
 }

@@ -95,14 +95,14 @@ impl Routes {
     }
 
     /// An eventfd that raises a pin of the IOAPIC, level-triggered, until the guest
-    /// has acknowledged it: nothing is lost while the pin is masked.
-    pub(crate) fn latch(&self, pin: u32) -> Result<EventFd, Error> {
-        // Rung at the acknowledgement, which nobody needs to hear of.
+    /// has acknowledged it: nothing is lost while the pin is masked. The second is
+    /// rung by each acknowledgement.
+    pub(crate) fn latch(&self, pin: u32) -> Result<(EventFd, EventFd), Error> {
         let (event, acknowledged) = (eventfd()?, eventfd()?);
         self.vm
             .register_irqfd_with_resample(&event, &acknowledged, pin)
             .map_err(|e| Error::Kvm("wire an interrupt", e))?;
-        Ok(event)
+        Ok((event, acknowledged))
     }
 
     /// A line, with no message yet.

@@ -14,7 +14,7 @@
 //! | vCPU | `ioctl` (run the guest; route a message, move a doorbell), `write` (eventfds, the console), `futex`, `rt_sigreturn` (after a call out of the guest), `brk` (a message table may grow) |
 //! | device | `epoll_wait`, `read` and `write` (eventfds), `futex`, `brk`, and what [`walnut_devices`] says the device needs |
 //! | nursery | what it takes to make and drop any device, and to start its thread, whose filter can only be narrower: see [`Filter::nursery`]. It touches nothing of the guest |
-//! | control | `poll`, `recvmsg`, `sendmsg`, `close`, `read`, `write`, `futex`, `brk`, `tgkill` (call a vCPU out), `exit_group` |
+//! | control | `poll`, `recvmsg`, `sendmsg`, `close`, `read`, `write`, `futex`, `brk`, `tgkill` (call a vCPU out), `restart_syscall` (a `poll` that the kernel broke off), `exit_group` |
 
 use std::{
     collections::BTreeMap,

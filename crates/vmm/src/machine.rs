@@ -24,6 +24,7 @@ use crate::{
     jail::{self, Filter},
     layout, memory,
     ports::{self, Ports},
+    slots::Slots,
     vcpu::Vcpus,
 };
 
@@ -39,6 +40,7 @@ const CREATE_TRIES: u32 = 5;
 pub(crate) struct Machine {
     vcpus: Vcpus,
     bus: Arc<Bus>,
+    slots: Arc<Slots>,
     /// Why a device's thread could not go on.
     failure: Arc<OnceLock<String>>,
     /// What keeps KVM's machine alive; nothing is asked of it any more.
@@ -182,6 +184,7 @@ impl Machine {
         }
         Ok(Self {
             vcpus,
+            slots: bus.slots(),
             bus,
             failure,
             _vm: vm,
@@ -221,6 +224,11 @@ impl Machine {
     /// Asks the guest to let go of a device.
     pub(crate) fn detach(&self, name: &str) -> Result<(), Error> {
         self.bus.detach(name)
+    }
+
+    /// The registers by which devices come and go.
+    pub(crate) fn slots(&self) -> &Slots {
+        &self.slots
     }
 
     /// The devices that are gone since the last call, by name.

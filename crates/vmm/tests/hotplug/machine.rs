@@ -155,6 +155,8 @@ impl Vmm {
         request: &Request,
         fds: &[BorrowedFd<'_>],
     ) -> Result<Reply, String> {
+        // Seen with --nocapture, as the console is.
+        println!("> {request:?}");
         self.control.send(request, fds).unwrap();
         loop {
             match self.hear() {
