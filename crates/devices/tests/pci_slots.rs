@@ -253,7 +253,7 @@ fn who_takes_a_function_out_has_it_alone() {
                     let bar = 0xd000_0000 + 0x8000 * u64::from(slot);
                     bus.write(config(slot) + 0x10, u32::try_from(bar).unwrap());
                     bus.write(config(slot) + 0x04, 0x6);
-                    let at = next() % 0x6000 & !3;
+                    let at = (next() % 0x6000) & !3;
                     let value = u32::try_from(next() & 0xffff_ffff).unwrap();
                     bus.write(bar + at, value);
                     bus.read(bar + next() % 0x6000);
