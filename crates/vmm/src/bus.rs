@@ -266,10 +266,11 @@ impl Bus {
         window64: Range<u64>,
         shared: bool,
         grows: bool,
+        acknowledged: &EventFd,
     ) -> Result<Self, Error> {
         let root = Arc::new(Root::new(layout::ECAM, window64));
         let queue = Arc::new(Queue::new());
-        let pin = routes.latch(ports::SLOTS_PIN)?;
+        let pin = routes.latch(ports::SLOTS_PIN, acknowledged)?;
         let slots = Slots::new(Arc::clone(&root), pin, Arc::clone(&queue) as Arc<_>);
         let wiring = Wiring {
             root,

@@ -11,7 +11,7 @@ use walnut_vmm_api::{Channel, End, Event, Message, Received, Reply, Request};
 
 use crate::{
     Error,
-    machine::{Fds, Machine},
+    machine::{Bells, Fds, Machine},
 };
 
 /// Serves until the guest has ended or the supervisor is gone.
@@ -28,6 +28,7 @@ fn converse(control: &Channel, machine: &mut Option<Machine>) -> Result<(), Erro
     let bells = Bells {
         ended: bell()?,
         gone: bell()?,
+        acknowledged: bell()?,
     };
     let waiter = Waiter::new(control, &bells)?;
     loop {
@@ -42,6 +43,11 @@ fn converse(control: &Channel, machine: &mut Option<Machine>) -> Result<(), Erro
             for name in machine.as_ref().map_or_else(Vec::new, Machine::gone) {
                 control.tell(&Message::Event(Event::Detached { name }))?;
             }
+        }
+        if news.acknowledged
+            && let Some(machine) = machine
+        {
+            machine.look_again();
         }
         if !news.request {
             continue;
@@ -58,15 +64,6 @@ fn converse(control: &Channel, machine: &mut Option<Machine>) -> Result<(), Erro
     }
 }
 
-/// What other threads ring. Neither is ever read.
-#[derive(Debug)]
-struct Bells {
-    /// The guest has ended.
-    ended: EventFd,
-    /// A device is gone.
-    gone: EventFd,
-}
-
 fn bell() -> Result<EventFd, Error> {
     EventFd::new(libc::EFD_CLOEXEC | libc::EFD_NONBLOCK)
         .map_err(|e| Error::Host("make an eventfd", crate::vcpu::errno(&e)))
@@ -77,11 +74,12 @@ fn copy(bell: &EventFd) -> Result<EventFd, Error> {
         .map_err(|e| Error::Host("copy an eventfd", crate::vcpu::errno(&e)))
 }
 
-/// What there is to see to.
+/// What there is to see to. Bells are never read.
 #[derive(Debug, Clone, Copy, Default)]
 struct News {
     ended: bool,
     gone: bool,
+    acknowledged: bool,
     request: bool,
 }
 
@@ -94,6 +92,7 @@ struct Waiter(Epoll);
 const ENDED: u64 = 0;
 const REQUEST: u64 = 1;
 const GONE: u64 = 2;
+const ACKNOWLEDGED: u64 = 3;
 
 impl Waiter {
     fn new(control: &Channel, bells: &Bells) -> Result<Self, Error> {
@@ -101,20 +100,21 @@ impl Waiter {
         let fail = |e| Error::Host("watch the control socket", e);
         let epoll = Epoll::new(EpollCreateFlags::EPOLL_CLOEXEC).map_err(fail)?;
         // SAFETY: the eventfds outlive the borrows.
-        let [ended, gone] = [&bells.ended, &bells.gone]
+        let [ended, gone, acknowledged] = [&bells.ended, &bells.gone, &bells.acknowledged]
             .map(|bell| unsafe { BorrowedFd::borrow_raw(bell.as_raw_fd()) });
         let input = EpollFlags::EPOLLIN;
         let edge = input | EpollFlags::EPOLLET;
         epoll
             .add(ended, EpollEvent::new(input, ENDED))
             .and_then(|()| epoll.add(gone, EpollEvent::new(edge, GONE)))
+            .and_then(|()| epoll.add(acknowledged, EpollEvent::new(edge, ACKNOWLEDGED)))
             .and_then(|()| epoll.add(control, EpollEvent::new(input, REQUEST)))
             .map_err(fail)?;
         Ok(Self(epoll))
     }
 
     fn wait(&self) -> Result<News, Error> {
-        let mut events = [EpollEvent::empty(); 3];
+        let mut events = [EpollEvent::empty(); 4];
         loop {
             match self.0.wait(&mut events, EpollTimeout::NONE) {
                 Err(Errno::EINTR) => {}
@@ -124,6 +124,7 @@ impl Waiter {
                     return Ok(News {
                         ended: came(ENDED),
                         gone: came(GONE),
+                        acknowledged: came(ACKNOWLEDGED),
                         request: came(REQUEST),
                     });
                 }
@@ -138,7 +139,13 @@ fn answer(
     fds: Vec<OwnedFd>,
     bells: &Bells,
 ) -> Result<Reply, Error> {
-    let bells = || Ok::<_, Error>((copy(&bells.ended)?, copy(&bells.gone)?));
+    let bells = || {
+        Ok::<_, Error>(Bells {
+            ended: copy(&bells.ended)?,
+            gone: copy(&bells.gone)?,
+            acknowledged: copy(&bells.acknowledged)?,
+        })
+    };
     match (request, &machine) {
         (Request::Start(config), None) => {
             let built = Machine::build(&config, fds, bells()?)?;

@@ -95,12 +95,12 @@ impl Routes {
     }
 
     /// An eventfd that raises a pin of the IOAPIC, level-triggered, until the guest
-    /// has acknowledged it: nothing is lost while the pin is masked.
-    pub(crate) fn latch(&self, pin: u32) -> Result<EventFd, Error> {
-        // Rung at the acknowledgement, which nobody needs to hear of.
-        let (event, acknowledged) = (eventfd()?, eventfd()?);
+    /// has acknowledged it, which rings `acknowledged`: nothing is lost while the pin
+    /// is masked.
+    pub(crate) fn latch(&self, pin: u32, acknowledged: &EventFd) -> Result<EventFd, Error> {
+        let event = eventfd()?;
         self.vm
-            .register_irqfd_with_resample(&event, &acknowledged, pin)
+            .register_irqfd_with_resample(&event, acknowledged, pin)
             .map_err(|e| Error::Kvm("wire an interrupt", e))?;
         Ok(event)
     }

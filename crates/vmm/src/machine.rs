@@ -33,6 +33,7 @@ use crate::{
     jail::{self, Filter, calls},
     layout, memory,
     ports::{self, Ports},
+    slots::Slots,
     snapshot::{
         self,
         scribe::{Processor, Scribe, Subject},
@@ -51,11 +52,23 @@ const QUIESCE: Duration = Duration::from_secs(10);
 /// `KVM_CREATE_VM` is interrupted by signals that a busy host's timers send.
 const CREATE_TRIES: u32 = 5;
 
+/// What a machine rings.
+#[derive(Debug)]
+pub(crate) struct Bells {
+    /// The guest has ended.
+    pub(crate) ended: EventFd,
+    /// [`Machine::gone`] has news.
+    pub(crate) gone: EventFd,
+    /// The guest has acknowledged news of its slots: [`Machine::look_again`].
+    pub(crate) acknowledged: EventFd,
+}
+
 /// A running machine.
 #[derive(Debug)]
 pub(crate) struct Machine {
     vcpus: Vcpus,
     bus: Arc<Bus>,
+    slots: Arc<Slots>,
     /// Why a device's thread could not go on.
     failure: Arc<OnceLock<String>>,
     scribe: Scribe,
@@ -158,15 +171,16 @@ impl Base {
         })
     }
 
-    fn bus(&self, window64: Range<u64>, shared: bool, grows: bool) -> Result<Bus, Error> {
-        Bus::new(
-            &self.vm,
-            &self.routes,
-            &self.memory,
-            window64,
-            shared,
-            grows,
-        )
+    fn bus(
+        &self,
+        window64: Range<u64>,
+        shared: bool,
+        grows: bool,
+        bells: &Bells,
+    ) -> Result<Bus, Error> {
+        let (vm, routes, memory) = (&self.vm, &self.routes, &self.memory);
+        let acknowledged = &bells.acknowledged;
+        Bus::new(vm, routes, memory, window64, shared, grows, acknowledged)
     }
 
     fn vcpu(&self, id: u8) -> Result<VcpuFd, Error> {
@@ -202,13 +216,7 @@ struct Parts {
 
 impl Machine {
     /// Builds the machine of `config`, with every thread waiting and locked in.
-    /// Of the two bells the first is rung when the guest has ended, the second when
-    /// [`Self::gone`] has news.
-    pub(crate) fn build(
-        config: &Config,
-        fds: Vec<OwnedFd>,
-        bells: (EventFd, EventFd),
-    ) -> Result<Self, Error> {
+    pub(crate) fn build(config: &Config, fds: Vec<OwnedFd>, bells: Bells) -> Result<Self, Error> {
         check(config)?;
         let mut fds = Fds::new(fds);
         let memory = memory::create(config.memory, config.backing)?;
@@ -221,7 +229,7 @@ impl Machine {
             )));
         }
         let grows = config.max_memory > config.memory;
-        let mut bus = base.bus(window64.clone(), config.backing.shared, grows)?;
+        let mut bus = base.bus(window64.clone(), config.backing.shared, grows, &bells)?;
         let root = sockets(&config.devices, &fds)?;
         for attachment in &config.devices {
             bus.add(attachment, |fd| fds.take(fd))?;
@@ -283,7 +291,7 @@ impl Machine {
     pub(crate) fn restore(
         restore: &Restore,
         fds: Vec<OwnedFd>,
-        bells: (EventFd, EventFd),
+        bells: Bells,
     ) -> Result<Self, Error> {
         check_version(restore.version)?;
         let mut fds = Fds::new(fds);
@@ -292,7 +300,12 @@ impl Machine {
         generation::write(&memory, &random()?)?;
         let size = memory.iter().map(GuestMemoryRegion::len).sum();
         let base = Base::new(fds.take(restore.kvm)?, memory)?;
-        let mut bus = base.bus(layout::window64(size, size), restore.backing.shared, false)?;
+        let mut bus = base.bus(
+            layout::window64(size, size),
+            restore.backing.shared,
+            false,
+            &bells,
+        )?;
         let root = sockets(&restore.devices, &fds)?;
         bus.add_saved(&restore.devices, &state.devices, |fd| fds.take(fd))?;
 
@@ -353,7 +366,7 @@ impl Machine {
     /// threads are there.
     fn lock_in(
         parts: Parts,
-        (ended, gone): (EventFd, EventFd),
+        Bells { ended, gone, .. }: Bells,
         settle: impl FnOnce(&Bus) -> Result<(), Error>,
     ) -> Result<Self, Error> {
         let Parts {
@@ -402,6 +415,7 @@ impl Machine {
         }
         Ok(Self {
             vcpus,
+            slots: bus.slots(),
             bus,
             scribe,
             paused: AtomicBool::new(true),
@@ -456,6 +470,11 @@ impl Machine {
     /// Asks the guest to let go of a device.
     pub(crate) fn detach(&self, name: &str) -> Result<(), Error> {
         self.bus.detach(name)
+    }
+
+    /// Tells the guest again of slots that it has not yet looked at.
+    pub(crate) fn look_again(&self) {
+        self.slots.look_again();
     }
 
     /// The devices that are gone since the last call, by name.

@@ -15,7 +15,7 @@ use std::{
     ops::RangeInclusive,
     sync::{
         Arc,
-        atomic::{AtomicU32, Ordering},
+        atomic::{AtomicBool, AtomicU32, Ordering},
     },
 };
 
@@ -43,21 +43,35 @@ pub(crate) struct Slots {
     goes: AtomicU32,
     /// What the guest may let go.
     asked: AtomicU32,
+    /// A register has been read since the last acknowledgement.
+    read: AtomicBool,
     pin: EventFd,
     root: Arc<Root>,
     ejected: Arc<dyn Ejected>,
 }
 
 impl Slots {
-    /// `pin` is wired to [`crate::ports::SLOTS_PIN`].
+    /// `pin` is wired to [`crate::ports::SLOTS_PIN`]. When the guest has acknowledged
+    /// it, [`Self::look_again`] is to be called.
     pub(crate) fn new(root: Arc<Root>, pin: EventFd, ejected: Arc<dyn Ejected>) -> Self {
         Self {
             came: AtomicU32::new(0),
             goes: AtomicU32::new(0),
             asked: AtomicU32::new(0),
+            read: AtomicBool::new(false),
             pin,
             root,
             ejected,
+        }
+    }
+
+    /// An acknowledgement lowers the pin, also for what came after the guest had
+    /// read the registers: raises it again if there is anything. Not for a guest that
+    /// acknowledges and does not read.
+    pub(crate) fn look_again(&self) {
+        let news = self.came.load(Ordering::Acquire) | self.goes.load(Ordering::Acquire);
+        if self.read.swap(false, Ordering::AcqRel) && news != 0 {
+            self.raise();
         }
     }
 
@@ -107,6 +121,7 @@ impl Slots {
         };
         if let Ok(data) = <&mut [u8; 4]>::try_from(data) {
             *data = register.swap(0, Ordering::AcqRel).to_le_bytes();
+            self.read.store(true, Ordering::Release);
         }
     }
 
@@ -159,12 +174,11 @@ mod tests {
     }
 
     #[derive(Debug, Default)]
-    #[expect(clippy::vec_box, reason = "as they come")]
-    struct Out(Mutex<Vec<Box<VirtioPci>>>);
+    struct Out(Mutex<Vec<VirtioPci>>);
 
     impl Ejected for Out {
         fn ejected(&self, function: Box<VirtioPci>) {
-            self.0.lock().unwrap().push(function);
+            self.0.lock().unwrap().push(*function);
         }
     }
 
@@ -236,6 +250,27 @@ mod tests {
         bus.slots.ask(2);
         assert!(bus.pin.read().is_ok());
         assert_eq!((bus.read(GOES), bus.read(GOES)), (0b100, 0));
+    }
+
+    #[test]
+    fn what_came_between_read_and_acknowledgement_is_raised_again() {
+        let mut bus = Bus::new();
+        bus.plug();
+        assert!(bus.pin.read().is_ok());
+        // Acknowledged first: the guest is about to read.
+        bus.slots.look_again();
+        assert!(bus.pin.read().is_err());
+        assert_eq!(bus.read(CAME), 0b10);
+        bus.plug();
+        assert!(bus.pin.read().is_ok());
+        bus.slots.look_again();
+        assert_eq!(bus.pin.read().unwrap(), 1);
+        // A guest that does not read is not told again and again.
+        bus.slots.look_again();
+        assert!(bus.pin.read().is_err());
+        assert_eq!((bus.read(CAME), bus.read(GOES)), (0b100, 0));
+        bus.slots.look_again();
+        assert!(bus.pin.read().is_err());
     }
 
     #[test]

@@ -77,6 +77,15 @@ fn holds(vmm: &Vmm) -> (usize, usize) {
     (count("fd"), count("task"))
 }
 
+/// Rings of io_uring among the descriptors of the VMM.
+fn rings(vmm: &Vmm) -> usize {
+    std::fs::read_dir(format!("/proc/{}/fd", vmm.child.id()))
+        .unwrap()
+        .filter_map(|fd| std::fs::read_link(fd.unwrap().path()).ok())
+        .filter(|link| link.to_string_lossy().contains("io_uring"))
+        .count()
+}
+
 /// Runs `turn` again and again: nothing is left behind after any but the first,
 /// whose thread waits for the next.
 fn again(vmm: &mut Vmm, mut turn: impl FnMut(&mut Vmm, usize)) {
@@ -162,6 +171,7 @@ fn disks_come_and_go() {
     );
     vmm.line("ready for devices");
     vmm.line("disk disk-0");
+    let at_boot = rings(&vmm);
     again(&mut vmm, |vmm, n| {
         let name = format!("{}-disk", (b'A' + u8::try_from(n).unwrap()) as char);
         let file = disk(dir.path(), &name);
@@ -169,6 +179,7 @@ fn disks_come_and_go() {
         assert_eq!(attached, Ok(Reply::Done));
         let line = vmm.line("disk ");
         assert_eq!(line, format!("disk {name} {} 1", &name[..1]));
+        assert_eq!(rings(vmm), 2 * at_boot, "it is served as the other is");
         assert_eq!(std::fs::read(dir.path().join(&name)).unwrap()[0], b'W');
         assert_eq!(detach(vmm, &name), Ok(Reply::Done));
         assert_eq!(vmm.event(), detached(&name));
@@ -350,10 +361,13 @@ fn a_paused_machine_changes_and_a_guest_that_is_early_finds_it() {
     let file = disk(dir.path(), "Paused");
     let attached = attach(&mut vmm, "paused", block("paused"), file.as_fd());
     assert_eq!(attached, Ok(Reply::Done));
+    assert_eq!(vmm.ask(&Request::Resume, &[]), Ok(Reply::Done));
+    assert_eq!(vmm.line("disk "), "disk paused P 1");
+    assert_eq!(vmm.ask(&Request::Pause, &[]), Ok(Reply::Done));
     assert_eq!(detach(&mut vmm, "early"), Ok(Reply::Done));
     assert_eq!(vmm.ask(&Request::Resume, &[]), Ok(Reply::Done));
     assert_eq!(vmm.event(), detached("early"));
-    assert_eq!(vmm.line("disk "), "disk paused P 1");
+    vmm.line("gone ");
 }
 
 #[test]
