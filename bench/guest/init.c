@@ -140,8 +140,10 @@ static void kernel_log(void) {
 			continue;
 		if (strstr(line, "] initcall ") && after)
 			sscanf(after, " after %ld usecs", &usecs);
-		if (usecs >= 100)
-			printf("log %s\n", line);
+		/* Without the level: "<6>[    0.123456] text". */
+		char *bracket = strchr(line, '[');
+		if (usecs >= 100 && bracket)
+			printf("log %s\n", bracket);
 	}
 }
 

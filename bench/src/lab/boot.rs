@@ -89,6 +89,7 @@ pub(crate) fn measure(files: &Files, runs: usize) -> Result<()> {
     let (walnut, qemu) = both(&|start| start.agent)?;
     row("time to the agent", "ms", ms(walnut), ms(qemu));
     print("PSS beyond the guest's memory", "kB", &|s| s.memory.own)?;
+    print("of it, no file's", "kB", &|s| s.memory.anonymous)?;
     print("PSS of the guest's memory", "kB", &|s| s.memory.guest)?;
     print("threads", "", &|s| s.memory.threads)?;
     for (index, name) in exits::COUNTERS.iter().enumerate() {

@@ -113,6 +113,7 @@ fn main() -> Result<()> {
     let cli = Cli::parse();
     ensure!(cli.runs > 0, "--runs 0: at least one");
     local::bring()?;
+    local::never_idle()?;
     let files = Files::copy(&cli.initramfs)?;
     boot::measure(&files, cli.runs)?;
     boot::kernel(&files)?;

@@ -12,6 +12,8 @@ const GUEST_KB: u64 = 64 << 10;
 pub(crate) struct Memory {
     /// PSS in kB beyond the guest's memory.
     pub(crate) own: u64,
+    /// Of it, what is no file's.
+    pub(crate) anonymous: u64,
     /// PSS in kB of the guest's memory.
     pub(crate) guest: u64,
     pub(crate) threads: u64,
@@ -20,7 +22,7 @@ pub(crate) struct Memory {
 impl Memory {
     pub(crate) fn of(process: &Path) -> Result<Self> {
         let smaps = fs::read_to_string(process.join("smaps")).context("read smaps")?;
-        let (mut own, mut guest, mut size) = (0, 0, 0);
+        let (mut own, mut anonymous, mut guest, mut size) = (0, 0, 0, 0);
         for line in smaps.lines() {
             let mut words = line.split_whitespace();
             let (name, value) = (words.next(), words.next().and_then(|v| v.parse().ok()));
@@ -28,12 +30,14 @@ impl Memory {
                 (Some("Size:"), Some(kb)) => size = kb,
                 (Some("Pss:"), Some(kb)) if size >= GUEST_KB => guest += kb,
                 (Some("Pss:"), Some(kb)) => own += kb,
+                (Some("Anonymous:"), Some(kb)) if size < GUEST_KB => anonymous += kb,
                 _ => {}
             }
         }
         let threads = fs::read_dir(process.join("task"))?.count();
         Ok(Self {
             own,
+            anonymous,
             guest,
             threads: u64::try_from(threads)?,
         })
