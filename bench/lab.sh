@@ -2,7 +2,7 @@
 # walnut-vmm beside QEMU on the same (emulated) KVM, in the lab: start, memory,
 # exits, disk, network. Prints tables for docs/benchmarks.md.
 #
-#   bench/lab.sh [--runs N]
+#   bench/lab.sh [--runs N] [--only start|kernel|disk|net]
 #
 # Needs what scripts/build.sh leaves in out/.
 set -euo pipefail

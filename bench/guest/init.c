@@ -93,6 +93,9 @@ static void net(void) {
 	struct sockaddr_in echo = {AF_INET, htons(1), {inet_addr("10.9.0.1")}, {0}};
 	if (connect(control, (struct sockaddr *)&echo, sizeof echo))
 		fail("connect to the echo");
+	/* A lost packet is an error, and no wait without an end. */
+	struct timeval patience = {10, 0};
+	setsockopt(control, SOL_SOCKET, SO_RCVTIMEO, &patience, sizeof patience);
 	long start = 0;
 	/* The first finds the peer's address, and is not counted. */
 	for (int n = -1; n < PINGS; n++) {

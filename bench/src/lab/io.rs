@@ -56,8 +56,8 @@ fn print(what: &str, name: &str, per_mib: bool, both: &[Figures; 2]) -> Result<(
     Ok(())
 }
 
-/// Latency and throughput of both.
-pub(crate) fn measure(files: &Files) -> Result<()> {
+/// Latency and throughput of a disk.
+pub(crate) fn disk(files: &Files) -> Result<()> {
     let disk = tempfile::NamedTempFile::new()?;
     disk.as_file().write_all(&vec![7; DISK])?;
     let guest = Guest {
@@ -71,7 +71,11 @@ pub(crate) fn measure(files: &Files) -> Result<()> {
     head("A disk: one read at a time, past the guest's page cache, of a file in the host's memory");
     print("4 KiB at random, one", "block-4k-ns", false, &both)?;
     print("1 MiB in sequence", "block-1m-ns", true, &both)?;
+    Ok(())
+}
 
+/// Latency and throughput of a network.
+pub(crate) fn net(files: &Files) -> Result<()> {
     start_peers()?;
     let net = |monitor| -> Result<Figures> {
         let tap = machine::tap(TAP)?;

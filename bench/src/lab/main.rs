@@ -16,7 +16,7 @@ use std::{
 };
 
 use anyhow::{Context, Result, ensure};
-use clap::Parser;
+use clap::{Parser, ValueEnum};
 
 use machine::Guest;
 
@@ -29,6 +29,18 @@ struct Cli {
     /// Counted runs of each monitor
     #[arg(long, default_value_t = 3)]
     runs: usize,
+    /// Only this
+    #[arg(long)]
+    only: Option<Part>,
+}
+
+/// What is measured.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, ValueEnum)]
+enum Part {
+    Start,
+    Kernel,
+    Disk,
+    Net,
 }
 
 /// The files of a run, in memory, so that no monitor waits for a disk.
@@ -115,8 +127,18 @@ fn main() -> Result<()> {
     local::bring()?;
     local::never_idle()?;
     let files = Files::copy(&cli.initramfs)?;
-    boot::measure(&files, cli.runs)?;
-    boot::kernel(&files)?;
-    io::measure(&files)?;
+    let wanted = |part| cli.only.is_none_or(|only| only == part);
+    if wanted(Part::Start) {
+        boot::measure(&files, cli.runs)?;
+    }
+    if wanted(Part::Kernel) {
+        boot::kernel(&files)?;
+    }
+    if wanted(Part::Disk) {
+        io::disk(&files)?;
+    }
+    if wanted(Part::Net) {
+        io::net(&files)?;
+    }
     Ok(())
 }
