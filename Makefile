@@ -6,12 +6,12 @@ CARGO ?= cargo
 # Two end-to-end tests at a time: each runs a machine of its own.
 TEST_THREADS ?= 2
 
-.PHONY: all deps build demo test unit e2e lab lab-short lint fuzz fuzz-short fmt bench install uninstall clean help
+.PHONY: all deps build demo test unit e2e lab lab-short lint fuzz fuzz-short fmt bench bench-lab install uninstall clean help
 
 all: build
 
 help: ## Show this
-	@grep -hE '^[a-z0-9]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 12
+	@grep -hE '^[a-z0-9-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 12
 
 deps: ## Install the Debian packages that are missing (as root)
 	@scripts/deps.sh
@@ -70,6 +70,9 @@ fuzz-short: deps
 bench: build ## Start time and memory, beside crun and runsc
 	@tests/image/build.sh
 	@$(CARGO) run --release --quiet -p walnut-bench -- all
+
+bench-lab: build ## walnut-vmm beside QEMU on KVM, in an emulated host
+	@bench/lab.sh
 
 install: build ## Install below PREFIX
 	install -d $(DESTDIR)$(PREFIX)/bin $(DESTDIR)$(PREFIX)/lib/walnut

@@ -16,6 +16,7 @@ use crate::{Error, layout};
 
 /// Bytes of a huge page.
 const HUGE_PAGE: u64 = 2 << 20;
+const HUGE: usize = 2 << 20;
 
 /// Memory of `size` bytes; a memfd if others map it as well.
 ///
@@ -93,8 +94,9 @@ pub(crate) fn memfd(size: u64, huge: bool) -> Result<File, Error> {
 
 fn region(len: u64, file: Option<(&File, u64)>, huge: bool) -> Result<MmapRegion, Error> {
     let size = usize::try_from(len).map_err(|_| Error::Memory("map", Errno::ENOMEM))?;
+    let prot = libc::PROT_READ | libc::PROT_WRITE;
     let builder = MmapRegionBuilder::new(size)
-        .with_mmap_prot(libc::PROT_READ | libc::PROT_WRITE)
+        .with_mmap_prot(prot)
         .with_hugetlbfs(huge);
     // A file of huge pages is mapped in these; reserved is what is not said not to be.
     let pages = match (huge, &file) {
@@ -109,7 +111,14 @@ fn region(len: u64, file: Option<(&File, u64)>, huge: bool) -> Result<MmapRegion
                 .with_file_offset(FileOffset::new(file, offset))
                 .with_mmap_flags(libc::MAP_SHARED | pages)
         }
-        None => builder.with_mmap_flags(libc::MAP_PRIVATE | libc::MAP_ANONYMOUS | pages),
+        None if huge => builder.with_mmap_flags(libc::MAP_PRIVATE | libc::MAP_ANONYMOUS | pages),
+        None => {
+            let flags = libc::MAP_PRIVATE | libc::MAP_ANONYMOUS | pages;
+            // SAFETY: the pages are mapped for as long as the process lives, and
+            // nobody else knows them.
+            unsafe { builder.with_raw_mmap_pointer(aligned(size, prot, flags)?) }
+                .with_mmap_flags(flags)
+        }
     };
     builder.build().map_err(|_| match huge {
         true => Error::Config(format!(
@@ -121,6 +130,34 @@ fn region(len: u64, file: Option<(&File, u64)>, huge: bool) -> Result<MmapRegion
     })
 }
 
+/// New pages that begin at a huge page, so that KVM maps one by one entry where the host
+/// gives them; what is before and after them is given back.
+fn aligned(size: usize, prot: i32, flags: i32) -> Result<*mut u8, Error> {
+    let all = size
+        .checked_add(HUGE)
+        .ok_or(Error::Memory("map", Errno::ENOMEM))?;
+    // SAFETY: a mapping of its own, wherever the kernel likes.
+    let start = unsafe { libc::mmap(std::ptr::null_mut(), all, prot, flags, -1, 0) };
+    if start == libc::MAP_FAILED {
+        return Err(Error::Memory("map", Errno::last()));
+    }
+    let start: *mut u8 = start.cast();
+    let before = start.align_offset(HUGE);
+    // `before` is less than a huge page: both ends lie within the mapping.
+    let (begin, end) = (
+        start.wrapping_add(before),
+        start.wrapping_add(before).wrapping_add(size),
+    );
+    for (at, len) in [(start, before), (end, HUGE - before)] {
+        if len > 0 {
+            // SAFETY: these pages are of the mapping above, and nobody has seen them.
+            // Should it fail they stay, unused.
+            unsafe { libc::munmap(at.cast(), len) };
+        }
+    }
+    Ok(begin)
+}
+
 fn duplicate(file: &File) -> Result<File, Error> {
     let fd = nix::fcntl::fcntl(
         file,
@@ -129,4 +166,27 @@ fn duplicate(file: &File) -> Result<File, Error> {
     .map_err(|e| Error::Memory("share", e))?;
     // SAFETY: the kernel has just made this descriptor for us.
     Ok(unsafe { OwnedFd::from_raw_fd(fd) }.into())
+}
+
+#[cfg(test)]
+mod tests {
+    use vm_memory::{GuestMemoryBackend, GuestMemoryRegion};
+
+    use super::*;
+
+    #[test]
+    fn private_memory_begins_at_a_huge_page_and_is_all_there() {
+        let memory = create(33 << 20, Backing::default()).map_err(|e| e.to_string());
+        let memory = memory.as_ref().map(|memory| memory.iter().next());
+        let Ok(Some(region)) = memory else {
+            unreachable!("33 MiB are a region of memory: {memory:?}");
+        };
+        assert_eq!(region.as_ptr().align_offset(HUGE), 0);
+        assert_eq!(region.len(), 33 << 20);
+        for at in [0, region.len() - 1] {
+            let at = usize::try_from(at).unwrap_or_default();
+            // SAFETY: within the region.
+            unsafe { region.as_ptr().wrapping_add(at).write_volatile(1) };
+        }
+    }
 }
