@@ -10,9 +10,9 @@ use walnut_devices::{
     balloon::{self, Balloon},
     block::{self, Block},
     limit::LimitConfig,
-    pci::{Doorbells, Message, Messages, Root},
+    pci::{Doorbells, FunctionState, Message, Messages, Root},
     rng::Rng,
-    virtio::{Device, Memory, MemoryCell, Port, Worker},
+    virtio::{Device, Memory, MemoryCell, Port, Quiesced, Worker},
 };
 
 use super::{driver::Input, rig::PATIENCE};
@@ -214,6 +214,73 @@ pub(crate) fn pci(data: &[u8]) {
         bus.port.stop();
         thread.join().unwrap();
     });
+}
+
+/// A function is made what a snapshot says that was nearly right, or refuses to be;
+/// then its driver does as above.
+pub(crate) fn function(data: &[u8]) {
+    let mut input = Input(data);
+    let memory = Memory::from_ranges(&[(GuestAddress(0), MEMORY)]).unwrap();
+    let cell = MemoryCell::new(memory.clone());
+    let kind = input.u8();
+    let with = |prepare: &dyn Fn(&Root, Port), then: &mut dyn FnMut(&Bus)| {
+        let (worker, port) = Worker::new(device(kind, &cell)).unwrap();
+        let root = Root::new(ECAM, WINDOW);
+        prepare(&root, port.clone());
+        let queues = u16::try_from(port.queue_sizes().len()).unwrap();
+        let bus = Bus {
+            root,
+            port,
+            memory: memory.clone(),
+            queues,
+        };
+        std::thread::scope(|scope| {
+            let thread = scope.spawn(|| worker.run().unwrap());
+            then(&bus);
+            bus.port.stop();
+            thread.join().unwrap();
+        });
+    };
+    let routes = || Arc::new(Routes::default());
+    let mut saved = Vec::new();
+    with(
+        &|root, port| {
+            root.add(port, cell.clone(), routes(), Box::new(Bells))
+                .unwrap();
+        },
+        &mut |bus| {
+            bus.place();
+            bus.set_up();
+            let rest = bus.port.pause(PATIENCE).unwrap();
+            saved = postcard::to_allocvec(&bus.root.save(1, &rest).unwrap()).unwrap();
+        },
+    );
+    for _ in 0..input.u8() % 8 {
+        let at = usize::from(input.u16()) % saved.len();
+        saved[at] ^= input.u8();
+    }
+    let Ok(state) = postcard::from_bytes::<FunctionState>(&saved) else {
+        return;
+    };
+    with(
+        &|root, port| {
+            root.insert(1, port, cell.clone(), routes(), Box::new(Bells))
+                .unwrap();
+        },
+        &mut |bus| {
+            bus.port.pause(PATIENCE).unwrap();
+            let taken = bus.root.restore(1, &state).is_ok();
+            if taken {
+                // It can be saved at once.
+                bus.root.save(1, &Quiesced::default()).unwrap();
+            }
+            bus.port.resume();
+            play(bus, &mut input);
+            bus.place();
+            bus.reset();
+            bus.serves();
+        },
+    );
 }
 
 fn play(bus: &Bus, input: &mut Input<'_>) {

@@ -115,3 +115,13 @@ pub fn restore(data: &[u8]) {
 pub fn envelope(data: &[u8]) {
     within(5 << 20, || snapshot::envelope(data));
 }
+
+/// The body of a snapshot's state file.
+pub fn state(data: &[u8]) {
+    within(5 << 20, || snapshot::state(data));
+}
+
+/// A function of the bus as a snapshot has it.
+pub fn function(data: &[u8]) {
+    within(5 << 20, || bus::function(data));
+}

@@ -148,10 +148,25 @@ pub(crate) enum Error {
         found: u64,
     },
     Damaged,
+    State(String),
 }
 
+#[path = "../../crates/vmm/src/snapshot/state.rs"]
+#[allow(dead_code, reason = "the VMM uses the rest")]
+mod body;
 #[path = "../../crates/vmm/src/snapshot/envelope.rs"]
 mod header;
+
+/// The body of a state file: what is taken is within its bounds, and written as it was
+/// read.
+pub(crate) fn state(data: &[u8]) {
+    if let Ok(state) = body::State::decode(data) {
+        assert!((1..=32).contains(&state.vcpus.len()) && state.devices.len() <= 31);
+        let bytes = state.encode().unwrap();
+        let again = body::State::decode(&bytes).unwrap().encode().unwrap();
+        assert_eq!(bytes, again);
+    }
+}
 
 /// A state file, whose digest is made right half of the time.
 pub(crate) fn envelope(data: &[u8]) {

@@ -151,12 +151,24 @@ fn every_call_is_made_and_no_other() {
     for (kind, shared) in [("memory, private", false), ("memory, shared", true)] {
         let machine = Machine::traced_and_growing(shared);
         machine.resize(256 << 20);
-        machine.resize(128 << 20);
+        // A guest may never give all of it back; some of it is enough here.
+        let less = Request::Resize { memory: 128 << 20 };
+        assert_eq!(machine.ask(&less), Ok(Reply::Done));
         let mut trace = Trace::default();
-        trace.read(&machine.trace());
-        trace.call("memory", kind);
-        let missing_there = missing(&lists, &trace);
-        missing_still.retain(|call| !call.starts_with(kind) || missing_there.contains(call));
+        loop {
+            trace.read(&machine.trace());
+            trace.call("memory", kind);
+            let missing_there = missing(&lists, &trace);
+            if !missing_there.iter().any(|call| call.starts_with(kind)) {
+                break;
+            }
+            assert!(
+                started.elapsed() < Duration::from_secs(1800),
+                "nobody makes these calls: {missing_there:#?}"
+            );
+            std::thread::sleep(Duration::from_millis(200));
+        }
+        missing_still.retain(|call| !call.starts_with(kind));
     }
     assert_eq!(missing_still, BTreeSet::new());
 }
