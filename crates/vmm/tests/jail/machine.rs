@@ -113,9 +113,18 @@ fn tap() -> File {
     request[..4].copy_from_slice(b"jail");
     request[16..18].copy_from_slice(&0x5002u16.to_ne_bytes());
     const TUNSETIFF: libc::Ioctl = 0x4004_54ca;
-    // SAFETY: the call takes a struct ifreq, of 40 bytes.
-    Errno::result(unsafe { libc::ioctl(tap.as_raw_fd(), TUNSETIFF, request.as_mut_ptr()) })
-        .unwrap();
+    // The machine before may still be on its way out, with its end of it.
+    loop {
+        // SAFETY: the call takes a struct ifreq, of 40 bytes.
+        let made = unsafe { libc::ioctl(tap.as_raw_fd(), TUNSETIFF, request.as_mut_ptr()) };
+        match Errno::result(made) {
+            Err(Errno::EBUSY) => thread::sleep(std::time::Duration::from_millis(50)),
+            other => {
+                other.unwrap();
+                break;
+            }
+        }
+    }
     for words in ["addr add 10.9.9.1/24 dev jail", "link set jail up"] {
         let mut command = Command::new("busybox");
         let status = command.arg("ip").args(words.split(' ')).status().unwrap();
