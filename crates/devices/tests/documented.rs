@@ -14,10 +14,13 @@ const DOCUMENT: &str = "docs/hostile-guests.md";
 fn has(source: &str, test: &str) -> bool {
     let definition = format!("fn {test}(");
     source.match_indices(&definition).any(|(at, _)| {
-        source[..at].rfind("#[").is_some_and(|from| {
-            // Between the attribute and the function there is nothing but more of both.
-            source[from..at].lines().count() <= 3 && source[from..at].contains("test")
-        })
+        // Its attributes: the lines before it that begin as such.
+        let before = source[..at]
+            .lines()
+            .rev()
+            .skip_while(|line| !line.starts_with("#[") && !line.trim_start().starts_with("#["));
+        let mut attributes = before.take_while(|line| line.trim_start().starts_with("#["));
+        attributes.any(|line| line.contains("test"))
     })
 }
 
