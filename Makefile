@@ -72,6 +72,7 @@ bench: build ## Start time and memory, beside crun and runsc
 	@$(CARGO) run --release --quiet -p walnut-bench -- all
 
 bench-lab: build ## walnut-vmm beside QEMU on KVM, in an emulated host
+	@bench/restore.sh
 	@bench/lab.sh
 
 install: build ## Install below PREFIX

@@ -15,6 +15,8 @@ use super::{Error, envelope::Identity};
 
 const PAGE: usize = 4096;
 const PAGE_LEN: u64 = 4096;
+/// Compared with in one go, where a look at each byte would take ten times as long.
+const ZEROES: [u8; PAGE] = [0; PAGE];
 /// Bytes looked at, and written or read, at a time.
 const CHUNK: usize = 64 << 10;
 const MAGIC: [u8; 8] = *b"WALNUTSM";
@@ -53,7 +55,7 @@ fn used(chunk: &[u8]) -> Vec<(u64, &[u8])> {
     let mut runs: Vec<(u64, &[u8])> = Vec::new();
     let (mut start, mut at) = (None, 0);
     for page in chunk.chunks(PAGE).chain([&[][..]]) {
-        let zero = page.iter().all(|byte| *byte == 0);
+        let zero = ZEROES.starts_with(page);
         match (start, zero) {
             (None, false) => start = Some(at),
             (Some(from), true) => {

@@ -1,5 +1,8 @@
 //! A machine with every device there is, whose guest keeps all of them busy.
 
+#[path = "../support/initramfs.rs"]
+mod initramfs;
+
 use std::{
     fs::{self, File},
     io::{Read, Write},
@@ -16,6 +19,7 @@ use std::{
     thread,
 };
 
+use initramfs::initramfs;
 use nix::{
     errno::Errno,
     fcntl::{FcntlArg, FdFlag, fcntl},
@@ -23,7 +27,6 @@ use nix::{
     unistd::Pid,
 };
 use tempfile::TempDir;
-use walnut_initramfs::Archive;
 use walnut_vmm_api::{
     Attachment, Backing, Bucket, Channel, Config, Device, Event, FdIndex, Jail, Limits, Message,
     Reply, Request, VERSION, pair,
@@ -60,24 +63,6 @@ pub(crate) struct Machine {
 fn inherited(fd: &impl AsFd) -> String {
     fcntl(fd, FcntlArg::F_SETFD(FdFlag::empty())).unwrap();
     fd.as_fd().as_raw_fd().to_string()
-}
-
-fn initramfs(dir: &Path) -> File {
-    let init = dir.join("init");
-    let source = repository().join("crates/vmm/tests/jail/init.c");
-    let status = Command::new("cc")
-        .args(["-static", "-Os", "-Wall", "-o"])
-        .args([&init, &source])
-        .status()
-        .unwrap();
-    assert!(status.success(), "cc {}", source.display());
-    let mut archive = Archive::with_init_nodes().unwrap();
-    archive.file("/init", &init, 0o755).unwrap();
-    let mut bytes = Vec::new();
-    archive.write_to(&mut bytes).unwrap();
-    let file = dir.join("initramfs");
-    fs::write(&file, bytes).unwrap();
-    File::open(file).unwrap()
 }
 
 /// virtiofsd with a directory to share, and a connection to it.
@@ -314,7 +299,7 @@ impl Machine {
                 huge_pages: false,
             },
             kernel: fds.add(File::open(product("vmlinux")).unwrap()),
-            initramfs: Some(fds.add(initramfs(self.dir.path()))),
+            initramfs: Some(fds.add(File::open(initramfs("jail/init.c", &[])).unwrap())),
             cmdline: "console=ttyS0 quiet panic=-1 reboot=t".to_owned(),
             console: Some(fds.add(console)),
             devices: devices

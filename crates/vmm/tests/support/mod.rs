@@ -7,6 +7,8 @@
     reason = "each test program uses a part; a test says so by panicking"
 )]
 
+pub(crate) mod initramfs;
+
 use std::{
     cell::RefCell,
     fs::File,
@@ -16,7 +18,7 @@ use std::{
     process::{Child, Command, Stdio},
 };
 
-use walnut_initramfs::Archive;
+use initramfs::initramfs;
 use walnut_vmm_api::{
     Attachment, Backing, Channel, Config, Device, Event, FdIndex, Jail, Limits, Message, Received,
     Reply, Request, VERSION, pair,
@@ -50,29 +52,6 @@ pub(crate) struct Guest<'a> {
     pub(crate) vcpus: u8,
     /// Whether memory is shared.
     pub(crate) shared: bool,
-}
-
-/// An init that does what the kernel command line's `test=` says.
-fn initramfs() -> PathBuf {
-    // Of the process, because tests may run beside each other.
-    let name = format!("vmm-guest-{}", std::process::id());
-    let dir = Path::new(env!("CARGO_TARGET_TMPDIR")).join(name);
-    std::fs::create_dir_all(&dir).unwrap();
-    let init = dir.join("init");
-    let source = repository().join("crates/vmm/tests/guest/init.c");
-    let status = Command::new("cc")
-        .args(["-static", "-Os", "-Wall", "-o"])
-        .args([&init, &source])
-        .status()
-        .unwrap();
-    assert!(status.success(), "cc {}", source.display());
-    let mut archive = Archive::with_init_nodes().unwrap();
-    archive.file("/init", &init, 0o755).unwrap();
-    let mut bytes = Vec::new();
-    archive.write_to(&mut bytes).unwrap();
-    let file = dir.join("initramfs");
-    std::fs::write(&file, bytes).unwrap();
-    file
 }
 
 impl Vmm {
@@ -120,7 +99,7 @@ impl Vmm {
             shared,
         } = guest;
         let kernel = File::open(repository().join("out/lib/walnut/vmlinux")).unwrap();
-        let initramfs = File::open(initramfs()).unwrap();
+        let initramfs = File::open(initramfs("guest/init.c", &[])).unwrap();
         let kvm = File::options()
             .read(true)
             .write(true)

@@ -15,11 +15,9 @@ use std::{
         fd::{AsFd, BorrowedFd, OwnedFd},
         unix::fs::FileExt,
     },
-    path::{Path, PathBuf},
-    process::Command,
+    path::PathBuf,
 };
 
-use walnut_initramfs::Archive;
 use walnut_vmm_api::{
     Attachment, Backing, Config, Device, End, Event, FdIndex, Jail, Limits, Message, Reply,
     Request, Stats, VERSION,
@@ -29,24 +27,7 @@ use crate::support::{Vmm, repository};
 
 /// The initramfs with `grow.c` as its init.
 fn initramfs() -> PathBuf {
-    let name = format!("vmm-grow-{}", std::process::id());
-    let dir = Path::new(env!("CARGO_TARGET_TMPDIR")).join(name);
-    std::fs::create_dir_all(&dir).unwrap();
-    let init = dir.join("init");
-    let source = repository().join("crates/vmm/tests/guest/grow.c");
-    let status = Command::new("cc")
-        .args(["-static", "-Os", "-Wall", "-Werror", "-pthread", "-o"])
-        .args([&init, &source])
-        .status()
-        .unwrap();
-    assert!(status.success(), "cc {}", source.display());
-    let mut archive = Archive::with_init_nodes().unwrap();
-    archive.file("/init", &init, 0o755).unwrap();
-    let mut bytes = Vec::new();
-    archive.write_to(&mut bytes).unwrap();
-    let file = dir.join("initramfs");
-    std::fs::write(&file, bytes).unwrap();
-    file
+    crate::support::initramfs::initramfs("guest/grow.c", &["-pthread"])
 }
 
 /// A machine to be started.
