@@ -5,7 +5,7 @@
 #
 #   tests/lab/test.sh               all
 #   tests/lab/test.sh itself        the lab alone
-#   tests/lab/test.sh vmm           walnut-vmm alone
+#   tests/lab/test.sh vmm [OPTION…] walnut-vmm alone; options of its test programs
 #   tests/lab/test.sh e2e [NAME…]   the end-to-end suite, or the tests so named
 set -Eeuo pipefail
 cd "$(dirname "$0")/../.."
@@ -73,7 +73,7 @@ itself() {
 # Each test program of the monitor and of its driver, two labs at a time.
 vmm() {
     echo '==> walnut-vmm with guests of its own, in the lab'
-    local logs shard program pids=() failed=0 all=()
+    local logs program pids=() failed=0 all=()
     logs=$(mktemp -d)
     for program in $(programs walnut-vmm); do
         all+=("crates/vmm $program --include-ignored")
@@ -81,13 +81,16 @@ vmm() {
     for program in $(programs walnut-machine); do
         all+=("crates/machine $program --ignored")
     done
-    for shard in 0 1; do
+    # Whoever is done takes the next.
+    echo 0 >"$logs/next"
+    # shellcheck disable=SC2016 # the inner shell's
+    next() { flock "$logs/next" sh -c 'read -r n <"$0"; echo $((n + 1)) >"$0"; echo "$n"' "$logs/next"; }
+    for _ in 0 1; do
         (
             ended=0
-            for n in "${!all[@]}"; do
-                [ $((n % 2)) = "$shard" ] || continue
+            while n=$(next) && [ "$n" -lt ${#all[@]} ]; do
                 read -r -a words <<<"${all[$n]}"
-                in_lab "${words[@]}" >"$logs/$n" 2>&1 || ended=1
+                in_lab "${words[@]}" "$@" >"$logs/$n" 2>&1 || ended=1
                 cat "$logs/$n"
             done
             exit $ended
@@ -120,7 +123,7 @@ e2e() {
 case ${1:-all} in
     all) itself && vmm && e2e ;;
     itself) itself ;;
-    vmm) vmm ;;
+    vmm) shift && vmm "$@" ;;
     e2e) shift && e2e "$@" ;;
     *) sed -n '2,9s/^# \{0,1\}//p' "$0" >&2 && exit 2 ;;
 esac
