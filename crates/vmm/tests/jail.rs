@@ -58,6 +58,9 @@ fn kind(thread: &str) -> &str {
     }
 }
 
+/// Made only when a back end's answer is not there yet, which is the scheduler's choice.
+const LATE: &str = "fs, vhost-user: ppoll";
+
 /// What is on a list and was not called; panics if something else was.
 fn missing(lists: &Lists, trace: &Trace) -> BTreeSet<String> {
     let mut missing = BTreeSet::new();
@@ -123,6 +126,7 @@ fn every_call_is_made_and_no_other() {
         // library; tests/hotplug.rs brings one of each kind. That it calls nothing
         // else is seen here as for all.
         missing.retain(|call| !call.starts_with("nursery"));
+        missing.remove(LATE);
         if missing.is_empty() {
             break;
         }
@@ -146,6 +150,7 @@ fn every_call_is_made_and_no_other() {
     let missing_there = missing(&lists, &trace);
     missing_still.retain(|call| missing_there.contains(call));
     missing_still.retain(|call| !call.starts_with("nursery"));
+    missing_still.remove(LATE);
     drop(machine);
 
     for (kind, shared) in [("memory, private", false), ("memory, shared", true)] {
