@@ -58,7 +58,10 @@ static int use_disk(const char *device) {
 	snprintf(path, sizeof path, VIRTIO "/%s/block", device);
 	if (!child(path, disk, sizeof disk))
 		return 0;
+	/* The kernel shows a disk before the files that describe it. */
 	snprintf(path, sizeof path, "/sys/block/%s/serial", disk);
+	if (access(path, F_OK))
+		return 0;
 	first_line(path, serial, sizeof serial);
 	snprintf(path, sizeof path, "/dev/%s", disk);
 	int fd = open(path, O_RDWR);
@@ -78,6 +81,11 @@ static int use_network(const char *device) {
 	snprintf(path, sizeof path, VIRTIO "/%s/net", device);
 	if (!child(path, link, sizeof link))
 		return 0;
+	snprintf(path, sizeof path, "/sys/class/net/%s/address", link);
+	if (access(path, F_OK))
+		return 0;
+	char mac[64];
+	first_line(path, mac, sizeof mac);
 	int fd = socket(AF_INET, SOCK_DGRAM, 0), yes = 1;
 	struct ifreq request = {0};
 	struct sockaddr_in *address = (struct sockaddr_in *)&request.ifr_addr;
@@ -92,9 +100,6 @@ static int use_network(const char *device) {
 	setsockopt(fd, SOL_SOCKET, SO_BROADCAST, &yes, sizeof yes);
 	failed |= sendto(fd, "walnut", 6, 0, (void *)&all, sizeof all) != 6;
 	close(fd);
-	snprintf(path, sizeof path, "/sys/class/net/%s/address", link);
-	char mac[64];
-	first_line(path, mac, sizeof mac);
 	say("network", mac, failed ? strerror(errno) : "sent");
 	return 1;
 }
