@@ -1,5 +1,5 @@
 /* A kernel that touches what is at 4 GiB, says what it found there twice, with a
- * write in between, and restarts. Entered by PVH, in 32-bit mode without paging. */
+ * write in between, and waits for its end. Entered by PVH, in 32-bit mode without paging. */
 	.section .note.Xen, "a", @note
 	.long 4, 8, 18			/* XEN_ELFNOTE_PHYS32_ENTRY */
 	.asciz "Xen"
@@ -65,9 +65,9 @@ long:
 	movl	$0x600dcafe, (%rbx)
 	movl	(%rbx), %eax
 	call	say
-	movb	$0xfe, %al		/* the keyboard controller's reset */
-	outb	%al, $0x64
-hang:	jmp	hang
+	cli
+hang:	hlt
+	jmp	hang
 
 /* Prints %eax in hexadecimal, and a new line. */
 say:
