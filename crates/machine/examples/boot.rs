@@ -37,6 +37,7 @@ fn main() -> Result<(), Box<dyn Error>> {
             memory: 128 << 20,
             max_memory: 128 << 20,
             disks: Vec::new(),
+            spare_disks: 0,
             shares: Vec::new(),
         };
         runtime.block_on(async {

@@ -27,6 +27,7 @@ fn spec(dir: &Path, name: &str, args: &[String]) -> Result<MachineSpec, Box<dyn 
         memory: 128 << 20,
         max_memory: 128 << 20,
         disks: Vec::new(),
+        spare_disks: 0,
         shares: Vec::new(),
     })
 }

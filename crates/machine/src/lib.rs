@@ -59,6 +59,9 @@ pub struct MachineSpec {
     pub max_memory: u64,
     /// Block devices, in order.
     pub disks: Vec<Disk>,
+    /// Disks that a clone of this machine may have beyond `disks`, see [`Restore`]. Some
+    /// drivers must keep room for them from the start.
+    pub spare_disks: u32,
     /// virtio-fs devices.
     pub shares: Vec<Share>,
 }
@@ -145,7 +148,8 @@ pub struct SnapshotFiles {
 #[async_trait]
 pub trait Restore: fmt::Debug + Send + Sync {
     /// Starts a machine where the saved one stood. `spec` says what its devices are
-    /// now, and must name the same ones; kernel, sizes and command line are the
+    /// now: it must name the same ones, and may name up to [`MachineSpec::spare_disks`]
+    /// disks more, after the others. Kernel, sizes, spare disks and command line are the
     /// snapshot's. The guest's kernel hears that it is a clone, and reseeds its
     /// random numbers, before anything else; connections are gone; its wall clock
     /// stands where it stood, until the agent is told the time. Nothing is left behind

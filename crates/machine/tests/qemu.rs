@@ -36,6 +36,7 @@ fn spec(run_dir: &TempDir, test: &str) -> MachineSpec {
         memory: 128 << 20,
         max_memory: 128 << 20,
         disks: Vec::new(),
+        spare_disks: 0,
         shares: Vec::new(),
     }
 }

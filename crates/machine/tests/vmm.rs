@@ -48,6 +48,7 @@ fn spec(run_dir: &TempDir, disk: &str) -> MachineSpec {
             path,
             read_only: false,
         }],
+        spare_disks: 0,
         shares: Vec::new(),
     }
 }

@@ -725,6 +725,7 @@ async fn boot(
         memory: plan.size.memory,
         max_memory: plan.size.memory,
         disks: vec![plan.rootfs.disk.clone()],
+        spare_disks: 0,
         shares: shared.map(VirtioFs::share).into_iter().collect(),
     };
     step("driver chosen");

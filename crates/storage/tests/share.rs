@@ -33,6 +33,7 @@ async fn a_guest_reads_and_writes_what_it_may() {
         memory: 128 << 20,
         max_memory: 128 << 20,
         disks: Vec::new(),
+        spare_disks: 0,
         shares: vec![shared.share()],
     };
     let machine = driver.start(spec).await.unwrap();

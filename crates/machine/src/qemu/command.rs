@@ -238,6 +238,7 @@ mod tests {
             memory: 128 << 20,
             max_memory: 128 << 20,
             disks: vec![],
+            spare_disks: 0,
             shares: vec![],
         }
     }
@@ -289,6 +290,7 @@ mod tests {
         let line = |count: usize| {
             let spec = MachineSpec {
                 disks: disks(count),
+                spare_disks: 0,
                 ..spec()
             };
             let fds = Fds {
