@@ -14,7 +14,7 @@ use crate::values::{Cpus, EnvVar, Size, VolumeArg};
     max_term_width = 100,
     after_help = "Environment: WALNUT_ROOT (images and containers), WALNUT_RUN (sockets), WALNUT_LIB \
                   (kernel and helpers), WALNUT_DRIVER (auto, vmm, qemu-kvm, qemu-tcg), WALNUT_BOOT_TIMEOUT (seconds, \
-                  60), WALNUT_LOG (debug, info, …)."
+                  60), WALNUT_TEMPLATES (off: every machine boots), WALNUT_LOG (debug, info, …)."
 )]
 pub(crate) struct Cli {
     #[command(subcommand)]
@@ -41,6 +41,9 @@ pub(crate) enum Command {
     Pull(PullArgs),
     /// List images
     Images(ImagesArgs),
+    /// Machines that have booted once, for others to begin from
+    #[command(subcommand)]
+    Template(TemplateCommand),
     /// Say what this host can do, and what Walnut will use
     Check(CheckArgs),
     /// Show versions
@@ -125,6 +128,9 @@ pub(crate) struct RunArgs {
     /// Machine driver (auto, vmm, qemu-kvm, qemu-tcg)
     #[arg(long, value_name = "DRIVER", value_parser = ["auto", "vmm", "qemu-kvm", "qemu-tcg"])]
     pub(crate) driver: Option<String>,
+    /// Boot the machine, even where a template could spare it that
+    #[arg(long)]
+    pub(crate) no_template: bool,
     /// Image, by name or ID
     pub(crate) image: String,
     /// Command and arguments [default: the image's]
@@ -243,6 +249,64 @@ pub(crate) struct ImagesArgs {
     /// How to show them
     #[arg(long, value_enum, default_value_t)]
     pub(crate) format: Format,
+}
+
+/// Templates are made by themselves: the first machine of a size leaves one behind, and the
+/// next ones of that size begin from it.
+#[derive(Debug, Subcommand)]
+pub(crate) enum TemplateCommand {
+    /// List templates
+    Ls(TemplateLsArgs),
+    /// Make a template now, and print its ID
+    Create(TemplateCreateArgs),
+    /// Remove templates; what was started from them runs on
+    Rm(TemplateRmArgs),
+    /// Show all that is known of templates, as JSON
+    Inspect(TemplateNames),
+}
+
+#[derive(Debug, Args)]
+pub(crate) struct TemplateLsArgs {
+    /// Show IDs alone
+    #[arg(short, long)]
+    pub(crate) quiet: bool,
+    /// How to show them
+    #[arg(long, value_enum, default_value_t)]
+    pub(crate) format: Format,
+}
+
+#[derive(Debug, Args)]
+#[command(after_help = "Examples:
+  walnut template create
+  walnut template create -m 1g --cpus 2      # for `walnut run -m 1g --cpus 2`")]
+pub(crate) struct TemplateCreateArgs {
+    /// Memory that its containers may use (b, k, m, g)
+    #[arg(short, long, value_name = "SIZE")]
+    pub(crate) memory: Option<Size>,
+    /// CPUs that its containers may use, as 1.5
+    #[arg(long, value_name = "NUMBER")]
+    pub(crate) cpus: Option<Cpus>,
+    /// Machine driver (auto, vmm, qemu-kvm, qemu-tcg)
+    #[arg(long, value_name = "DRIVER", env = "WALNUT_DRIVER", default_value = "auto",
+          value_parser = ["auto", "vmm", "qemu-kvm", "qemu-tcg"])]
+    pub(crate) driver: String,
+}
+
+#[derive(Debug, Args)]
+pub(crate) struct TemplateNames {
+    /// Templates, by ID or the start of one
+    #[arg(required = true)]
+    pub(crate) templates: Vec<String>,
+}
+
+#[derive(Debug, Args)]
+pub(crate) struct TemplateRmArgs {
+    /// Remove all
+    #[arg(short, long, conflicts_with = "templates")]
+    pub(crate) all: bool,
+    /// Templates, by ID or the start of one
+    #[arg(required_unless_present = "all")]
+    pub(crate) templates: Vec<String>,
 }
 
 #[derive(Debug, Args)]

@@ -72,6 +72,7 @@ impl NewContainer {
             driver: None,
             memory: None,
             vcpus: None,
+            template: None,
             shim_pid: None,
             id,
         };

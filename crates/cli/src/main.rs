@@ -18,6 +18,7 @@ mod pull;
 mod run;
 mod signal;
 mod spec;
+mod template;
 mod terminal;
 mod values;
 
@@ -70,6 +71,7 @@ async fn dispatch(command: Command) -> anyhow::Result<u8> {
         Command::Rm(args) => signal::rm(args).await,
         Command::Pull(args) => pull::pull(args).await,
         Command::Images(args) => images::images(&args),
+        Command::Template(command) => template::template(command).await,
         Command::Check(args) => check::check(&args),
         Command::Version(args) => list::version(&args),
     }

@@ -8,7 +8,7 @@ use serde_json::{Value, json};
 
 use crate::{
     args::RunArgs,
-    values::{EnvVar, VolumeArg},
+    values::{Cpus, EnvVar, Size, VolumeArg},
 };
 
 const PATH: &str = "PATH=/usr/local/sbin:/usr/local/bin:/usr/sbin:/usr/bin:/sbin:/bin";
@@ -111,18 +111,26 @@ pub(crate) fn build(
             "oomScoreAdj": 0,
         },
         "mounts": mounts(&args.volume),
-        "annotations": { walnut_sandbox::ANNOTATION_LOG: log },
+        "annotations": annotations(args, log),
         "linux": {
             "namespaces": [
                 { "type": "pid" }, { "type": "ipc" }, { "type": "uts" },
                 { "type": "mount" }, { "type": "cgroup" },
             ],
-            "resources": resources(args),
+            "resources": resources(args.memory, args.cpus),
             "maskedPaths": MASKED,
             "readonlyPaths": READ_ONLY,
         },
     });
     Ok(serde_json::from_value(spec)?)
+}
+
+fn annotations(args: &RunArgs, log: &std::path::Path) -> Value {
+    let mut annotations = json!({ walnut_sandbox::ANNOTATION_LOG: log });
+    if args.no_template {
+        annotations[walnut_sandbox::ANNOTATION_TEMPLATE] = json!("off");
+    }
+    annotations
 }
 
 /// The `user` object. Names are resolved by the agent, in the container's own
@@ -160,12 +168,13 @@ pub(crate) fn merge_env<'a>(
         .collect()
 }
 
-fn resources(args: &RunArgs) -> Value {
+/// Limits as the spec has them.
+pub(crate) fn resources(memory: Option<Size>, cpus: Option<Cpus>) -> Value {
     let mut resources = json!({});
-    if let Some(memory) = args.memory {
+    if let Some(memory) = memory {
         resources["memory"] = json!({ "limit": memory.0, "swap": memory.0 });
     }
-    if let Some(cpus) = args.cpus {
+    if let Some(cpus) = cpus {
         resources["cpu"] = json!({ "quota": cpus.0, "period": 100_000 });
     }
     resources

@@ -52,6 +52,18 @@ pub enum DriverChoice {
     QemuTcg,
 }
 
+impl DriverChoice {
+    /// The name that is parsed.
+    pub fn as_str(self) -> &'static str {
+        match self {
+            Self::Auto => "auto",
+            Self::Vmm => "vmm",
+            Self::QemuKvm => "qemu-kvm",
+            Self::QemuTcg => "qemu-tcg",
+        }
+    }
+}
+
 impl std::str::FromStr for DriverChoice {
     type Err = Error;
 
@@ -221,10 +233,10 @@ mod tests {
 
     #[test]
     fn choices_are_parsed() {
-        assert_eq!(
-            "qemu-tcg".parse::<DriverChoice>().unwrap(),
-            DriverChoice::QemuTcg
-        );
+        use DriverChoice::{Auto, QemuKvm, QemuTcg, Vmm};
+        for choice in [Auto, Vmm, QemuKvm, QemuTcg] {
+            assert_eq!(choice.as_str().parse::<DriverChoice>().unwrap(), choice);
+        }
         assert!("tcg".parse::<DriverChoice>().is_err());
     }
 }

@@ -19,7 +19,9 @@ mod process;
 mod record;
 mod sandbox;
 mod sizing;
+mod start;
 mod stdio;
+mod template;
 
 pub use error::{Error, Result};
 pub use layout::{Assets, Layout};
@@ -31,6 +33,7 @@ pub use sandbox::{
     ContainerRequest, ContainerState, ExecRequest, RootfsMount, Sandbox, SandboxConfig,
 };
 pub use stdio::StdioTargets;
+pub use template::{Listed, Shape, Template, Templates, Wanted};
 pub use walnut_machine as machine;
 /// The host–guest protocol this build speaks.
 pub use walnut_protocol::PROTOCOL;
@@ -39,3 +42,7 @@ pub use walnut_storage::find_virtiofsd;
 /// Annotation in a bundle's `config.json`: file that receives the container's
 /// output as JSON lines.
 pub const ANNOTATION_LOG: &str = "dev.walnut.log";
+
+/// Annotation in a bundle's `config.json`: `off` if the sandbox shall boot even where a
+/// template could spare it that.
+pub const ANNOTATION_TEMPLATE: &str = "dev.walnut.template";

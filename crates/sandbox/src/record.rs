@@ -14,7 +14,7 @@ use std::{
 
 use serde::{Deserialize, Serialize};
 
-use crate::{Error, Layout, Lock, Result};
+use crate::{Error, Layout, Lock, Result, Templates, template};
 
 /// Largest record that is read.
 const RECORD_MAX: u64 = 1 << 20;
@@ -103,6 +103,9 @@ pub struct Record {
     /// vCPUs, once started.
     #[serde(default)]
     pub vcpus: Option<u32>,
+    /// Template that its machine began from, once started, if it was one.
+    #[serde(default)]
+    pub template: Option<String>,
     /// PID of the supervisor, while it lives.
     #[serde(default)]
     pub shim_pid: Option<u32>,
@@ -213,7 +216,11 @@ pub fn reconcile(layout: &Layout) -> Result<()> {
         };
         reconcile_one(layout, &id)?;
     }
+    Templates::new(&layout.state, &layout.run).sweep()?;
     for entry in read_dir(&layout.run)? {
+        if entry == template::RUN_DIR {
+            continue;
+        }
         if !layout.container(&entry).exists() && !layout.sandbox(&entry).join("bundle").exists() {
             remove_dir(&layout.sandbox(&entry))?;
         }
@@ -313,6 +320,7 @@ mod tests {
             driver: None,
             memory: None,
             vcpus: None,
+            template: None,
             shim_pid: Some(1),
         }
     }

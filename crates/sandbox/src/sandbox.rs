@@ -7,13 +7,13 @@ use std::{
         Arc, Mutex as StdMutex, MutexGuard,
         atomic::{AtomicU32, Ordering},
     },
-    time::{Duration, Instant},
+    time::Duration,
 };
 
 use oci_spec::runtime::Spec;
 use tokio::{sync::Mutex, time::timeout};
 use tracing::{debug, warn};
-use walnut_machine::{DriverChoice, Exit, Machine, MachineSpec, Programs};
+use walnut_machine::{DriverChoice, Exit, Machine};
 use walnut_protocol::{
     agent::{
         ConfigureSandboxRequest, ContainerRequest as AgentContainer, ContainerStatsResponse,
@@ -26,13 +26,15 @@ use walnut_protocol::{
 use walnut_storage::{Rootfs, VirtioFs, Volume};
 
 use crate::{
-    ANNOTATION_LOG, Assets, Error, ExitInfo, ProcessState, Result, StdioTargets,
+    ANNOTATION_LOG, ANNOTATION_TEMPLATE, Assets, Error, ExitInfo, ProcessState, Result,
+    StdioTargets, Templates, Wanted,
     agent::{self, fault, patient, soon},
     guest_spec,
     log::{LogWriter, Stream},
     process::Process,
     record::now_ns,
     sizing,
+    start::{self, Steps},
     stdio::{self, ClientEnds, SharedLog},
 };
 
@@ -58,6 +60,8 @@ pub struct SandboxConfig {
     pub cache: Option<PathBuf>,
     /// Longest the guest may take until its agent answers.
     pub boot_deadline: Duration,
+    /// Where to look for a template to start from, if anywhere.
+    pub templates: Option<Templates>,
 }
 
 /// A root file system as a front end hands it over.
@@ -130,6 +134,8 @@ pub struct Sandbox {
     containers: StdMutex<HashMap<String, Arc<Container>>>,
     streams: AtomicU32,
     driver: &'static str,
+    template: Option<String>,
+    wanted: Option<Wanted>,
     size: sizing::Size,
 }
 
@@ -179,14 +185,7 @@ impl Sandbox {
     /// Starts a machine sized for the first container, and builds the container
     /// in it. On failure nothing is left.
     pub async fn create(config: SandboxConfig, first: &ContainerRequest) -> Result<Self> {
-        let began = Instant::now();
-        let step = |step: &str| {
-            debug!(
-                step,
-                ms = began.elapsed().as_secs_f64() * 1000.0,
-                "sandbox start"
-            );
-        };
+        let steps = Steps::new();
         let plan = Plan::new(first)?;
         let ends = ClientEnds::open(&first.stdio)?;
         let volumes: Vec<_> = plan
@@ -202,24 +201,41 @@ impl Sandbox {
         } else {
             Some(VirtioFs::start(&volumes, &config.run_dir).await?)
         };
-        let (driver, machine) = boot(&config, &plan, shared.as_ref(), step).await?;
-        let agent = agent::connect(machine.as_ref()).await?;
-        step("agent greeted");
+        let parts = start::Parts {
+            size: plan.size,
+            disks: vec![plan.rootfs.disk.clone()],
+            shares: shared.iter().map(VirtioFs::share).collect(),
+            template: templates_allowed(&plan.spec),
+        };
+        let started = start::start(&config, parts, steps).await?;
+        steps.done("agent greeted");
         let sandbox = Self {
             id: config.id,
-            machine,
-            agent,
+            machine: started.machine,
+            agent: started.agent,
             shared,
             containers: StdMutex::default(),
             streams: AtomicU32::new(1),
-            driver,
+            driver: started.driver,
+            template: started.template,
+            wanted: started.wanted,
             size: plan.size,
         };
         sandbox.configure(&plan.spec).await?;
-        step("sandbox configured");
+        steps.done("sandbox configured");
         sandbox.create_first(first, plan, ends).await?;
-        step("container created");
+        steps.done("container created");
         Ok(sandbox)
+    }
+
+    /// The template that its machine began from.
+    pub fn template(&self) -> Option<&str> {
+        self.template.as_deref()
+    }
+
+    /// A template that would have made its start quicker.
+    pub fn wanted_template(&self) -> Option<&Wanted> {
+        self.wanted.as_ref()
     }
 
     /// Name of the driver.
@@ -703,37 +719,12 @@ impl Sandbox {
     }
 }
 
-async fn boot(
-    config: &SandboxConfig,
-    plan: &Plan,
-    shared: Option<&VirtioFs>,
-    step: impl Fn(&str),
-) -> Result<(&'static str, Box<dyn Machine>)> {
-    let programs = Programs {
-        cache: config.cache.clone(),
-        ..Programs::new(&config.assets.dir)
-    };
-    let driver = walnut_machine::driver(config.driver, &programs)?;
-    let spec = MachineSpec {
-        id: config.id.clone(),
-        run_dir: config.run_dir.clone(),
-        kernel: config.assets.kernel(),
-        initramfs: config.assets.initramfs(),
-        cmdline: Vec::new(),
-        vcpus: plan.size.vcpus,
-        max_vcpus: plan.size.vcpus,
-        memory: plan.size.memory,
-        max_memory: plan.size.memory,
-        disks: vec![plan.rootfs.disk.clone()],
-        spare_disks: 0,
-        shares: shared.map(VirtioFs::share).into_iter().collect(),
-    };
-    step("driver chosen");
-    let machine = driver.start(spec).await?;
-    step("machine started");
-    machine.ready(config.boot_deadline).await?;
-    step("agent ready");
-    Ok((driver.name(), machine))
+/// Whether the front end lets the machine start from a template.
+fn templates_allowed(spec: &Spec) -> bool {
+    spec.annotations()
+        .as_ref()
+        .and_then(|a| a.get(ANNOTATION_TEMPLATE))
+        .is_none_or(|value| value != "off")
 }
 
 fn open_log(spec: &Spec) -> Result<Option<SharedLog>> {

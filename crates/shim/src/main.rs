@@ -8,6 +8,7 @@
 mod options;
 mod owner;
 mod service;
+mod template;
 
 use std::{os::fd::AsFd, process::ExitCode, sync::Arc};
 
@@ -16,11 +17,15 @@ use containerd_shim_protos::shim_async::create_task;
 use tokio::net::UnixListener;
 use ttrpc::asynchronous::{Server, transport::Listener};
 
-use crate::{options::Options, owner::Owner, service::TaskService};
+use crate::{
+    options::{Command, Options},
+    owner::Owner,
+    service::TaskService,
+};
 
 fn main() -> ExitCode {
-    let options = match options::parse(std::env::args().skip(1)) {
-        Ok(Some(options)) => options,
+    let command = match options::parse(std::env::args().skip(1)) {
+        Ok(Some(command)) => command,
         Ok(None) => return ExitCode::SUCCESS,
         Err(message) => {
             eprintln!("containerd-shim-walnut-v2: {message}");
@@ -44,7 +49,10 @@ fn main() -> ExitCode {
         .thread_stack_size(256 << 10)
         .build()
         .context("start the runtime")
-        .and_then(|runtime| runtime.block_on(serve(options)));
+        .and_then(|runtime| match command {
+            Command::Serve(options) => runtime.block_on(serve(options)),
+            Command::MakeTemplate(make) => runtime.block_on(template::make(make)),
+        });
     match run {
         Ok(()) => ExitCode::SUCCESS,
         Err(e) => {

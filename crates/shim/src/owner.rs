@@ -56,11 +56,13 @@ impl Owner {
     pub(crate) fn serving(&self, sandbox: Arc<Sandbox>, id: String) {
         let (memory, vcpus) = sandbox.size();
         let driver = sandbox.driver();
+        let template = sandbox.template().map(str::to_owned);
         self.update(|record| {
             record.status = Status::Created;
             record.driver = Some(driver.into());
             record.memory = Some(memory);
             record.vcpus = Some(vcpus);
+            record.template = template;
             record.shim_pid = Some(std::process::id());
         });
         self.phase.send_if_modified(|phase| {
@@ -109,6 +111,9 @@ impl Owner {
                 Phase::Ending(reason) => break End::Told(reason),
             }
             tokio::select! {
+                // A command goes as soon as it hears of the end: the end comes first.
+                biased;
+                exit = ended(serving.as_ref()) => break End::Exited(exit),
                 changed = phase.changed() => if changed.is_err() {
                     break End::Told(None);
                 },
@@ -118,7 +123,6 @@ impl Owner {
                         break End::Told(Some("the command that ran it is gone".into()));
                     }
                 }
-                exit = ended(serving.as_ref()) => break End::Exited(exit),
             }
         };
         let sandbox = serving.as_ref().map(|(sandbox, _)| sandbox.clone());

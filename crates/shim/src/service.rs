@@ -24,7 +24,7 @@ use walnut_sandbox::{
     SandboxConfig, Status, StdioTargets,
 };
 
-use crate::owner::Owner;
+use crate::{owner::Owner, template};
 
 /// Longest a guest may take until its agent answers.
 const BOOT_DEADLINE: Duration = Duration::from_secs(60);
@@ -87,6 +87,7 @@ impl Task for TaskService {
             driver: driver()?,
             cache: self.owner.run_dir.parent().map(Into::into),
             boot_deadline: boot_deadline()?,
+            templates: template::store(&self.owner),
         };
         let sandbox = Arc::new(
             Sandbox::create(config, &request)
@@ -95,6 +96,9 @@ impl Task for TaskService {
         );
         *slot = Some(sandbox.clone());
         self.owner.serving(sandbox.clone(), req.id.clone());
+        if let Some(wanted) = sandbox.wanted_template() {
+            template::make_later(&self.owner, wanted);
+        }
         let state = sandbox.state(&req.id, "").map_err(|e| fault(&e))?;
         Ok(CreateTaskResponse {
             pid: state.pid,
@@ -361,7 +365,7 @@ fn driver() -> Reply<walnut_sandbox::machine::DriverChoice> {
 
 /// `WALNUT_BOOT_TIMEOUT` in seconds, else what a slow and loaded emulated machine
 /// needs.
-fn boot_deadline() -> Reply<Duration> {
+pub(crate) fn boot_deadline() -> Reply<Duration> {
     let Ok(text) = std::env::var("WALNUT_BOOT_TIMEOUT") else {
         return Ok(BOOT_DEADLINE);
     };

@@ -22,7 +22,7 @@ use walnut_vmm_api::{
 
 use super::{Vmm, control::Control};
 use crate::{
-    Disk, Error, Exit, HotPlug, Machine, MachineSpec, Pause, Resize, Share, Snapshot,
+    Disk, Error, Exit, HotPlug, Machine, MachineSpec, Pause, Pluggable, Resize, Share, Snapshot,
     SnapshotFiles,
     agent::{self, CONSOLE_MAX, Door, GUEST_CID, host, or_end},
     console,
@@ -314,10 +314,15 @@ impl VmmMachine {
 
     pub(super) async fn restore(
         driver: &Vmm,
-        spec: MachineSpec,
+        mut spec: MachineSpec,
         from: &SnapshotFiles,
     ) -> Result<Self, Error> {
         check(&spec)?;
+        // What the snapshot does not have is plugged in before the guest runs on.
+        let more = match spec.spare_disks {
+            0 => Vec::new(),
+            _ => std::mem::take(&mut spec.disks),
+        };
         let mut options = OpenOptions::new();
         options
             .read(true)
@@ -348,6 +353,9 @@ impl VmmMachine {
         machine
             .first("restore the machine", "restore", &request, &fds)
             .await?;
+        for disk in more {
+            machine.attach(&Pluggable::Disk(disk)).await?;
+        }
         machine
             .ask("run the machine", "resume", &Request::Resume)
             .await?;

@@ -44,6 +44,10 @@ impl Driver for Vmm {
 
 #[async_trait]
 impl Restore for Vmm {
+    fn programs(&self) -> Vec<PathBuf> {
+        vec![self.program.clone()]
+    }
+
     async fn restore(
         &self,
         spec: MachineSpec,

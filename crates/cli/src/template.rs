@@ -1,0 +1,133 @@
+//! `walnut template`.
+
+use std::time::Duration;
+
+use anyhow::{Context, Result, bail};
+use serde_json::json;
+use walnut_sandbox::{Assets, Layout, Listed, Templates, Wanted, now_ns};
+
+use crate::{
+    args::{Format, TemplateCommand, TemplateCreateArgs, TemplateLsArgs},
+    output, spec,
+};
+
+/// Longest the machine of a template may take to boot, unless `WALNUT_BOOT_TIMEOUT` says
+/// otherwise.
+const BOOT_DEADLINE: u64 = 60;
+const SHORT_ID: usize = 12;
+
+pub(crate) async fn template(command: TemplateCommand) -> Result<u8> {
+    let layout = Layout::from_env()?;
+    let templates = Templates::new(&layout.state, &layout.run);
+    match command {
+        TemplateCommand::Ls(args) => ls(&templates, &args)?,
+        TemplateCommand::Create(args) => create(&layout, &templates, &args).await?,
+        TemplateCommand::Rm(args) => {
+            let all = templates.list()?;
+            let chosen = match args.all {
+                true => all.iter().collect(),
+                false => find(&all, &args.templates)?,
+            };
+            for listed in chosen {
+                templates.remove(&listed.template.id)?;
+                println!("{}", listed.template.id);
+            }
+        }
+        TemplateCommand::Inspect(names) => {
+            output::json(&find(&templates.list()?, &names.templates)?)?;
+        }
+    }
+    Ok(0)
+}
+
+/// The templates so named, each once.
+fn find<'a>(all: &'a [Listed], names: &[String]) -> Result<Vec<&'a Listed>> {
+    let mut found: Vec<&Listed> = Vec::new();
+    for name in names {
+        let mut hits = all.iter().filter(|l| l.template.id.starts_with(name));
+        let hit = match (hits.next(), hits.next()) {
+            (Some(hit), None) if !name.is_empty() => hit,
+            (Some(_), Some(_)) => {
+                bail!("template {name:?}: several IDs start so; give more digits")
+            }
+            _ => bail!("no such template: {name} (`walnut template ls` lists them)"),
+        };
+        if !found.iter().any(|f| f.template.id == hit.template.id) {
+            found.push(hit);
+        }
+    }
+    Ok(found)
+}
+
+fn ls(templates: &Templates, args: &TemplateLsArgs) -> Result<()> {
+    let all = templates.list()?;
+    let short = |id: &str| id.get(..SHORT_ID).unwrap_or(id).to_owned();
+    if args.quiet {
+        for listed in &all {
+            println!("{}", short(&listed.template.id));
+        }
+        return Ok(());
+    }
+    if args.format == Format::Json {
+        return Ok(output::json(&all)?);
+    }
+    let now = now_ns();
+    let rows: Vec<_> = all
+        .iter()
+        .map(|listed| {
+            let template = &listed.template;
+            [
+                short(&template.id),
+                template.shape.driver.clone(),
+                output::bytes(template.shape.memory),
+                template.shape.vcpus.to_string(),
+                output::bytes(listed.size),
+                format!("{} ago", output::ago(template.created_at, now)),
+                match &listed.stale {
+                    None => "usable".to_owned(),
+                    Some(why) => format!("stale: {why}"),
+                },
+            ]
+        })
+        .collect();
+    let head = [
+        "TEMPLATE ID",
+        "DRIVER",
+        "MEMORY",
+        "VCPUS",
+        "SIZE",
+        "CREATED",
+        "STATUS",
+    ];
+    Ok(output::table(head, &rows)?)
+}
+
+async fn create(layout: &Layout, templates: &Templates, args: &TemplateCreateArgs) -> Result<()> {
+    let limits = spec::resources(args.memory, args.cpus);
+    let container = json!({ "ociVersion": "1.0.2", "linux": { "resources": limits } });
+    let container = serde_json::from_value(container).context("describe the machine")?;
+    let wanted = Wanted::for_container(args.driver.parse()?, &container);
+    let cache = Some(layout.run.clone());
+    let made = templates
+        .make(&wanted, &Assets::find()?, cache, boot_deadline()?)
+        .await?;
+    match made {
+        Some(template) => println!("{}", template.id),
+        None => bail!("another process is making a template; try again when it is done"),
+    }
+    Ok(())
+}
+
+fn boot_deadline() -> Result<Duration> {
+    let seconds = match std::env::var("WALNUT_BOOT_TIMEOUT") {
+        Err(_) => BOOT_DEADLINE,
+        Ok(text) => text
+            .parse()
+            .ok()
+            .filter(|seconds| (1..=3600).contains(seconds))
+            .with_context(|| {
+                format!("WALNUT_BOOT_TIMEOUT={text}: must be a number of seconds from 1 to 3600")
+            })?,
+    };
+    Ok(Duration::from_secs(seconds))
+}

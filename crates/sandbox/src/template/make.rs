@@ -1,0 +1,179 @@
+//! Making a template.
+
+use std::{
+    fs,
+    os::unix::fs::DirBuilderExt,
+    path::PathBuf,
+    time::{Duration, Instant},
+};
+
+use oci_spec::runtime::Spec;
+use tracing::{debug, info};
+use walnut_machine::{DriverChoice, MachineSpec, Programs, SnapshotFiles};
+
+use super::{META, RUN_DIR, SPARE_DISKS, Shape, Template, Templates, UNFINISHED, shape::Stamp};
+use crate::{
+    Assets, Error, Result, agent,
+    record::{now_ns, remove_dir, write_atomic},
+    sizing::{self, Size},
+};
+
+/// How long the guest gets to finish what its agent starts once it has told the host
+/// that it serves: the helper that builds the first container. A clone of a guest that
+/// was saved earlier is slower, and otherwise the same.
+const SETTLE: Duration = Duration::from_millis(1500);
+
+/// A template that somebody could use.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct Wanted {
+    /// Which driver.
+    pub driver: DriverChoice,
+    /// Guest memory in bytes.
+    pub memory: u64,
+    /// vCPUs.
+    pub vcpus: u32,
+}
+
+impl Wanted {
+    /// For the machine that a container of this spec is given.
+    pub fn for_container(driver: DriverChoice, spec: &Spec) -> Self {
+        let Size { memory, vcpus } = sizing::size(spec);
+        Self {
+            driver,
+            memory,
+            vcpus,
+        }
+    }
+}
+
+impl Templates {
+    /// Makes a template, and returns it; one that is there already if it is good.
+    /// `None` if another process is making one: there is one at a time on a node.
+    ///
+    /// The guest dies with the calling thread.
+    pub async fn make(
+        &self,
+        wanted: &Wanted,
+        assets: &Assets,
+        cache: Option<PathBuf>,
+        boot_deadline: Duration,
+    ) -> Result<Option<Template>> {
+        let Some(_lock) = self.lock()? else {
+            return Ok(None);
+        };
+        self.sweep_locked()?;
+        let programs = Programs {
+            cache,
+            ..Programs::new(&assets.dir)
+        };
+        let driver = walnut_machine::driver(wanted.driver, &programs)?;
+        let run_dir = self.run.join(RUN_DIR);
+        let spec = machine(&run_dir, assets, wanted.memory, wanted.vcpus);
+        let Some(shape) = Shape::of(driver.as_ref(), &spec)? else {
+            return Err(Error::Invalid(format!(
+                "make a template: the driver {} cannot restore machines",
+                driver.name()
+            )));
+        };
+        if let Some(template) = self.find(driver.as_ref(), &spec)? {
+            return Ok(Some(template));
+        }
+        let id = shape.id();
+        let new = self.dir.join(format!("{UNFINISHED}{id}"));
+        for dir in [&run_dir, &new] {
+            fs::DirBuilder::new()
+                .mode(0o700)
+                .create(dir)
+                .map_err(Error::io("create directory", dir))?;
+        }
+        let made = async {
+            let files = SnapshotFiles {
+                state: new.join("state"),
+                memory: new.join("memory"),
+            };
+            save(driver.as_ref(), spec, &files, boot_deadline).await?;
+            let template = Template {
+                created_at: now_ns(),
+                state: Stamp::of(&files.state)?,
+                memory: Stamp::of(&files.memory)?,
+                shape,
+                id: id.clone(),
+            };
+            let json = serde_json::to_vec_pretty(&template)
+                .map_err(|e| Error::Invalid(format!("write the template's record: {e}")))?;
+            write_atomic(&new.join(META), &json)?;
+            self.evict()?;
+            // One that is not good, or it would have been found.
+            self.remove(&id)?;
+            fs::rename(&new, self.path(&id)).map_err(Error::io("put in place", &new))?;
+            Ok(template)
+        };
+        let result = made.await;
+        remove_dir(&run_dir)?;
+        if result.is_err() {
+            remove_dir(&new)?;
+        }
+        result.map(Some)
+    }
+}
+
+/// The machine of a template, and of what is started from it before it has disks.
+pub(crate) fn machine(
+    run_dir: &std::path::Path,
+    assets: &Assets,
+    memory: u64,
+    vcpus: u32,
+) -> MachineSpec {
+    MachineSpec {
+        id: RUN_DIR.to_owned(),
+        run_dir: run_dir.to_owned(),
+        kernel: assets.kernel(),
+        initramfs: assets.initramfs(),
+        cmdline: Vec::new(),
+        vcpus,
+        max_vcpus: vcpus,
+        memory,
+        max_memory: memory,
+        disks: Vec::new(),
+        spare_disks: SPARE_DISKS,
+        shares: Vec::new(),
+    }
+}
+
+/// Boots a machine and saves it when its agent serves.
+async fn save(
+    driver: &dyn walnut_machine::Driver,
+    spec: MachineSpec,
+    files: &SnapshotFiles,
+    boot_deadline: Duration,
+) -> Result<()> {
+    let began = Instant::now();
+    let cannot = |what: &str| {
+        Error::Invalid(format!(
+            "make a template: machines of the driver {} cannot be {what}",
+            driver.name()
+        ))
+    };
+    let machine = driver.start(spec).await?;
+    machine.ready(boot_deadline).await?;
+    // An agent that does not answer makes no template.
+    drop(agent::connect(machine.as_ref()).await?);
+    tokio::time::sleep(SETTLE).await;
+    let pause = machine.as_pause().ok_or_else(|| cannot("paused"))?;
+    let snapshot = machine.as_snapshot().ok_or_else(|| cannot("saved"))?;
+    pause.pause().await?;
+    debug!(ms = began.elapsed().as_millis(), "template booted");
+    snapshot.save(files).await?;
+    machine.stop().await;
+    // Whole on disk before it has a name.
+    for path in [&files.state, &files.memory] {
+        let synced = fs::File::open(path).and_then(|file| file.sync_all());
+        synced.map_err(Error::io("write", path))?;
+    }
+    info!(
+        driver = driver.name(),
+        ms = began.elapsed().as_millis(),
+        "template made"
+    );
+    Ok(())
+}
