@@ -6,6 +6,7 @@ use std::{
     io,
     os::unix::net::UnixListener as StdListener,
     path::{Path, PathBuf},
+    sync::atomic::{AtomicBool, Ordering},
     time::Duration,
 };
 
@@ -44,6 +45,7 @@ pub(crate) struct Door {
     uds: PathBuf,
     /// Where the agent calls.
     ready: PathBuf,
+    closed: AtomicBool,
     call: Mutex<Call>,
 }
 
@@ -75,6 +77,7 @@ impl Door {
         Ok(Self {
             uds,
             ready,
+            closed: AtomicBool::new(false),
             call: Mutex::new(Call::Waiting(listener)),
         })
     }
@@ -87,6 +90,7 @@ impl Door {
         Self {
             uds,
             ready,
+            closed: AtomicBool::new(false),
             call: Mutex::new(Call::Restored),
         }
     }
@@ -101,8 +105,11 @@ impl Door {
         &self.ready
     }
 
-    /// Removes the sockets' names. Most often they are gone already.
+    /// Removes the sockets' names, once: what is called so later is another machine's.
     pub(crate) fn close(&self) {
+        if self.closed.swap(true, Ordering::Relaxed) {
+            return;
+        }
         remove(&self.uds);
         remove(&self.ready);
     }
@@ -208,4 +215,25 @@ async fn heard(listener: &UnixListener) -> Result<u32, Error> {
 pub(crate) fn stopped_early(console: &str) -> Exit {
     let hint = console::hint(console);
     Exit::Failed(format!("the guest restarted while it booted; {hint}"))
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[tokio::test]
+    async fn a_door_that_was_closed_leaves_the_next_ones_alone() {
+        let dir = tempfile::tempdir().unwrap();
+        let first = Door::open(dir.path(), "sock").unwrap();
+        let again = Door::open(dir.path(), "sock");
+        drop(again);
+        assert!(!first.ready_path().exists());
+        first.close();
+        let second = Door::open(dir.path(), "sock").unwrap();
+        first.close();
+        drop(first);
+        assert!(second.ready_path().exists());
+        second.close();
+        assert!(!second.ready_path().exists());
+    }
 }

@@ -98,7 +98,7 @@ fn the_command_in_front_is_killed() {
 #[test]
 fn the_command_is_killed_while_the_machine_boots() {
     for signal in [Signal::SIGKILL, Signal::SIGINT] {
-        let running = spawn_run(&["--rm", "IMAGE", "true"], |_| {});
+        let running = spawn_run(&["--rm", "--no-template", "IMAGE", "true"], |_| {});
         let id = running.id();
         until("the machine starts", || {
             walnut_tests::processes(&id)

@@ -9,4 +9,5 @@ mod isolation;
 mod programs;
 mod races;
 mod streams;
+mod templates;
 mod volumes;

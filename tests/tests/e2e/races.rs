@@ -36,7 +36,10 @@ fn one_of_two_gets_the_name() {
 #[test]
 fn a_container_is_removed_while_it_boots() {
     for verb in [&["rm", "-f"][..], &["stop", "-t", "1"]] {
-        let running = spawn_run(&["--rm", "IMAGE", "sleep", "infinity"], |_| {});
+        let running = spawn_run(
+            &["--rm", "--no-template", "IMAGE", "sleep", "infinity"],
+            |_| {},
+        );
         let id = running.id();
         walnut(&[verb, &[id.as_str()]].concat()).exits(0);
         let done = running.wait();

@@ -58,6 +58,8 @@ struct Shared {
     control: Control,
     /// The end was asked for.
     stopping: AtomicBool,
+    /// What lay in the directory is gone; what lies there now is another machine's.
+    cleaned: AtomicBool,
     exit: watch::Sender<Option<Exit>>,
 }
 
@@ -261,6 +263,7 @@ impl Waiting {
             console: tail,
             control: Control::new(ours)?,
             stopping: AtomicBool::new(false),
+            cleaned: AtomicBool::new(false),
             exit: watch::Sender::new(None),
         });
         let machine = VmmMachine {
@@ -470,6 +473,9 @@ impl Shared {
     }
 
     fn clean(&self) {
+        if self.cleaned.swap(true, Ordering::Relaxed) {
+            return;
+        }
         self.door.close();
         // It is empty now, or somebody else's.
         let _ = std::fs::remove_dir(&self.dir);
