@@ -64,7 +64,11 @@ pub(crate) async fn start(config: &SandboxConfig, parts: Parts, steps: Steps) ->
     });
     let mut wanted = None;
     if let (Some(templates), Some(_)) = (templates, driver.as_restore()) {
-        // A store that cannot be read is no reason not to start.
+        wanted = Some(template::Wanted {
+            driver: config.driver,
+            memory,
+            vcpus,
+        });
         match templates.find(driver.as_ref(), &spec) {
             Ok(Some(found)) => {
                 let spec = MachineSpec {
@@ -85,13 +89,8 @@ pub(crate) async fn start(config: &SandboxConfig, parts: Parts, steps: Steps) ->
                     Err(e) => templates.discard(&found.id, &e.to_string()),
                 }
             }
-            Ok(None) => {
-                wanted = Some(template::Wanted {
-                    driver: config.driver,
-                    memory,
-                    vcpus,
-                });
-            }
+            Ok(None) => {}
+            // A store that cannot be read is no reason not to start.
             Err(e) => debug!("look for a template: {e}"),
         }
     }
