@@ -11,25 +11,40 @@
 //! supervisor's single-threaded runtime on the main thread is such a thread; a
 //! worker of a thread pool that retires idle threads is not.
 
+mod cgroup;
 mod child;
 mod tail;
 
 use std::{
     ffi::{OsStr, OsString},
-    fmt, io,
+    fmt,
+    fs::File,
+    io::{self, Write},
     os::{
         fd::{AsRawFd, OwnedFd, RawFd},
         unix::process::CommandExt,
     },
     path::{Path, PathBuf},
     process::{Command, Stdio},
-    sync::Arc,
+    sync::{Arc, OnceLock},
 };
 
+pub use cgroup::{Cgroup, Limits};
 pub(crate) use child::quotable;
 pub use child::{Child, Status};
 pub use tail::Tail;
 pub(crate) use tail::pipe;
+
+/// What processes enter before anything else, see [`confine`].
+static DOORS: OnceLock<Vec<File>> = OnceLock::new();
+
+/// Every process that this one starts from here on is born into `cgroup`. Once in a
+/// process' life: a supervisor has one sandbox.
+pub fn confine(cgroup: &Cgroup) -> io::Result<()> {
+    DOORS
+        .set(cgroup.doors()?)
+        .map_err(|_| io::Error::other("its processes have a cgroup already"))
+}
 
 /// How much of a process's standard error is kept, in bytes.
 const STDERR_MAX: usize = 4096;
@@ -189,12 +204,14 @@ impl Spawn {
             command.stdout(Stdio::null());
             Arc::new(Tail::closed())
         };
+        let doors = DOORS.get().map_or(&[][..], Vec::as_slice);
         let inherited: Vec<RawFd> = self.fds.iter().map(AsRawFd::as_raw_fd).collect();
         let mut before_exec = self.before_exec;
         let (identity, new_network) = (self.identity, self.new_network);
         let parent = rustix::process::getpid();
         let setup = move || {
             let setup = before_exec.as_mut();
+            enter(doors)?;
             in_child(parent, &inherited, identity, new_network, setup)
         };
         // SAFETY: in_child and the caller's setup (see before_exec) make system
@@ -235,6 +252,14 @@ impl Drop for PidSpace {
         // SAFETY: takes a descriptor and a flag.
         unsafe { libc::setns(self.before.as_raw_fd(), libc::CLONE_NEWPID) };
     }
+}
+
+/// Enters cgroups: "0" is the process that writes.
+fn enter(doors: &[File]) -> io::Result<()> {
+    for mut door in doors {
+        door.write_all(b"0")?;
+    }
+    Ok(())
 }
 
 /// The child's side, between fork and exec: system calls only.

@@ -10,6 +10,7 @@
 //! translate to and from the types here.
 
 mod agent;
+mod cgroup;
 mod error;
 mod guest_spec;
 mod layout;

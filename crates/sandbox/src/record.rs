@@ -14,7 +14,7 @@ use std::{
 
 use serde::{Deserialize, Serialize};
 
-use crate::{Error, Layout, Lock, Result, Templates, template};
+use crate::{Error, Layout, Lock, Result, Templates, cgroup, template};
 
 /// Largest record that is read.
 const RECORD_MAX: u64 = 1 << 20;
@@ -230,6 +230,7 @@ pub fn reconcile(layout: &Layout) -> Result<()> {
 
 fn reconcile_one(layout: &Layout, id: &str) -> Result<()> {
     let dir = layout.container(id);
+    cgroup::sweep(&layout.sandbox(id));
     remove_dir(&layout.sandbox(id))?;
     let Ok(mut record) = Record::load(&dir) else {
         return remove_dir(&dir);

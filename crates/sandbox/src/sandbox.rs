@@ -13,7 +13,7 @@ use std::{
 use oci_spec::runtime::Spec;
 use tokio::{sync::Mutex, time::timeout};
 use tracing::{debug, warn};
-use walnut_machine::{DriverChoice, Exit, Machine};
+use walnut_machine::{DriverChoice, Exit, Machine, process::Cgroup};
 use walnut_protocol::{
     agent::{
         ConfigureSandboxRequest, ContainerRequest as AgentContainer, ContainerStatsResponse,
@@ -29,7 +29,7 @@ use crate::{
     ANNOTATION_LOG, ANNOTATION_TEMPLATE, Assets, Error, ExitInfo, ProcessState, Result,
     StdioTargets, Templates, Wanted,
     agent::{self, fault, patient, soon},
-    guest_spec,
+    cgroup, guest_spec,
     log::{LogWriter, Stream},
     process::Process,
     record::now_ns,
@@ -137,6 +137,8 @@ pub struct Sandbox {
     template: Option<String>,
     wanted: Option<Wanted>,
     size: sizing::Size,
+    /// Goes last: by then its processes have ended.
+    cgroup: StdMutex<Option<Cgroup>>,
 }
 
 impl std::fmt::Debug for Sandbox {
@@ -188,6 +190,7 @@ impl Sandbox {
         let steps = Steps::new();
         let plan = Plan::new(first)?;
         let ends = ClientEnds::open(&first.stdio)?;
+        let cgroup = cgroup::enter(&config, plan.size.memory);
         let volumes: Vec<_> = plan
             .binds
             .iter()
@@ -220,6 +223,7 @@ impl Sandbox {
             template: started.template,
             wanted: started.wanted,
             size: plan.size,
+            cgroup: StdMutex::new(cgroup),
         };
         sandbox.configure(&plan.spec).await?;
         steps.done("sandbox configured");
@@ -677,12 +681,16 @@ impl Sandbox {
             Ok(Err(e)) => debug!("ask the guest to shut down: {e}"),
             Err(_) => warn!("the agent did not answer in time; stopping its machine"),
         }
-        self.machine.stop().await;
+        self.kill_machine().await;
     }
 
-    /// Ends the machine at once.
+    /// Ends the machine at once, and everything that served it.
     pub async fn kill_machine(&self) {
         self.machine.stop().await;
+        if let Some(shared) = &self.shared {
+            shared.kill().await;
+        }
+        lock(&self.cgroup).take();
     }
 
     fn container(&self, id: &str) -> Result<Arc<Container>> {

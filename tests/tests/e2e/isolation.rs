@@ -124,3 +124,40 @@ fn the_container_is_confined_in_its_guest() {
     let done = run(&["IMAGE", "python3", "-c", vsock]).exits(0);
     assert_eq!(done.text(), "");
 }
+
+#[test]
+fn the_host_bounds_what_serves_a_sandbox() {
+    let dir = tempfile::tempdir().unwrap();
+    let volume = format!("{}:/data", dir.path().display());
+    let box_ = Detached::start(&["-m", "64m", "-v", &volume, "IMAGE", "sleep", "infinity"]);
+    let inside = format!("/walnut/{}", box_.id);
+    let mut bounded = 0;
+    for (pid, name) in walnut_tests::processes(&box_.id) {
+        let groups = std::fs::read_to_string(format!("/proc/{pid}/cgroup")).unwrap();
+        let ours: Vec<_> = groups.lines().filter(|l| l.ends_with(&inside)).collect();
+        match name.as_str() {
+            "containerd-shim-walnut-v2" => assert!(ours.is_empty(), "{groups}"),
+            _ => {
+                assert!(!ours.is_empty(), "{name} is in {groups}");
+                bounded += 1;
+            }
+        }
+    }
+    // The machine and virtiofsd at least.
+    assert!(bounded >= 2, "{bounded}");
+    let find = |name: &str| {
+        let found = std::process::Command::new("find")
+            .args(["/sys/fs/cgroup", "-path", &format!("*{inside}/{name}")])
+            .output()
+            .unwrap();
+        let paths = String::from_utf8(found.stdout).unwrap();
+        paths.lines().next().map(|path| {
+            let value = std::fs::read_to_string(path).unwrap();
+            value.trim().to_owned()
+        })
+    };
+    let memory = find("memory.max").or_else(|| find("memory.limit_in_bytes"));
+    let memory: u64 = memory.unwrap().parse().unwrap();
+    assert!((64 << 20..4 << 30).contains(&memory), "{memory}");
+    assert_eq!(find("pids.max").unwrap(), "1024");
+}
