@@ -17,7 +17,7 @@ use vhost::vhost_user::{
 use virtio_bindings::virtio_ring::VIRTIO_RING_F_EVENT_IDX;
 use virtio_queue::{Queue, QueueT};
 use vm_memory::{GuestAddress, GuestMemoryMmap, GuestRegionMmap};
-use walnut_devices::vsock::{Device, FEATURES, Memory, QUEUES};
+use walnut_devices::vsock::{Device, EVENT_QUEUE, FEATURES, Memory, QUEUES, RX_QUEUE};
 
 type RegionBase = u64;
 
@@ -120,16 +120,29 @@ impl Backend {
             self.device.stop(index);
             return;
         }
-        // The same queue at the same place: the machine was paused. Anything else
-        // is a driver that has begun anew and knows of no connection.
         let position = self
             .device
             .queue_mut(index)
             .map(|queue| Position::of(queue));
+        // The same queue at the same place: the machine was paused.
         if ring.stopped_at.take() != position {
-            self.device.reset();
+            self.elsewhere(index, position.unwrap_or_default());
         }
         self.device.start(index);
+    }
+
+    /// A queue starts where this process did not stop it.
+    fn elsewhere(&mut self, index: usize, position: Position) {
+        match (index, position.next_avail) {
+            // No connection's packets went through it.
+            (EVENT_QUEUE, _) => {}
+            // A driver that has begun anew, and knows of no connection.
+            (RX_QUEUE, 0) => self.device.reset(),
+            (_, 0) => {}
+            // A driver that has had connections, which are another process's: the
+            // machine was restored from a snapshot.
+            _ => self.device.transport_reset(),
+        }
     }
 
     /// Changes a queue's configuration, which must not happen while it runs.
@@ -268,6 +281,11 @@ impl VhostUserBackendReqHandlerMut for Backend {
             let memory = memory.ok_or(virtio_queue::Error::QueueNotReady)?;
             let index = queue.used_idx(memory, std::sync::atomic::Ordering::Relaxed)?;
             queue.set_next_used(index.0);
+            // QEMU's device starts at 0 in a machine that was restored. Nothing is
+            // ever in flight when a queue of ours stops: it goes on where it ended.
+            if queue.next_avail() == 0 {
+                queue.set_next_avail(index.0);
+            }
             Ok(())
         })
     }
