@@ -402,7 +402,7 @@ mod tests {
         let read_only = few.matches("read-only=on").count();
         assert_eq!(read_only, 2, "the first disk's two layers");
         // Disks to come count as disks.
-        assert!(line(1, 6).matches("-device").count() == 2 && line(3, 2) != line(3, 1));
+        assert!(line(1, 6).matches(" -device ").count() == 2 && line(3, 2) != line(3, 1));
         let both = line(1, 4);
         assert!(both.contains("virtio-rng") && both.contains("balloon"));
     }
@@ -442,7 +442,7 @@ mod tests {
         let (clone, same) = line(Begin::Restore, disks(2), 1);
         assert_eq!(same, registers);
         assert!(clone.contains("-S -incoming defer"), "{clone}");
-        assert!(!clone.contains("-kernel") && !clone.contains("-append"));
+        assert!(!clone.contains(" -kernel ") && !clone.contains(" -append "));
         assert!(clone.contains("serial=disk-1,bus=virtio-mmio-bus.3"));
         for device in ["virtio-rng", "balloon", "id=vsock", "serial=disk-0"] {
             let of = |line: &str| {

@@ -17,6 +17,7 @@ use super::{
     command::{self, Begin},
     memory::Memory,
     qmp::{self, Qmp},
+    registers::Registers,
 };
 use crate::{
     Driver, Error, Exit, Machine, MachineSpec, Pause, Snapshot,
@@ -51,7 +52,7 @@ pub(super) struct Shared {
     qmp: OnceLock<Qmp>,
     /// The registers of its devices. Held while the machine is saved, which must not
     /// run before it is whole again.
-    pub(super) registers: tokio::sync::Mutex<UnixStream>,
+    pub(super) registers: tokio::sync::Mutex<Registers>,
     /// As long as it lives.
     memory: Mutex<Option<Arc<Memory>>>,
     /// The end was asked for.
@@ -118,7 +119,7 @@ impl QemuMachine {
             qemu,
             vsock,
             qmp: OnceLock::new(),
-            registers: tokio::sync::Mutex::new(watched(registers)?),
+            registers: tokio::sync::Mutex::new(Registers::new(watched(registers)?)),
             memory: Mutex::new(Some(memory)),
             stopping: AtomicBool::new(false),
             exit: watch::Sender::new(None),
@@ -224,19 +225,30 @@ fn step(started: Instant, step: &'static str) {
 
 impl Shared {
     async fn attach_monitor(&self, stream: StdStream) -> Result<(), Error> {
-        match Qmp::negotiate(watched(stream)?).await {
-            Ok(qmp) => {
-                let _ = self.qmp.set(qmp);
-                Ok(())
-            }
-            Err(error) => Err(match tokio::time::timeout(GRACE, self.ended()).await {
-                Ok(exit) => Error::Ended {
-                    what: "start the machine",
-                    exit,
-                },
-                Err(_) => error,
-            }),
+        let negotiated = Qmp::negotiate(watched(stream)?).await;
+        let qmp = self.explain("start the machine", negotiated).await?;
+        let _ = self.qmp.set(qmp);
+        Ok(())
+    }
+
+    /// `result`, or the machine's end if the monitor broke off because of it.
+    async fn explain<T>(&self, what: &'static str, result: Result<T, Error>) -> Result<T, Error> {
+        if let Err(Error::Monitor { .. }) = &result
+            && let Ok(exit) = tokio::time::timeout(GRACE, self.ended()).await
+        {
+            return Err(Error::Ended { what, exit });
         }
+        result
+    }
+
+    /// What `attempt` leads to, or that the machine ended before.
+    pub(super) async fn or_end<T>(
+        &self,
+        what: &'static str,
+        attempt: impl Future<Output = Result<T, Error>>,
+    ) -> Result<T, Error> {
+        let result = or_end(what, attempt, self.ended()).await;
+        self.explain(what, result).await
     }
 
     /// Watches both processes until the first ends, takes the other down, and
@@ -327,7 +339,7 @@ impl Shared {
         step(self.started, name);
     }
 
-    pub(super) async fn ended(&self) -> Exit {
+    async fn ended(&self) -> Exit {
         let mut exit = self.exit.subscribe();
         match exit.wait_for(Option::is_some).await {
             Ok(exit) => exit.clone().unwrap_or(Exit::Stopped),

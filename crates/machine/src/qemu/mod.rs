@@ -16,6 +16,7 @@ mod command;
 mod machine;
 mod memory;
 mod qmp;
+mod registers;
 mod snapshot;
 mod sockets;
 mod state;

@@ -33,7 +33,7 @@ use super::{
 };
 use crate::{
     Driver, Error, MachineSpec, Snapshot, SnapshotFiles,
-    agent::{Door, host, or_end},
+    agent::{Door, host},
     files::Devices,
 };
 
@@ -130,7 +130,7 @@ impl Snapshot for QemuMachine {
         let shared = Arc::clone(&self.shared);
         let work = async move {
             let attempt = save(&shared, state_file, memory_file);
-            or_end("save the machine", attempt, shared.ended()).await
+            shared.or_end("save the machine", attempt).await
         };
         tokio::spawn(work)
             .await
@@ -145,10 +145,14 @@ async fn save(shared: &Shared, state: File, memory: File) -> Result<(), Error> {
     let mut registers = shared.registers.lock().await;
     let qmp = shared.monitor(QUESTION)?;
     let status = qmp.execute(QUESTION).await?;
-    if status.get("running").and_then(|it| it.as_bool()) != Some(false) {
-        return Err(Error::Other(
-            "save the machine: it runs; pause it first".to_owned(),
-        ));
+    let problem = match status.get("status").and_then(|status| status.as_str()) {
+        Some("paused") => None,
+        // QEMU wants it so.
+        Some("postmigrate") => Some("it has not run since it was saved; resume it in between"),
+        _ => Some("it runs; pause it first"),
+    };
+    if let Some(problem) = problem {
+        return Err(Error::Other(format!("save the machine: {problem}")));
     }
     let Some(pages) = shared.memory() else {
         return Err(qmp::failed(QUESTION, "QEMU is gone"));
@@ -269,9 +273,10 @@ pub(super) async fn restore(
         let mut registers = shared.registers.lock().await;
         let base = command::vsock_registers(&shared.spec);
         header.sockets.put_back(qmp, &mut registers, base).await?;
+        header.sockets.tell_reset(&mut registers).await?;
         qmp.execute("cont").await
     };
-    or_end("restore the machine", attempt, shared.ended()).await?;
+    shared.or_end("restore the machine", attempt).await?;
     shared.step("guest runs");
     Ok(machine)
 }

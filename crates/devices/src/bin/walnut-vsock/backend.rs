@@ -17,7 +17,7 @@ use vhost::vhost_user::{
 use virtio_bindings::virtio_ring::VIRTIO_RING_F_EVENT_IDX;
 use virtio_queue::{Queue, QueueT};
 use vm_memory::{GuestAddress, GuestMemoryMmap, GuestRegionMmap};
-use walnut_devices::vsock::{Device, EVENT_QUEUE, FEATURES, Memory, QUEUES, RX_QUEUE};
+use walnut_devices::vsock::{Device, FEATURES, Memory, QUEUES};
 
 type RegionBase = u64;
 
@@ -120,29 +120,17 @@ impl Backend {
             self.device.stop(index);
             return;
         }
+        // The same queue at the same place: the machine was paused. Anything else
+        // is a driver that has begun anew and knows of no connection, or one of a
+        // machine that was restored, whose starter tells it that they are gone.
         let position = self
             .device
             .queue_mut(index)
             .map(|queue| Position::of(queue));
-        // The same queue at the same place: the machine was paused.
         if ring.stopped_at.take() != position {
-            self.elsewhere(index, position.unwrap_or_default());
+            self.device.reset();
         }
         self.device.start(index);
-    }
-
-    /// A queue starts where this process did not stop it.
-    fn elsewhere(&mut self, index: usize, position: Position) {
-        match (index, position.next_avail) {
-            // No connection's packets went through it.
-            (EVENT_QUEUE, _) => {}
-            // A driver that has begun anew, and knows of no connection.
-            (RX_QUEUE, 0) => self.device.reset(),
-            (_, 0) => {}
-            // A driver that has had connections, which are another process's: the
-            // machine was restored from a snapshot.
-            _ => self.device.transport_reset(),
-        }
     }
 
     /// Changes a queue's configuration, which must not happen while it runs.
