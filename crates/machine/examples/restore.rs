@@ -1,8 +1,9 @@
 //! Boots a machine, saves it when its agent serves, and restores it:
-//! `restore KERNEL INITRAMFS PROGRAMS [RUNS [DRIVER [MIB]]]`. Prints what each takes,
+//! `restore KERNEL INITRAMFS PROGRAMS [RUNS [DRIVER [MIB [SETTLE_MS]]]]`. Prints what each takes,
 //! from before its process is spawned to the agent's answer; with
 //! `RUST_LOG=walnut_machine=debug` also where the milliseconds go. The drivers but
-//! `qemu-tcg` need a KVM that works; the default is `vmm`.
+//! `qemu-tcg` need a KVM that works; the default is `vmm`. A guest that has settled for
+//! some seconds has given back what it does not use, and less is saved of it.
 
 use std::{
     error::Error,
@@ -79,6 +80,8 @@ fn main() -> Result<(), Box<dyn Error>> {
         let machine = machine.ok_or("no machine")?;
         let (pause, save) = (machine.as_pause(), machine.as_snapshot());
         let (pause, save) = (pause.ok_or("no pause")?, save.ok_or("no save")?);
+        let settle = args.get(6).map_or(Ok(0), |ms| ms.parse())?;
+        tokio::time::sleep(Duration::from_millis(settle)).await;
         pause.pause().await?;
         let start = Instant::now();
         save.save(&snapshot).await?;
