@@ -294,6 +294,32 @@ fn pause_keeps_connections_and_restart_ends_them() {
 }
 
 #[test]
+fn a_guest_whose_memory_was_restored_goes_on() {
+    let mut saved = Machine::start(|_, _| ());
+    saved.echo();
+    for index in 0..2 {
+        saved.frontend.get_vring_base(index).unwrap();
+    }
+    let mut memory = vec![0; MEMORY];
+    let mem = saved.guest.driver.mem.clone();
+    vm_memory::Bytes::read_slice(&mem, &mut memory, GuestAddress(0)).unwrap();
+
+    // Another process, for which QEMU's device starts all rings at 0.
+    let mut clone = Machine::start(|_, _| ());
+    for index in 0..2 {
+        clone.frontend.get_vring_base(index).unwrap();
+        clone.frontend.set_vring_base(index, 0).unwrap();
+    }
+    let mem = clone.guest.driver.mem.clone();
+    vm_memory::Bytes::write_slice(&mem, &memory, GuestAddress(0)).unwrap();
+    clone.guest = saved.guest;
+    clone.guest.driver.mem = mem;
+    clone.start_rings();
+    clone.echo();
+    quiet(&clone.end().0);
+}
+
+#[test]
 fn works_without_privileges() {
     // As another user, if we may choose; else as whoever we are.
     let machine = Machine::start(|command, dir| {

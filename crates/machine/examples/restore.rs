@@ -1,6 +1,9 @@
-//! Boots a machine of `walnut-vmm`, saves it when its agent serves, and restores it:
-//! `restore KERNEL INITRAMFS PROGRAMS [RUNS]`. Prints what each takes, from before its
-//! process is spawned to the agent's answer. Needs a KVM that works.
+//! Boots a machine, saves it when its agent serves, and restores it:
+//! `restore KERNEL INITRAMFS PROGRAMS [RUNS [DRIVER [MIB [SETTLE_MS]]]]`. Prints what each takes,
+//! from before its process is spawned to the agent's answer; with
+//! `RUST_LOG=walnut_machine=debug` also where the milliseconds go. The drivers but
+//! `qemu-tcg` need a KVM that works; the default is `vmm`. A guest that has settled for
+//! some seconds has given back what it does not use, and less is saved of it.
 
 use std::{
     error::Error,
@@ -14,6 +17,7 @@ use walnut_machine::{DriverChoice, Machine, MachineSpec, Programs, SnapshotFiles
 const LIMIT: Duration = Duration::from_secs(120);
 
 fn spec(dir: &Path, name: &str, args: &[String]) -> Result<MachineSpec, Box<dyn Error>> {
+    let memory = args.get(5).map_or(Ok(128), |mib| mib.parse::<u64>())? << 20;
     let run_dir = dir.join(name);
     std::fs::create_dir(&run_dir)?;
     Ok(MachineSpec {
@@ -24,8 +28,8 @@ fn spec(dir: &Path, name: &str, args: &[String]) -> Result<MachineSpec, Box<dyn 
         cmdline: Vec::new(),
         vcpus: 1,
         max_vcpus: 1,
-        memory: 128 << 20,
-        max_memory: 128 << 20,
+        memory,
+        max_memory: memory,
         disks: Vec::new(),
         spare_disks: 0,
         shares: Vec::new(),
@@ -43,8 +47,14 @@ fn main() -> Result<(), Box<dyn Error>> {
     if args.len() < 3 {
         return Err("usage: restore KERNEL INITRAMFS PROGRAMS [RUNS]".into());
     }
+    tracing_subscriber::fmt()
+        .with_env_filter(tracing_subscriber::EnvFilter::from_default_env())
+        .init();
     let runs = args.get(3).map_or(Ok(3), |runs| runs.parse())?;
-    let driver = walnut_machine::driver(DriverChoice::Vmm, &Programs::new(args[2].as_ref()))?;
+    let choice = args
+        .get(4)
+        .map_or(Ok(DriverChoice::Vmm), |name| name.parse())?;
+    let driver = walnut_machine::driver(choice, &Programs::new(args[2].as_ref()))?;
     let dir = std::env::temp_dir().join(format!("walnut-restore-{}", std::process::id()));
     std::fs::create_dir(&dir)?;
     let snapshot = SnapshotFiles {
@@ -70,6 +80,8 @@ fn main() -> Result<(), Box<dyn Error>> {
         let machine = machine.ok_or("no machine")?;
         let (pause, save) = (machine.as_pause(), machine.as_snapshot());
         let (pause, save) = (pause.ok_or("no pause")?, save.ok_or("no save")?);
+        let settle = args.get(6).map_or(Ok(0), |ms| ms.parse())?;
+        tokio::time::sleep(Duration::from_millis(settle)).await;
         pause.pause().await?;
         let start = Instant::now();
         save.save(&snapshot).await?;

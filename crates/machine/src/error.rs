@@ -93,6 +93,14 @@ pub enum Error {
         /// What came back.
         reason: String,
     },
+    /// A snapshot that no machine can be restored from.
+    #[error("snapshot {}: {problem}", path.display())]
+    Snapshot {
+        /// Its file.
+        path: PathBuf,
+        /// What is wrong with it.
+        problem: String,
+    },
     /// The driver was asked for by name, and this host cannot run it.
     #[error("driver {driver} cannot run here: {reason}")]
     Unusable {

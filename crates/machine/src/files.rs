@@ -20,7 +20,7 @@ use crate::{Disk, Error, MachineSpec, Share, process::Identity, qemu::Accel};
 /// uses (systemd.io/UIDS-GIDS: 1879048192–2147483647 is free).
 const UID_BASE: u32 = 1_900_000_000;
 
-/// Everything a machine opens, in the order of its specification.
+/// Everything a machine that boots opens, in the order of its specification.
 #[derive(Debug)]
 pub(crate) struct Files {
     pub(crate) kernel: OwnedFd,

@@ -140,7 +140,8 @@ pub struct SnapshotFiles {
     /// Everything but memory; small.
     pub state: PathBuf,
     /// Guest memory, with holes where it is zero. Clones map it, so it must not
-    /// change while one lives.
+    /// change while one lives. (QEMU's copy it as they start: their memory is shared
+    /// with a vhost-user back end, and what is shared is not copied on write.)
     pub memory: PathBuf,
 }
 
@@ -154,7 +155,8 @@ pub trait Restore: fmt::Debug + Send + Sync {
     /// now: it must name the same ones, and may name up to [`MachineSpec::spare_disks`]
     /// disks where the saved machine had none. Kernel, sizes, spare disks and command line are the
     /// snapshot's. The guest's kernel hears that it is a clone, and reseeds its
-    /// random numbers, before anything else; connections are gone; its wall clock
+    /// random numbers, before anything else (QEMU's cannot hear it: there the agent's
+    /// `ConfigureSandbox` must come first); connections are gone; its wall clock
     /// stands where it stood, until the agent is told the time. Nothing is left behind
     /// on failure, and what the files say is not trusted.
     async fn restore(
@@ -216,7 +218,8 @@ pub trait Machine: fmt::Debug + Send + Sync {
 #[async_trait]
 pub trait Snapshot: Send + Sync {
     /// Writes the machine, which must be paused ([`Pause::pause`]), to two new files
-    /// that only their owner can read. They are removed again on failure.
+    /// that only their owner can read. They are removed again on failure. The machine
+    /// can go on; some must, before they are saved again.
     async fn save(&self, to: &SnapshotFiles) -> Result<(), Error>;
 }
 

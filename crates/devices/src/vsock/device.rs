@@ -369,8 +369,9 @@ impl Device {
         self.muxer.next_port()
     }
 
-    /// Goes on from another device's [`Self::next_port`].
-    pub(super) fn set_next_port(&mut self, port: u32) {
+    /// Where host ports go on: another device's [`Self::next_port`], or anywhere. A
+    /// guest that was restored may still hold sockets of the ports before.
+    pub fn set_next_port(&mut self, port: u32) {
         self.muxer.set_next_port(port);
     }
 

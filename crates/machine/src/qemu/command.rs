@@ -3,13 +3,18 @@
 
 use std::os::fd::RawFd;
 
-use super::Accel;
+use super::{Accel, sockets};
 use crate::{Error, MachineSpec};
 
 /// virtio-mmio transports of a microvm without ACPI. With ACPI there are 24, but
 /// then the kernel has no legacy timer: where the calibration of its TSC fails,
 /// as it does now and then under emulation, it hangs for ever.
 const SLOTS: usize = 8;
+/// Where their registers begin, how far they are apart, and the first one's interrupt
+/// (qemu, include/hw/i386/microvm.h).
+const REGISTERS: u64 = 0xfeb0_0000;
+const REGISTERS_SIZE: u64 = 512;
+const INTERRUPT: u64 = 5;
 /// The kernel's bound.
 const CMDLINE_MAX: usize = 2048;
 
@@ -30,12 +35,21 @@ pub(super) enum Threads {
     Multi,
 }
 
+/// What a guest begins with.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub(super) enum Begin {
+    /// These descriptors.
+    Boot { kernel: RawFd, initramfs: RawFd },
+    /// Where a saved guest stood, once the monitor says so.
+    Restore,
+}
+
 /// Numbers of the descriptors QEMU inherits.
 #[derive(Debug, Default)]
 pub(super) struct Fds {
-    pub(super) kernel: RawFd,
-    pub(super) initramfs: RawFd,
+    pub(super) memory: RawFd,
     pub(super) qmp: RawFd,
+    pub(super) registers: RawFd,
     pub(super) vsock: RawFd,
     pub(super) disks: Vec<RawFd>,
     pub(super) shares: Vec<RawFd>,
@@ -56,10 +70,10 @@ fn problem(spec: &MachineSpec) -> Option<String> {
                 .to_owned(),
         );
     }
-    let devices = spec.disks.len() + spec.shares.len();
+    let devices = devices(spec);
     if devices >= SLOTS {
         return Some(format!(
-            "{devices} disks and shares were asked for; a microvm has room for {}",
+            "{devices} disks, spare disks and shares were asked for; a microvm has room for {}",
             SLOTS - 1
         ));
     }
@@ -69,6 +83,44 @@ fn problem(spec: &MachineSpec) -> Option<String> {
         ));
     }
     None
+}
+
+fn spare(spec: &MachineSpec) -> usize {
+    usize::try_from(spec.spare_disks).unwrap_or(SLOTS)
+}
+
+/// Transports that the spec's own devices take.
+fn devices(spec: &MachineSpec) -> usize {
+    spec.disks.len() + spec.shares.len() + spare(spec)
+}
+
+/// Transports for what a guest can do without.
+fn free(spec: &MachineSpec) -> usize {
+    SLOTS.saturating_sub(1 + devices(spec))
+}
+
+/// Where the vsock device's registers begin. `spec` has passed [`check`].
+pub(super) fn vsock_registers(spec: &MachineSpec) -> u64 {
+    let mut slots = Slots::default();
+    for _ in 0..free(spec).min(2) {
+        slots.next();
+    }
+    registers(slots.next())
+}
+
+fn registers(slot: usize) -> u64 {
+    REGISTERS + REGISTERS_SIZE * u64::try_from(slot).unwrap_or(0)
+}
+
+/// Transports in the order in which QEMU itself would hand them out.
+#[derive(Debug, Default)]
+struct Slots(usize);
+
+impl Slots {
+    fn next(&mut self) -> usize {
+        self.0 += 1;
+        SLOTS.saturating_sub(self.0)
+    }
 }
 
 /// `panic=-1 reboot=t` and QEMU's `-no-reboot`: a guest that panics or restarts
@@ -107,6 +159,20 @@ fn kernel_cmdline(accel: Accel, spec: &MachineSpec, tsc_khz: Option<u64>) -> Str
         // gains nothing there.
         words.push("noreplace-smp");
     }
+    // QEMU names the transports that have a device. Those which one may have in a
+    // clone are named here: nothing is found on them now, and the agent looks again.
+    let mut slots = Slots(free(spec).min(2) + 1 + spec.disks.len() + spec.shares.len());
+    let spare: Vec<_> = (0..spare(spec))
+        .map(|_| slots.next())
+        .map(|slot| {
+            (
+                registers(slot),
+                INTERRUPT + u64::try_from(slot).unwrap_or(0),
+            )
+        })
+        .map(|(at, irq)| format!("virtio_mmio.device={REGISTERS_SIZE}@{at:#x}:{irq}"))
+        .collect();
+    words.extend(spare.iter().map(String::as_str));
     words.extend(spec.cmdline.iter().map(String::as_str));
     words.join(" ")
 }
@@ -115,36 +181,44 @@ fn kernel_cmdline(accel: Accel, spec: &MachineSpec, tsc_khz: Option<u64>) -> Str
 pub(super) fn arguments(
     accel: Accel,
     spec: &MachineSpec,
+    begin: Begin,
     fds: &Fds,
     timing: Timing,
 ) -> Vec<String> {
     let mut args = Args::default();
     args.base(accel, spec, fds, timing.threads);
-    args.add("-append", kernel_cmdline(accel, spec, timing.tsc_khz));
+    match begin {
+        Begin::Boot { kernel, initramfs } => {
+            args.add("-kernel", format!("/proc/self/fd/{kernel}"));
+            args.add("-initrd", format!("/proc/self/fd/{initramfs}"));
+            args.add("-append", kernel_cmdline(accel, spec, timing.tsc_khz));
+        }
+        Begin::Restore => {
+            args.0.push("-S".to_owned());
+            args.add("-incoming", "defer");
+        }
+    }
     // What a guest can do without gives way to disks: it has the processor's
     // random numbers and the agent's seed, and may keep its free memory.
-    let free = SLOTS.saturating_sub(1 + spec.disks.len() + spec.shares.len());
+    let free = free(spec);
     if free >= 1 {
-        args.add("-device", "virtio-balloon-device,free-page-reporting=on");
+        args.device("virtio-balloon-device,free-page-reporting=on");
     }
     if free >= 2 {
         args.add("-object", "rng-builtin,id=rng");
-        args.add(
-            "-device",
-            "virtio-rng-device,rng=rng,max-bytes=4096,period=1000",
-        );
+        args.device("virtio-rng-device,rng=rng,max-bytes=4096,period=1000");
     }
     args.add("-chardev", format!("socket,id=vsock,fd={}", fds.vsock));
-    args.add("-device", "vhost-user-vsock-device,chardev=vsock");
+    args.device(&format!(
+        "vhost-user-vsock-device,chardev=vsock,id={}",
+        sockets::ID
+    ));
     for (n, (share, fd)) in spec.shares.iter().zip(&fds.shares).enumerate() {
         args.add("-chardev", format!("socket,id=fs{n},fd={fd}"));
-        args.add(
-            "-device",
-            format!(
-                "vhost-user-fs-device,chardev=fs{n},tag={},queue-size=1024",
-                share.tag
-            ),
-        );
+        args.device(&format!(
+            "vhost-user-fs-device,chardev=fs{n},tag={},queue-size=1024",
+            share.tag
+        ));
     }
     for (n, (disk, fd)) in spec.disks.iter().zip(&fds.disks).enumerate() {
         // A read-only image is shared by many machines and written by none: no
@@ -162,20 +236,26 @@ pub(super) fn arguments(
                  discard=unmap"
             ),
         );
-        args.add(
-            "-device",
-            format!("virtio-blk-device,drive=disk{n},serial={}", disk.serial),
-        );
+        args.device(&format!(
+            "virtio-blk-device,drive=disk{n},serial={}",
+            disk.serial
+        ));
     }
     args.0
 }
 
 #[derive(Default)]
-struct Args(Vec<String>);
+struct Args(Vec<String>, Slots);
 
 impl Args {
     fn add(&mut self, option: &str, value: impl Into<String>) {
         self.0.extend([option.to_owned(), value.into()]);
+    }
+
+    /// A virtio device, on the next transport.
+    fn device(&mut self, device: &str) {
+        let slot = self.1.next();
+        self.add("-device", format!("{device},bus=virtio-mmio-bus.{slot}"));
     }
 
     fn base(&mut self, accel: Accel, spec: &MachineSpec, fds: &Fds, threads: Threads) {
@@ -206,18 +286,24 @@ impl Args {
         // Shared, because vhost-user back ends map it.
         self.add(
             "-object",
-            format!("memory-backend-memfd,id=mem,size={},share=on", spec.memory),
+            format!(
+                "memory-backend-file,id=mem,size={},share=on,mem-path=/proc/self/fd/{}",
+                spec.memory, fds.memory
+            ),
         );
         self.add("-global", "virtio-mmio.force-legacy=false");
         self.add("-bios", "qboot.rom");
-        self.add("-kernel", format!("/proc/self/fd/{}", fds.kernel));
-        self.add("-initrd", format!("/proc/self/fd/{}", fds.initramfs));
         // The console is QEMU's standard output, a pipe whose reader keeps the
         // tail: a guest that prints for ever is slowed by it, not stored.
         self.add("-chardev", "stdio,id=console,signal=off,mux=off");
         self.add("-serial", "chardev:console");
         self.add("-chardev", format!("socket,id=qmp,fd={}", fds.qmp));
         self.add("-mon", "chardev=qmp,mode=control");
+        // QEMU wants this name.
+        let registers = format!("socket,id=qtest,fd={}", fds.registers);
+        self.add("-chardev", registers);
+        self.add("-qtest", "chardev:qtest");
+        self.add("-qtest-log", "none");
     }
 }
 
@@ -287,10 +373,10 @@ mod tests {
 
     #[test]
     fn disks_take_the_place_of_what_can_be_spared() {
-        let line = |count: usize| {
+        let line = |count: usize, spare_disks: u32| {
             let spec = MachineSpec {
                 disks: disks(count),
-                spare_disks: 0,
+                spare_disks,
                 ..spec()
             };
             let fds = Fds {
@@ -302,14 +388,68 @@ mod tests {
                 threads: Threads::Single,
                 tsc_khz: Some(2_600_000),
             };
-            arguments(Accel::Tcg, &spec, &fds, timing).join(" ")
+            let begin = Begin::Boot {
+                kernel: 30,
+                initramfs: 31,
+            };
+            arguments(Accel::Tcg, &spec, begin, &fds, timing).join(" ")
         };
-        let (few, more, most) = (line(5), line(6), line(7));
+        let (few, more, most) = (line(5, 0), line(6, 0), line(7, 0));
         assert!(few.contains("virtio-rng") && few.contains("balloon"));
         assert!(!more.contains("virtio-rng") && more.contains("balloon"));
         assert!(!most.contains("virtio-rng") && !most.contains("balloon"));
         assert!(most.contains("-add-fd fd=25,set=6") && most.contains("serial=disk-6"));
         let read_only = few.matches("read-only=on").count();
         assert_eq!(read_only, 2, "the first disk's two layers");
+        // Disks to come count as disks.
+        assert!(line(1, 6).matches(" -device ").count() == 2 && line(3, 2) != line(3, 1));
+        let both = line(1, 4);
+        assert!(both.contains("virtio-rng") && both.contains("balloon"));
+    }
+
+    #[test]
+    fn a_clone_has_the_transports_of_the_machine_that_was_saved() {
+        let fds = Fds {
+            disks: vec![25, 26],
+            ..Fds::default()
+        };
+        let line = |begin, disks, spare_disks| {
+            let spec = MachineSpec {
+                disks,
+                spare_disks,
+                ..spec()
+            };
+            let timing = Timing {
+                threads: Threads::Multi,
+                tsc_khz: None,
+            };
+            let line = arguments(Accel::Tcg, &spec, begin, &fds, timing).join(" ");
+            (line, vsock_registers(&spec))
+        };
+        let boot = Begin::Boot {
+            kernel: 30,
+            initramfs: 31,
+        };
+        let (saved, registers) = line(boot, disks(1), 2);
+        assert_eq!(registers, 0xfeb0_0a00);
+        assert!(saved.contains("id=vsock,bus=virtio-mmio-bus.5"));
+        assert!(saved.contains("serial=disk-0,bus=virtio-mmio-bus.4"));
+        assert!(
+            saved.contains(
+                " virtio_mmio.device=512@0xfeb00600:8 virtio_mmio.device=512@0xfeb00400:7 "
+            )
+        );
+        let (clone, same) = line(Begin::Restore, disks(2), 1);
+        assert_eq!(same, registers);
+        assert!(clone.contains("-S -incoming defer"), "{clone}");
+        assert!(!clone.contains(" -kernel ") && !clone.contains(" -append "));
+        assert!(clone.contains("serial=disk-1,bus=virtio-mmio-bus.3"));
+        for device in ["virtio-rng", "balloon", "id=vsock", "serial=disk-0"] {
+            let of = |line: &str| {
+                let words = line.split(' ').find(|word| word.contains(device));
+                words.map(str::to_owned)
+            };
+            assert_eq!(of(&clone), of(&saved), "{device}");
+        }
     }
 }

@@ -1,9 +1,9 @@
 //! The life of one QEMU machine: its start, its readiness, its end.
 
 use std::{
-    os::unix::net::UnixStream as StdStream,
+    os::{fd::OwnedFd, unix::net::UnixStream as StdStream},
     sync::{
-        Arc, OnceLock,
+        Arc, Mutex, OnceLock, PoisonError,
         atomic::{AtomicBool, Ordering},
     },
     time::{Duration, Instant},
@@ -12,15 +12,23 @@ use std::{
 use async_trait::async_trait;
 use tokio::{net::UnixStream, sync::watch};
 
-use super::{Accel, Qemu, command, qmp::Qmp};
+use super::{
+    Accel, Qemu,
+    command::{self, Begin},
+    memory::Memory,
+    qmp::{self, Qmp},
+    registers::Registers,
+};
 use crate::{
-    Error, Exit, Machine, MachineSpec, Pause,
+    Driver, Error, Exit, Machine, MachineSpec, Pause, Snapshot,
     agent::{self, CONSOLE_MAX, Door, GUEST_CID, host, or_end},
     console,
-    files::{self, Files},
+    files::{self, Devices, Files},
     process::{Child, Spawn, Status},
 };
 
+/// The vsock device's socket in the machine's directory.
+pub(super) const SOCKET: &str = "vsock.sock";
 /// How long one process may outlive the other before it is killed, so that the
 /// one that ended first by itself is blamed.
 const GRACE: Duration = Duration::from_secs(1);
@@ -28,39 +36,91 @@ const GRACE: Duration = Duration::from_secs(1);
 /// A machine of [`Qemu`].
 #[derive(Debug)]
 pub(super) struct QemuMachine {
-    shared: Arc<Shared>,
+    pub(super) shared: Arc<Shared>,
 }
 
-/// What the machine and its supervising task share.
+/// What the machine and the tasks that serve it share.
 #[derive(Debug)]
-struct Shared {
+pub(super) struct Shared {
+    /// The driver's name.
+    pub(super) driver: &'static str,
+    pub(super) spec: MachineSpec,
     started: Instant,
     door: Door,
     qemu: Child,
     vsock: Child,
     qmp: OnceLock<Qmp>,
+    /// The registers of its devices. Held while the machine is saved, which must not
+    /// run before it is whole again.
+    pub(super) registers: tokio::sync::Mutex<Registers>,
+    /// As long as it lives.
+    memory: Mutex<Option<Arc<Memory>>>,
     /// The end was asked for.
     stopping: AtomicBool,
     exit: watch::Sender<Option<Exit>>,
 }
 
+/// What QEMU is given to begin with.
+pub(super) struct Given {
+    pub(super) door: Door,
+    pub(super) memory: Arc<Memory>,
+    /// Kernel and initramfs, unless a saved guest goes on.
+    pub(super) boot: Option<[OwnedFd; 2]>,
+    pub(super) devices: Devices,
+    /// Descriptors that it inherits for later, whose numbers the caller has noted.
+    pub(super) more: Vec<OwnedFd>,
+}
+
 impl QemuMachine {
     pub(super) async fn start(driver: &Qemu, spec: MachineSpec) -> Result<Self, Error> {
-        let started = Instant::now();
         command::check(&spec)?;
         let files = Files::open(&spec, files::drops_privileges(driver.accel))?;
-        let door = Door::open(&spec.run_dir, "vsock.sock")?;
-        let (vsock, to_vsock) = spawn_vsock(driver, &door)?;
+        let memory = Memory::new(spec.memory).map_err(host("make the guest's memory"))?;
+        let given = Given {
+            door: Door::open(&spec.run_dir, SOCKET)?,
+            memory: Arc::new(memory),
+            boot: Some([files.kernel, files.initramfs]),
+            devices: files.devices,
+            more: Vec::new(),
+        };
+        Self::spawn(driver, spec, given).await
+    }
+
+    /// Starts both processes, and returns when QEMU's monitor answers.
+    pub(super) async fn spawn(
+        driver: &Qemu,
+        spec: MachineSpec,
+        given: Given,
+    ) -> Result<Self, Error> {
+        let started = Instant::now();
+        let (vsock, to_vsock) = spawn_vsock(driver, &given.door)?;
         step(started, "vsock spawned");
-        let (qemu, to_qmp) = spawn_qemu(driver, &spec, files, to_vsock, vsock.pid())?;
+        let door = given.door;
+        let memory = Arc::clone(&given.memory);
+        let (qemu, to_qmp, registers) = spawn_qemu(
+            driver,
+            &spec,
+            Inherited {
+                memory: given.memory.share().map_err(host("share memory"))?,
+                boot: given.boot,
+                devices: given.devices,
+                more: given.more,
+                vsock: to_vsock,
+            },
+            vsock.pid(),
+        )?;
         step(started, "qemu spawned");
 
         let shared = Arc::new(Shared {
+            driver: driver.name(),
+            spec,
             started,
             door,
             qemu,
             vsock,
             qmp: OnceLock::new(),
+            registers: tokio::sync::Mutex::new(Registers::new(watched(registers)?)),
+            memory: Mutex::new(Some(memory)),
             stopping: AtomicBool::new(false),
             exit: watch::Sender::new(None),
         });
@@ -73,6 +133,14 @@ impl QemuMachine {
         step(started, "monitor answers");
         Ok(machine)
     }
+}
+
+/// Lets the runtime watch a socket.
+fn watched(stream: StdStream) -> Result<UnixStream, Error> {
+    stream
+        .set_nonblocking(true)
+        .and_then(|()| UnixStream::from_std(stream))
+        .map_err(host("watch QEMU's socket"))
 }
 
 /// Starts the vsock device; the other end of its vhost-user socket is returned.
@@ -91,49 +159,62 @@ fn spawn_vsock(driver: &Qemu, door: &Door) -> Result<(Child, StdStream), Error> 
     Ok((spawn.spawn()?, ours))
 }
 
-/// Starts QEMU; the other end of its monitor's socket is returned.
+/// What QEMU inherits, but for the sockets that are made on the way.
+struct Inherited {
+    memory: OwnedFd,
+    boot: Option<[OwnedFd; 2]>,
+    devices: Devices,
+    more: Vec<OwnedFd>,
+    vsock: StdStream,
+}
+
+/// Starts QEMU; the other ends of its monitor's socket and of the one for registers
+/// are returned.
 fn spawn_qemu(
     driver: &Qemu,
     spec: &MachineSpec,
-    files: Files,
-    to_vsock: StdStream,
+    inherited: Inherited,
     unique: u32,
-) -> Result<(Child, StdStream), Error> {
-    let (ours, theirs) = StdStream::pair().map_err(host("make the monitor's socket"))?;
+) -> Result<(Child, StdStream, StdStream), Error> {
+    let pair = || StdStream::pair().map_err(host("make the monitor's socket"));
+    let (monitor, its_monitor) = pair()?;
+    let (registers, its_registers) = pair()?;
     let mut spawn = Spawn::new("qemu", &driver.qemu);
-    let fds = command::Fds {
-        kernel: spawn.inherit(files.kernel),
-        initramfs: spawn.inherit(files.initramfs),
-        qmp: spawn.inherit(theirs),
-        vsock: spawn.inherit(to_vsock),
-        disks: files
-            .devices
-            .disks
-            .into_iter()
-            .map(|d| spawn.inherit(d))
-            .collect(),
-        shares: files
-            .devices
-            .shares
-            .into_iter()
-            .map(|s| spawn.inherit(s))
-            .collect(),
+    let begin = match inherited.boot {
+        Some([kernel, initramfs]) => Begin::Boot {
+            kernel: spawn.inherit(kernel),
+            initramfs: spawn.inherit(initramfs),
+        },
+        None => Begin::Restore,
     };
-    // KVM tells its guests the rate itself.
-    let tsc_khz = match driver.accel {
-        Accel::Tcg => driver.made.rate_khz(),
-        Accel::Kvm => None,
+    for fd in inherited.more {
+        spawn.inherit(fd);
+    }
+    let mut all = |fds: Vec<OwnedFd>| fds.into_iter().map(|fd| spawn.inherit(fd)).collect();
+    let (disks, shares) = (all(inherited.devices.disks), all(inherited.devices.shares));
+    let fds = command::Fds {
+        memory: spawn.inherit(inherited.memory),
+        qmp: spawn.inherit(its_monitor),
+        registers: spawn.inherit(its_registers),
+        vsock: spawn.inherit(inherited.vsock),
+        disks,
+        shares,
+    };
+    let tsc_khz = match (driver.accel, begin) {
+        (Accel::Tcg, Begin::Boot { .. }) => driver.made.rate_khz(),
+        // KVM tells its guests the rate itself; one that goes on knows it.
+        _ => None,
     };
     let timing = command::Timing {
         threads: driver.threads(spec.vcpus),
         tsc_khz,
     };
-    spawn.args(command::arguments(driver.accel, spec, &fds, timing));
+    spawn.args(command::arguments(driver.accel, spec, begin, &fds, timing));
     spawn.keep_stdout(CONSOLE_MAX);
     if let Some(identity) = files::identity(driver.accel, unique) {
         spawn.identity(identity).new_network();
     }
-    Ok((spawn.spawn()?, ours))
+    Ok((spawn.spawn()?, monitor, registers))
 }
 
 /// Where a start's milliseconds go: `RUST_LOG=walnut_machine=debug`.
@@ -144,23 +225,30 @@ fn step(started: Instant, step: &'static str) {
 
 impl Shared {
     async fn attach_monitor(&self, stream: StdStream) -> Result<(), Error> {
-        let watched = stream
-            .set_nonblocking(true)
-            .and_then(|()| UnixStream::from_std(stream))
-            .map_err(host("watch the monitor's socket"))?;
-        match Qmp::negotiate(watched).await {
-            Ok(qmp) => {
-                let _ = self.qmp.set(qmp);
-                Ok(())
-            }
-            Err(error) => Err(match tokio::time::timeout(GRACE, self.ended()).await {
-                Ok(exit) => Error::Ended {
-                    what: "start the machine",
-                    exit,
-                },
-                Err(_) => error,
-            }),
+        let negotiated = Qmp::negotiate(watched(stream)?).await;
+        let qmp = self.explain("start the machine", negotiated).await?;
+        let _ = self.qmp.set(qmp);
+        Ok(())
+    }
+
+    /// `result`, or the machine's end if the monitor broke off because of it.
+    async fn explain<T>(&self, what: &'static str, result: Result<T, Error>) -> Result<T, Error> {
+        if let Err(Error::Monitor { .. }) = &result
+            && let Ok(exit) = tokio::time::timeout(GRACE, self.ended()).await
+        {
+            return Err(Error::Ended { what, exit });
         }
+        result
+    }
+
+    /// What `attempt` leads to, or that the machine ended before.
+    pub(super) async fn or_end<T>(
+        &self,
+        what: &'static str,
+        attempt: impl Future<Output = Result<T, Error>>,
+    ) -> Result<T, Error> {
+        let result = or_end(what, attempt, self.ended()).await;
+        self.explain(what, result).await
     }
 
     /// Watches both processes until the first ends, takes the other down, and
@@ -178,6 +266,7 @@ impl Shared {
         self.qemu.wait().await;
         self.vsock.wait().await;
         self.door.close();
+        drop(self.release());
         let exit = match self.stopping.load(Ordering::Relaxed) {
             true => Exit::Stopped,
             false => exit,
@@ -223,6 +312,31 @@ impl Shared {
             return sentence(&self.vsock, vsock).await;
         }
         sentence(&self.qemu, qemu).await
+    }
+
+    /// The monitor, which every machine has that was started.
+    pub(super) fn monitor(&self, command: &str) -> Result<&Qmp, Error> {
+        let monitor = self.qmp.get();
+        monitor.ok_or_else(|| qmp::failed(command, "it is not attached"))
+    }
+
+    /// Guest memory, from the machine that does not need it any more.
+    fn release(&self) -> Option<Arc<Memory>> {
+        self.memory
+            .lock()
+            .unwrap_or_else(PoisonError::into_inner)
+            .take()
+    }
+
+    /// Guest memory, while the machine lives.
+    pub(super) fn memory(&self) -> Option<Arc<Memory>> {
+        let memory = self.memory.lock().unwrap_or_else(PoisonError::into_inner);
+        memory.clone()
+    }
+
+    /// Where a start's milliseconds go: `RUST_LOG=walnut_machine=debug`.
+    pub(super) fn step(&self, name: &'static str) {
+        step(self.started, name);
     }
 
     async fn ended(&self) -> Exit {
@@ -299,27 +413,31 @@ impl Machine for QemuMachine {
     fn as_pause(&self) -> Option<&dyn Pause> {
         Some(self)
     }
+
+    fn as_snapshot(&self) -> Option<&dyn Snapshot> {
+        // QEMU does not save virtio-fs, whose state another process has.
+        match self.shared.spec.shares.is_empty() {
+            true => Some(self),
+            false => None,
+        }
+    }
 }
 
 #[async_trait]
 impl Pause for QemuMachine {
     async fn pause(&self) -> Result<(), Error> {
-        self.monitor("pause the guest", "stop").await
+        self.order("pause the guest", "stop").await
     }
 
     async fn resume(&self) -> Result<(), Error> {
-        self.monitor("resume the guest", "cont").await
+        self.order("resume the guest", "cont").await
     }
 }
 
 impl QemuMachine {
-    async fn monitor(&self, what: &'static str, command: &str) -> Result<(), Error> {
-        let Some(qmp) = self.shared.qmp.get() else {
-            return Err(Error::Monitor {
-                command: command.to_owned(),
-                reason: "it is not attached".to_owned(),
-            });
-        };
+    async fn order(&self, what: &'static str, command: &str) -> Result<(), Error> {
+        let _whole = self.shared.registers.lock().await;
+        let qmp = self.shared.monitor(command)?;
         let attempt = async { qmp.execute(command).await.map(drop) };
         or_end(what, attempt, self.shared.ended()).await
     }

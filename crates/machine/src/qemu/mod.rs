@@ -3,7 +3,9 @@
 //!
 //! Two processes per machine: QEMU and `walnut-vsock`, which serves the vsock
 //! device through vhost-user, so that no vhost-vsock module is needed.
-//! `machine` owns their life, `command` writes the command line, `qmp` talks to its monitor.
+//! `machine` owns their life, `command` writes the command line, `qmp` talks to its
+//! monitor. `snapshot` saves and restores, from the files that `state` and `memory`
+//! know; `sockets` spares QEMU the one device that it cannot save.
 //!
 //! QEMU gets descriptors, not paths: kernel, initramfs, disks, sockets and the
 //! monitor are opened here and inherited. Where this process is root, QEMU runs
@@ -12,7 +14,12 @@
 
 mod command;
 mod machine;
+mod memory;
 mod qmp;
+mod registers;
+mod snapshot;
+mod sockets;
+mod state;
 mod tsc;
 
 use std::{
@@ -24,7 +31,7 @@ use async_trait::async_trait;
 
 use command::Threads;
 
-use crate::{Driver, Error, Machine, MachineSpec, host};
+use crate::{Driver, Error, Machine, MachineSpec, Restore, SnapshotFiles, host};
 
 /// How QEMU runs the guest's instructions.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
@@ -91,5 +98,24 @@ impl Driver for Qemu {
 
     async fn start(&self, spec: MachineSpec) -> Result<Box<dyn Machine>, Error> {
         Ok(Box::new(machine::QemuMachine::start(self, spec).await?))
+    }
+
+    fn as_restore(&self) -> Option<&dyn Restore> {
+        Some(self)
+    }
+}
+
+#[async_trait]
+impl Restore for Qemu {
+    fn programs(&self) -> Vec<PathBuf> {
+        vec![self.qemu.clone(), self.vsock.clone()]
+    }
+
+    async fn restore(
+        &self,
+        spec: MachineSpec,
+        from: &SnapshotFiles,
+    ) -> Result<Box<dyn Machine>, Error> {
+        Ok(Box::new(snapshot::restore(self, spec, from).await?))
     }
 }

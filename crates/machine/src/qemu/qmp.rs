@@ -6,14 +6,16 @@
 //! a reply or a reason.
 
 use std::{
-    io,
-    sync::{Arc, Mutex, PoisonError},
+    io::{self, IoSlice},
+    os::fd::{AsRawFd, OwnedFd},
+    sync::{Arc, Mutex, MutexGuard, PoisonError},
     time::Duration,
 };
 
+use nix::sys::socket::{ControlMessage, MsgFlags, sendmsg};
 use serde_json::{Value, json};
 use tokio::{
-    io::AsyncWriteExt,
+    io::{AsyncWriteExt, Interest},
     net::UnixStream,
     sync::{mpsc, oneshot},
 };
@@ -24,62 +26,111 @@ use crate::{Error, process};
 /// asked here is below 1 KiB.
 const LINE_MAX: usize = 64 * 1024;
 /// How long a command may take. Stopping vCPUs is the slowest.
-const COMMAND_DEADLINE: Duration = Duration::from_secs(10);
+pub(super) const COMMAND_DEADLINE: Duration = Duration::from_secs(10);
 
 type Reply = oneshot::Sender<Result<Value, String>>;
+
+/// A command, a descriptor that goes with it, and whoever waits.
+type Request = (Value, Option<OwnedFd>, Reply);
+
+/// What QEMU said unasked.
+#[derive(Debug, Default)]
+struct Heard {
+    version: Option<String>,
+    shutdown: Option<String>,
+}
+
+/// The error for a command that did not do what it should.
+pub(super) fn failed(command: &str, reason: impl ToString) -> Error {
+    Error::Monitor {
+        command: command.to_owned(),
+        reason: reason.to_string(),
+    }
+}
 
 /// The client; its connection is served by a task that ends with it or with
 /// QEMU.
 #[derive(Debug)]
 pub(super) struct Qmp {
-    commands: mpsc::Sender<(Value, Reply)>,
-    shutdown: Arc<Mutex<Option<String>>>,
+    commands: mpsc::Sender<Request>,
+    heard: Arc<Mutex<Heard>>,
 }
 
 impl Qmp {
     /// Serves `stream`, and returns when QEMU's main loop has answered.
     pub(super) async fn negotiate(stream: UnixStream) -> Result<Self, Error> {
         let (commands, requests) = mpsc::channel(8);
-        let shutdown = Arc::default();
-        tokio::spawn(serve(stream, requests, Arc::clone(&shutdown)));
-        let qmp = Self { commands, shutdown };
+        let heard = Arc::default();
+        tokio::spawn(serve(stream, requests, Arc::clone(&heard)));
+        let qmp = Self { commands, heard };
         qmp.execute("qmp_capabilities").await?;
         Ok(qmp)
     }
 
     /// Executes a command that takes no arguments.
     pub(super) async fn execute(&self, command: &str) -> Result<Value, Error> {
-        let failed = |reason: String| Error::Monitor {
-            command: command.to_owned(),
-            reason,
-        };
-        let gone = || failed("QEMU is gone".to_owned());
+        self.exchange(command, json!({ "execute": command }), None)
+            .await
+    }
+
+    /// Executes a command with arguments.
+    pub(super) async fn execute_with(
+        &self,
+        command: &str,
+        arguments: Value,
+    ) -> Result<Value, Error> {
+        let line = json!({ "execute": command, "arguments": arguments });
+        self.exchange(command, line, None).await
+    }
+
+    /// Gives QEMU a descriptor, which it knows by `name` until it has been used.
+    pub(super) async fn give(&self, name: &str, fd: OwnedFd) -> Result<(), Error> {
+        const COMMAND: &str = "getfd";
+        let line = json!({ "execute": COMMAND, "arguments": { "fdname": name } });
+        self.exchange(COMMAND, line, Some(fd)).await.map(drop)
+    }
+
+    async fn exchange(
+        &self,
+        command: &str,
+        line: Value,
+        fd: Option<OwnedFd>,
+    ) -> Result<Value, Error> {
+        let gone = || failed(command, "QEMU is gone");
         let (reply, answer) = oneshot::channel();
         let exchange = async {
-            self.commands
-                .send((json!({ "execute": command }), reply))
-                .await
-                .map_err(|_| gone())?;
-            answer.await.map_err(|_| gone())?.map_err(failed)
+            let request = (line, fd, reply);
+            self.commands.send(request).await.map_err(|_| gone())?;
+            let answer = answer.await.map_err(|_| gone())?;
+            answer.map_err(|reason| failed(command, reason))
         };
         tokio::time::timeout(COMMAND_DEADLINE, exchange)
             .await
-            .unwrap_or_else(|_| Err(failed(format!("no answer within {COMMAND_DEADLINE:?}"))))
+            .unwrap_or_else(|_| {
+                let late = format!("no answer within {COMMAND_DEADLINE:?}");
+                Err(failed(command, late))
+            })
     }
 
     /// The reason QEMU gave for shutting down: `guest-reset`, `guest-panic`, ….
     pub(super) fn shutdown_reason(&self) -> Option<String> {
-        self.shutdown
-            .lock()
-            .unwrap_or_else(PoisonError::into_inner)
-            .clone()
+        lock(&self.heard).shutdown.clone()
     }
+
+    /// QEMU's version, as it greets.
+    pub(super) fn version(&self) -> String {
+        lock(&self.heard).version.clone().unwrap_or_default()
+    }
+}
+
+fn lock(heard: &Mutex<Heard>) -> MutexGuard<'_, Heard> {
+    heard.lock().unwrap_or_else(PoisonError::into_inner)
 }
 
 async fn serve(
     mut stream: UnixStream,
-    mut requests: mpsc::Receiver<(Value, Reply)>,
-    shutdown: Arc<Mutex<Option<String>>>,
+    mut requests: mpsc::Receiver<Request>,
+    heard: Arc<Mutex<Heard>>,
 ) {
     let mut lines = Lines::default();
     // A command whose caller gave up still gets its reply read: replies come
@@ -95,17 +146,21 @@ async fn serve(
                             let _ = reply.send(result);
                         }
                     }
-                    Message::Shutdown(reason) => {
-                        *shutdown.lock().unwrap_or_else(PoisonError::into_inner) = Some(reason);
-                    }
+                    Message::Shutdown(reason) => lock(&heard).shutdown = Some(reason),
+                    Message::Greeting(version) => lock(&heard).version = Some(version),
                     Message::Other => {}
                     Message::Broken => return,
                 }
             }
             request = requests.recv(), if waiting.is_none() => {
-                let Some((command, reply)) = request else { return };
+                let Some((command, fd, reply)) = request else { return };
                 waiting = Some(reply);
-                if stream.write_all(format!("{command}\n").as_bytes()).await.is_err() {
+                let line = format!("{command}\n");
+                let sent = match fd {
+                    Some(fd) => send_with(&stream, line.as_bytes(), fd).await,
+                    None => stream.write_all(line.as_bytes()).await,
+                };
+                if sent.is_err() {
                     return;
                 }
             }
@@ -113,11 +168,35 @@ async fn serve(
     }
 }
 
+/// Sends a line, and a descriptor with it. One command waits at a time, so there is
+/// room for the line.
+async fn send_with(stream: &UnixStream, line: &[u8], fd: OwnedFd) -> io::Result<()> {
+    let fds = [fd.as_raw_fd()];
+    let rights = [ControlMessage::ScmRights(&fds)];
+    let send = || {
+        let flags = MsgFlags::MSG_NOSIGNAL;
+        let socket = stream.as_raw_fd();
+        Ok(sendmsg::<()>(
+            socket,
+            &[IoSlice::new(line)],
+            &rights,
+            flags,
+            None,
+        )?)
+    };
+    match stream.async_io(Interest::WRITABLE, send).await? == line.len() {
+        true => Ok(()),
+        false => Err(io::ErrorKind::WriteZero.into()),
+    }
+}
+
 #[derive(Debug, PartialEq)]
 enum Message {
     Reply(Result<Value, String>),
     Shutdown(String),
-    /// The greeting, or an event nobody here needs.
+    /// The first, with the version.
+    Greeting(String),
+    /// An event nobody here needs.
     Other,
     Broken,
 }
@@ -139,6 +218,14 @@ fn message(line: &[u8]) -> Message {
     if value.get("event").and_then(Value::as_str) == Some("SHUTDOWN") {
         let reason = value.pointer("/data/reason").and_then(Value::as_str);
         return Message::Shutdown(process::quotable(reason.unwrap_or("unknown")));
+    }
+    if let Some(version) = value.pointer("/QMP/version") {
+        let number = |name| version.pointer(name).and_then(Value::as_u64).unwrap_or(0);
+        let (major, minor) = (number("/qemu/major"), number("/qemu/minor"));
+        let micro = number("/qemu/micro");
+        let package = version.get("package").and_then(Value::as_str);
+        let words = format!("{major}.{minor}.{micro} {}", package.unwrap_or_default());
+        return Message::Greeting(process::quotable(&words));
     }
     Message::Other
 }
@@ -196,12 +283,14 @@ mod tests {
     #[tokio::test]
     async fn greeting_events_and_errors() {
         let qmp = with_peer(&[
-            "{\"QMP\": {}}\r\n{\"return\": {}}\r\n",
+            "{\"QMP\": {\"version\": {\"qemu\": {\"major\": 7, \"minor\": 2, \"micro\": 9},\
+             \"package\": \"Debian\"}}}\r\n{\"return\": {}}\r\n",
             "{\"event\":\"SHUTDOWN\",\"data\":{\"guest\":true,\"reason\":\"guest-reset\"}}\n{\"return\":{\"status\":\"running\"}}\n",
             "{\"error\":{\"class\":\"GenericError\",\"desc\":\"no\\u001b way\"}}\n",
         ])
         .await
         .unwrap();
+        assert_eq!(qmp.version(), "7.2.9 Debian");
         let status = qmp.execute("query-status").await.unwrap();
         assert_eq!(status["status"], "running");
         assert_eq!(qmp.shutdown_reason().as_deref(), Some("guest-reset"));
@@ -209,6 +298,32 @@ mod tests {
         assert_eq!(error, "QEMU monitor, stop: no way");
         let error = qmp.execute("stop").await.unwrap_err().to_string();
         assert_eq!(error, "QEMU monitor, stop: QEMU is gone");
+    }
+
+    #[tokio::test]
+    async fn descriptors_go_along() {
+        use nix::sys::socket::{ControlMessageOwned, recvmsg};
+        let (ours, theirs) = std::os::unix::net::UnixStream::pair().unwrap();
+        let peer = std::thread::spawn(move || {
+            use std::io::{BufRead, Write};
+            let mut lines = std::io::BufReader::new(theirs.try_clone().unwrap());
+            lines.read_line(&mut String::new()).unwrap();
+            (&theirs).write_all(b"{\"return\": {}}\n").unwrap();
+            let mut bytes = [0; 256];
+            let mut buffer = [io::IoSliceMut::new(&mut bytes)];
+            let mut room = nix::cmsg_space!([std::os::fd::RawFd; 1]);
+            let flags = MsgFlags::empty();
+            let got = recvmsg::<()>(theirs.as_raw_fd(), &mut buffer, Some(&mut room), flags);
+            let fds = got.unwrap().cmsgs().unwrap().next();
+            (&theirs).write_all(b"{\"return\": {}}\n").unwrap();
+            assert!(matches!(fds, Some(ControlMessageOwned::ScmRights(fds)) if fds.len() == 1));
+            String::from_utf8_lossy(&bytes).into_owned()
+        });
+        ours.set_nonblocking(true).unwrap();
+        let qmp = Qmp::negotiate(UnixStream::from_std(ours).unwrap()).await;
+        let fd = std::fs::File::open("/dev/null").unwrap();
+        qmp.unwrap().give("state", fd.into()).await.unwrap();
+        assert!(peer.join().unwrap().contains("\"fdname\":\"state\""));
     }
 
     #[tokio::test]

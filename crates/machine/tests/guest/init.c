@@ -56,6 +56,17 @@ static void disks(int out) {
 	}
 }
 
+/* Looks again at the transports that had no device. */
+static void probe(void) {
+	for (int n = 0; n < 8; n++) {
+		char name[32];
+		int length = snprintf(name, sizeof name, "virtio-mmio.%d", n);
+		int fd = open("/sys/bus/platform/drivers_probe", O_WRONLY);
+		(void)!write(fd, name, length);
+		close(fd);
+	}
+}
+
 /* Writes into the shared directory, and reads from it. */
 static void share(int out) {
 	mkdir("/mnt", 0755);
@@ -86,6 +97,8 @@ static void serve(int listener) {
 		while (read(fd, &byte, 1) == 1) {
 			if (byte == 'd')
 				disks(fd);
+			else if (byte == 'p')
+				probe();
 			else if (byte == 's')
 				share(fd);
 			else if (byte == 'r')

@@ -121,7 +121,8 @@ impl Backend {
             return;
         }
         // The same queue at the same place: the machine was paused. Anything else
-        // is a driver that has begun anew and knows of no connection.
+        // is a driver that has begun anew and knows of no connection, or one of a
+        // machine that was restored, whose starter tells it that they are gone.
         let position = self
             .device
             .queue_mut(index)
@@ -268,6 +269,11 @@ impl VhostUserBackendReqHandlerMut for Backend {
             let memory = memory.ok_or(virtio_queue::Error::QueueNotReady)?;
             let index = queue.used_idx(memory, std::sync::atomic::Ordering::Relaxed)?;
             queue.set_next_used(index.0);
+            // QEMU's device starts at 0 in a machine that was restored. Nothing is
+            // ever in flight when a queue of ours stops: it goes on where it ended.
+            if queue.next_avail() == 0 {
+                queue.set_next_avail(index.0);
+            }
             Ok(())
         })
     }

@@ -117,7 +117,8 @@ fn serve(args: &Args) -> Result<(), Error> {
         timeouts: Default::default(),
     };
     let log = Log::new(|message: fmt::Arguments<'_>| eprintln!("walnut-vsock: {message}"));
-    let device = Device::new(config, SocketDir::current(), log)?;
+    let mut device = Device::new(config, SocketDir::current(), log)?;
+    device.set_next_port(any_number());
     device.watch(&signals, SIGNALS, false)?;
     jail::enter(dir.as_fd(), args.die_with_parent.is_some())?;
     let backend = Arc::new(Mutex::new(Backend::new(device)));
@@ -125,6 +126,13 @@ fn serve(args: &Args) -> Result<(), Error> {
     // The device's socket goes with it.
     drop(backend);
     result
+}
+
+/// Some number, another in each process.
+fn any_number() -> u32 {
+    use std::hash::{BuildHasher, RandomState};
+    let number = RandomState::new().hash_one(std::process::id());
+    u32::try_from(number >> 32).unwrap_or(0)
 }
 
 /// The other end of vhost-user.

@@ -40,6 +40,7 @@ fn wait_for(serial: &str) -> Result<String, Failure> {
         return Ok(device);
     }
     let deadline = Instant::now() + APPEARANCE;
+    look_again();
     let watch = Inotify::init(InitFlags::IN_CLOEXEC | InitFlags::IN_NONBLOCK)
         .map_err(|e| fail(e.into()))?;
     // sysfs reports no changes, but devtmpfs does, and comes after it.
@@ -66,6 +67,33 @@ fn wait_for(serial: &str) -> Result<String, Failure> {
         poll(&mut fds, timeout).map_err(|e| fail(e.into()))?;
         let _ = watch.read_events();
     }
+}
+
+/// Lets the kernel look again at the virtio-mmio transports on which it found no device.
+/// A machine with such transports has no hot-plug; but one that was restored from a
+/// snapshot may have a disk where the saved one had none, and nothing says so.
+fn look_again() {
+    const BUS: &str = "/sys/bus/platform";
+    let devices = fs::read_dir(format!("{BUS}/devices"));
+    let names = devices
+        .into_iter()
+        .flatten()
+        .flatten()
+        .map(|entry| entry.file_name());
+    for name in names {
+        let Some(name) = name.to_str().filter(|name| is_transport(name)) else {
+            continue;
+        };
+        if !fs::exists(format!("{BUS}/devices/{name}/driver")).unwrap_or(true) {
+            // Where there is still none it fails, which is no news.
+            let _ = fs::write(format!("{BUS}/drivers_probe"), name);
+        }
+    }
+}
+
+/// Whether a platform device is a virtio-mmio transport.
+fn is_transport(name: &str) -> bool {
+    name.starts_with("virtio-mmio.")
 }
 
 fn find(serial: &str) -> io::Result<Option<String>> {
