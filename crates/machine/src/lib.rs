@@ -59,8 +59,9 @@ pub struct MachineSpec {
     pub max_memory: u64,
     /// Block devices, in order.
     pub disks: Vec<Disk>,
-    /// Disks that a clone of this machine may have, see [`Restore`]; a machine with spare
-    /// disks has no others. Some drivers must keep room for them from the start.
+    /// Disks that a clone of this machine may have beyond `disks`, see [`Restore`]. Some
+    /// drivers must keep room for them from the start; of the driver `vmm` a machine with
+    /// spare disks has no others.
     pub spare_disks: u32,
     /// virtio-fs devices.
     pub shares: Vec<Share>,
@@ -153,8 +154,8 @@ pub trait Restore: fmt::Debug + Send + Sync {
 
     /// Starts a machine where the saved one stood. `spec` says what its devices are
     /// now: it must name the same ones, and may name up to [`MachineSpec::spare_disks`]
-    /// disks where the saved machine had none. Kernel, sizes, spare disks and command line are the
-    /// snapshot's. The guest's kernel hears that it is a clone, and reseeds its
+    /// disks more, after the others. Kernel, sizes, spare disks and command line are
+    /// the snapshot's. The guest's kernel hears that it is a clone, and reseeds its
     /// random numbers, before anything else (QEMU's cannot hear it: there the agent's
     /// `ConfigureSandbox` must come first); connections are gone; its wall clock
     /// stands where it stood, until the agent is told the time. Nothing is left behind

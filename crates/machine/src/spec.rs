@@ -46,13 +46,6 @@ pub(crate) fn problem(spec: &MachineSpec) -> Option<String> {
             spec.memory
         ));
     }
-    if spec.spare_disks > 0 && spec.disks.len() > spec.spare_disks as usize {
-        return Some(format!(
-            "{} disks were asked for; the machine has room for {}",
-            spec.disks.len(),
-            spec.spare_disks
-        ));
-    }
     let disks = spec.disks.iter().find_map(disk_problem);
     disks.or_else(|| spec.shares.iter().find_map(share_problem))
 }

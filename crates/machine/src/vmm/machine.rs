@@ -78,6 +78,16 @@ impl Fds {
 fn check(spec: &MachineSpec) -> Result<(), Error> {
     let devices = spec.disks.len() + spec.shares.len();
     let problem = spec::problem(spec).or_else(|| {
+        // Which of them are the saved machine's nothing would say.
+        let spare = usize::try_from(spec.spare_disks).unwrap_or(usize::MAX);
+        (spare > 0 && spec.disks.len() > spare).then(|| {
+            format!(
+                "{} disks were asked for; a machine with spare disks has no others, and room for {spare}",
+                spec.disks.len()
+            )
+        })
+    });
+    let problem = problem.or_else(|| {
         (devices > DEVICES_MAX).then(|| {
             format!("{devices} disks and shares were asked for; there is room for {DEVICES_MAX}")
         })
