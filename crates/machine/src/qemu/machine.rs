@@ -3,7 +3,7 @@
 use std::{
     os::{fd::OwnedFd, unix::net::UnixStream as StdStream},
     sync::{
-        Arc, Mutex, OnceLock, PoisonError,
+        Arc, Mutex, MutexGuard, OnceLock, PoisonError,
         atomic::{AtomicBool, Ordering},
     },
     time::{Duration, Instant},
@@ -33,6 +33,12 @@ pub(super) const SOCKET: &str = "vsock.sock";
 /// one that ended first by itself is blamed.
 const GRACE: Duration = Duration::from_secs(1);
 
+/// How long after it began to run again a guest may seem to refuse what it does not:
+/// QEMU has told the vsock device by then, which may not have heard yet.
+const WAKING: Duration = Duration::from_secs(1);
+/// Between two attempts in that time.
+const AGAIN: Duration = Duration::from_millis(2);
+
 /// A machine of [`Qemu`].
 #[derive(Debug)]
 pub(super) struct QemuMachine {
@@ -55,6 +61,8 @@ pub(super) struct Shared {
     pub(super) registers: tokio::sync::Mutex<Registers>,
     /// As long as it lives.
     memory: Mutex<Option<Arc<Memory>>>,
+    /// When it last began to run again.
+    resumed: Mutex<Option<Instant>>,
     /// The end was asked for.
     stopping: AtomicBool,
     exit: watch::Sender<Option<Exit>>,
@@ -121,6 +129,7 @@ impl QemuMachine {
             qmp: OnceLock::new(),
             registers: tokio::sync::Mutex::new(Registers::new(watched(registers)?)),
             memory: Mutex::new(Some(memory)),
+            resumed: Mutex::default(),
             stopping: AtomicBool::new(false),
             exit: watch::Sender::new(None),
         });
@@ -133,6 +142,10 @@ impl QemuMachine {
         step(started, "monitor answers");
         Ok(machine)
     }
+}
+
+fn lock<T>(mutex: &Mutex<T>) -> MutexGuard<'_, T> {
+    mutex.lock().unwrap_or_else(PoisonError::into_inner)
 }
 
 /// Lets the runtime watch a socket.
@@ -322,16 +335,17 @@ impl Shared {
 
     /// Guest memory, from the machine that does not need it any more.
     fn release(&self) -> Option<Arc<Memory>> {
-        self.memory
-            .lock()
-            .unwrap_or_else(PoisonError::into_inner)
-            .take()
+        lock(&self.memory).take()
+    }
+
+    /// Whether the guest has just begun to run again.
+    fn wakes(&self) -> bool {
+        lock(&self.resumed).is_some_and(|when| when.elapsed() < WAKING)
     }
 
     /// Guest memory, while the machine lives.
     pub(super) fn memory(&self) -> Option<Arc<Memory>> {
-        let memory = self.memory.lock().unwrap_or_else(PoisonError::into_inner);
-        memory.clone()
+        lock(&self.memory).clone()
     }
 
     /// Where a start's milliseconds go: `RUST_LOG=walnut_machine=debug`.
@@ -386,7 +400,13 @@ impl Machine for QemuMachine {
             let what = "connect to the guest";
             return Err(Error::Ended { what, exit });
         }
-        self.shared.door.connect(port, self.shared.ended()).await
+        loop {
+            let attempt = self.shared.door.connect(port, self.shared.ended()).await;
+            if !matches!(attempt, Err(Error::Connect(_))) || !self.shared.wakes() {
+                return attempt;
+            }
+            tokio::time::sleep(AGAIN).await;
+        }
     }
 
     async fn wait(&self) -> Exit {
@@ -430,7 +450,10 @@ impl Pause for QemuMachine {
     }
 
     async fn resume(&self) -> Result<(), Error> {
-        self.order("resume the guest", "cont").await
+        self.order("resume the guest", "cont").await?;
+        let mut resumed = lock(&self.shared.resumed);
+        *resumed = Some(Instant::now());
+        Ok(())
     }
 }
 
