@@ -188,7 +188,10 @@ async fn without_sockets(qmp: &Qmp) -> Result<Vec<u8>, Error> {
         let mut stream = Vec::new();
         let most = u64::try_from(state::STREAM_MAX).unwrap_or(0);
         let mut bounded = ours.take(most + 1);
-        bounded.read_to_end(&mut stream).await.map_err(failed)?;
+        tokio::time::timeout(MIGRATION, bounded.read_to_end(&mut stream))
+            .await
+            .unwrap_or_else(|_| Err(io::ErrorKind::TimedOut.into()))
+            .map_err(failed)?;
         match stream.len() > state::STREAM_MAX {
             false => Ok(stream),
             true => Err(qmp::failed(
