@@ -28,8 +28,15 @@ pub(crate) fn measure(host: &Host, runs: usize) -> Result<()> {
     let bundle = bundle.to_str().context("path")?;
     let walnut = host.walnut.to_str().context("path")?;
     let image = host.image.as_str();
-    let commands: [(&str, Vec<&str>); 3] = [
-        ("walnut", vec![walnut, "run", "--rm", image, "echo", "x"]),
+    // The next one that would boot finds it.
+    host.walnut(&["template", "create"])?;
+    let run = |options: &[&'static str]| {
+        let head = [walnut, "run", "--rm"];
+        [&head[..], options, &[image, "echo", "x"]].concat()
+    };
+    let commands: [(&str, Vec<&str>); 4] = [
+        ("walnut", run(&[])),
+        ("walnut, booted", run(&["--no-template"])),
         ("crun", [crun(), vec!["run", "-b", bundle]].concat()),
         ("runsc", [&RUNSC[..], &["run", "-bundle", bundle]].concat()),
     ];
@@ -39,7 +46,7 @@ pub(crate) fn measure(host: &Host, runs: usize) -> Result<()> {
         for (n, (name, command)) in commands.iter().enumerate() {
             let id = format!("walnut-bench-{}-{round}", std::process::id());
             let mut command = command.clone();
-            if *name != "walnut" {
+            if !name.starts_with("walnut") {
                 command.push(&id);
             }
             let ms = first_byte(&command).with_context(|| format!("start with {name}"))?;
@@ -52,7 +59,7 @@ pub(crate) fn measure(host: &Host, runs: usize) -> Result<()> {
         list.sort_by(f64::total_cmp);
     }
     let median = |list: &[f64]| list[list.len() / 2];
-    let base = median(&times[0]);
+    let (base, booted) = (median(&times[0]), median(&times[1]));
     println!("\n## Time to the first byte of output, ms ({runs} runs each, in turn)\n");
     println!("| runtime | min | median | max | walnut / it |\n|---|---|---|---|---|");
     for ((name, _), list) in commands.iter().zip(&times) {
@@ -65,8 +72,8 @@ pub(crate) fn measure(host: &Host, runs: usize) -> Result<()> {
         );
     }
     println!(
-        "\naim: median of walnut at most {AIM_MS:.0} ms emulated: {base:.0} {}",
-        verdict(base, AIM_MS)
+        "\naim: median of walnut, booted, at most {AIM_MS:.0} ms emulated: {booted:.0} {}",
+        verdict(booted, AIM_MS)
     );
     Ok(())
 }

@@ -9,13 +9,18 @@ use crate::Host;
 
 /// Reads the steps' times out of the log of some runs and prints their medians.
 pub(crate) fn measure(host: &Host, runs: usize) -> Result<()> {
+    table(host, runs, "from a template", &[])?;
+    table(host, runs, "booted", &["--no-template"])
+}
+
+fn table(host: &Host, runs: usize, how: &str, options: &[&str]) -> Result<()> {
     let mut all: BTreeMap<u64, (String, Vec<f64>)> = BTreeMap::new();
     for _ in 0..runs {
-        for (order, (step, ms)) in (0..).zip(steps(host)?) {
+        for (order, (step, ms)) in (0..).zip(steps(host, options)?) {
             all.entry(order).or_insert((step, Vec::new())).1.push(ms);
         }
     }
-    println!("\n## Where the time goes, ms since the supervisor was asked (medians)\n");
+    println!("\n## Where the time goes, {how}, ms since the supervisor was asked (medians)\n");
     println!("| step | at | took |\n|---|---|---|");
     let mut last = 0.0;
     for (step, times) in all.values_mut() {
@@ -28,10 +33,12 @@ pub(crate) fn measure(host: &Host, runs: usize) -> Result<()> {
 }
 
 /// The steps of one run with the milliseconds at which each was done.
-fn steps(host: &Host) -> Result<Vec<(String, f64)>> {
+fn steps(host: &Host, options: &[&str]) -> Result<Vec<(String, f64)>> {
     let name = format!("walnut-bench-{}", std::process::id());
     let out = Command::new(&host.walnut)
-        .args(["run", "--name", &name, &host.image, "true"])
+        .args(["run", "--name", &name])
+        .args(options)
+        .args([&host.image, "true"])
         .env("WALNUT_LOG", "walnut_sandbox=debug,walnut_machine=debug")
         .output()
         .context("run walnut")?;

@@ -102,6 +102,7 @@ impl Templates {
             let json = serde_json::to_vec_pretty(&template)
                 .map_err(|e| Error::Invalid(format!("write the template's record: {e}")))?;
             write_atomic(&new.join(META), &json)?;
+            self.remove_stale()?;
             self.evict()?;
             // One that is not good, or it would have been found.
             self.remove(&id)?;

@@ -226,6 +226,17 @@ impl Templates {
         remove_dir(&self.run.join(RUN_DIR))
     }
 
+    /// Removes those that nothing can use any more.
+    fn remove_stale(&self) -> Result<()> {
+        for id in self.ids()? {
+            let good = self.load(&id).is_ok_and(|t| t.shape.stale().is_none());
+            if !good {
+                self.remove(&id)?;
+            }
+        }
+        Ok(())
+    }
+
     /// Makes room for one more.
     fn evict(&self) -> Result<()> {
         let mut used: Vec<_> = self

@@ -46,7 +46,7 @@ fn a_template_of_another_host_is_listed_as_stale() {
     assert!(listed[0].size > 0);
     let stale = listed[0].stale.as_deref().unwrap();
     assert!(stale.contains("another host"), "{stale}");
-    templates.remove(&id).unwrap();
+    templates.remove_stale().unwrap();
     assert!(templates.list().unwrap().is_empty());
     templates.remove(&id).unwrap();
 }
