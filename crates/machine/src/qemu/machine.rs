@@ -30,8 +30,9 @@ use crate::{
 /// The vsock device's socket in the machine's directory.
 pub(super) const SOCKET: &str = "vsock.sock";
 /// How long one process may outlive the other before it is killed, so that the
-/// one that ended first by itself is blamed.
-const GRACE: Duration = Duration::from_secs(1);
+/// one that ended first by itself is blamed. QEMU hangs up before it gives its memory
+/// back, which on a busy host is a while.
+const GRACE: Duration = Duration::from_secs(5);
 
 /// How long after it began to run again a guest may seem to refuse what it does not:
 /// QEMU has told the vsock device by then, which may not have heard yet.

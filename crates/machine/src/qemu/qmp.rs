@@ -25,8 +25,9 @@ use crate::{Error, process};
 /// Longest line that is accepted, in bytes. QEMU's longest answer to what is
 /// asked here is below 1 KiB.
 const LINE_MAX: usize = 64 * 1024;
-/// How long a command may take. Stopping vCPUs is the slowest.
-pub(super) const COMMAND_DEADLINE: Duration = Duration::from_secs(10);
+/// How long a command may take. The first one waits for QEMU's own start, which on a
+/// host with many others at it takes seconds.
+pub(super) const COMMAND_DEADLINE: Duration = Duration::from_secs(30);
 
 type Reply = oneshot::Sender<Result<Value, String>>;
 
