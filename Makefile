@@ -44,7 +44,7 @@ e2e: build ## Tests of the product, with the real image
 
 # The lab is slow: `make test` takes the part of the suite that shows walnut-vmm
 # at work, `make lab` the whole.
-LAB_TESTS ?= commands:: programs::
+LAB_TESTS ?= commands:: programs:: templates::clones templates::a_container
 
 lab-short: build
 	@tests/image/build.sh
