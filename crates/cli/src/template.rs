@@ -108,14 +108,16 @@ async fn create(layout: &Layout, templates: &Templates, args: &TemplateCreateArg
     let container = serde_json::from_value(container).context("describe the machine")?;
     let wanted = Wanted::for_container(args.driver.parse()?, &container);
     let cache = Some(layout.run.clone());
-    let made = templates
-        .make(&wanted, &Assets::find()?, cache, boot_deadline()?)
-        .await?;
-    match made {
-        Some(template) => println!("{}", template.id),
-        None => bail!("another process is making a template; try again when it is done"),
+    let (assets, deadline) = (Assets::find()?, boot_deadline()?);
+    loop {
+        let made = templates.make(&wanted, &assets, cache.clone(), deadline);
+        if let Some(template) = made.await? {
+            println!("{}", template.id);
+            return Ok(());
+        }
+        // One at a time on a node; it may be the one that is wanted. ^C ends the wait.
+        templates.wait_for_maker()?;
     }
-    Ok(())
 }
 
 fn boot_deadline() -> Result<Duration> {

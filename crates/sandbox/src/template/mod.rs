@@ -226,6 +226,11 @@ impl Templates {
         remove_dir(&self.run.join(RUN_DIR))
     }
 
+    /// Returns when no process is making a template any more. Blocks its thread.
+    pub fn wait_for_maker(&self) -> Result<()> {
+        Lock::wait_free(&self.dir.join("lock"))
+    }
+
     /// Removes those that nothing can use any more.
     fn remove_stale(&self) -> Result<()> {
         for id in self.ids()? {

@@ -96,7 +96,12 @@ fn what_a_killed_maker_left_is_swept_unless_one_is_at_work() {
     let lock = templates.lock().unwrap().unwrap();
     templates.sweep().unwrap();
     assert!(left.exists() && run.exists());
+    let waits = std::thread::spawn({
+        let templates = templates.clone();
+        move || templates.wait_for_maker()
+    });
     drop(lock);
+    waits.join().unwrap().unwrap();
     templates.sweep().unwrap();
     assert!(!left.exists() && !run.exists());
     assert!(templates.load(&id).is_ok());
