@@ -13,7 +13,7 @@ use walnut_machine::{DriverChoice, MachineSpec, Programs, SnapshotFiles};
 
 use super::{META, RUN_DIR, SPARE_DISKS, Shape, Template, Templates, UNFINISHED, shape::Stamp};
 use crate::{
-    Assets, Error, Result, agent,
+    Assets, Error, Lock, Result, agent,
     record::{now_ns, remove_dir, write_atomic},
     sizing::{self, Size},
 };
@@ -22,6 +22,9 @@ use crate::{
 /// that it serves: the helper that builds the first container. A clone of a guest that
 /// was saved earlier is slower, and otherwise the same.
 const SETTLE: Duration = Duration::from_millis(1500);
+
+/// How long somebody may hold the lock who only sweeps: tries, and the pause after each.
+const SWEEP: (u32, Duration) = (40, Duration::from_millis(25));
 
 /// A template that somebody could use.
 #[derive(Debug, Clone, PartialEq, Eq)]
@@ -58,7 +61,7 @@ impl Templates {
         cache: Option<PathBuf>,
         boot_deadline: Duration,
     ) -> Result<Option<Template>> {
-        let Some(_lock) = self.lock()? else {
+        let Some(_lock) = self.lock_soon().await? else {
             return Ok(None);
         };
         self.sweep_locked()?;
@@ -115,6 +118,20 @@ impl Templates {
             remove_dir(&new)?;
         }
         result.map(Some)
+    }
+}
+
+impl Templates {
+    /// The lock, unless somebody makes a template and not only sweeps.
+    async fn lock_soon(&self) -> Result<Option<Lock>> {
+        let (tries, pause) = SWEEP;
+        for _ in 0..tries {
+            if let Some(lock) = self.lock()? {
+                return Ok(Some(lock));
+            }
+            tokio::time::sleep(pause).await;
+        }
+        Ok(None)
     }
 }
 
