@@ -154,10 +154,16 @@ fn clones_go_on_where_it_stood_each_with_randomness_of_its_own() {
                 ticks[0].0 > last && ticks[0].0 < last + 20,
                 "{last} {console}"
             );
-            assert!(ticks.iter().all(|(_, _, disk)| *disk), "{console}");
+            // The step that was under way had its random bytes from before, and may
+            // have written to the original's disk.
+            let (under_way, _, _) = ticks[0];
+            let own = ticks.iter().skip(1);
+            assert!(own.clone().count() >= 4, "{console}");
+            assert!(own.clone().all(|(_, _, disk)| *disk), "{console}");
             // From the moment that the guest's kernel has heard of it.
             let (_, after) = console.split_once("virtual machine fork").unwrap();
-            for (n, random, _) in self::ticks(after) {
+            let after = self::ticks(after);
+            for (n, random, _) in after.iter().filter(|(n, _, _)| *n > under_way) {
                 assert!(seen.insert(random.clone()), "step {n} again: {random}");
             }
         }
@@ -165,7 +171,7 @@ fn clones_go_on_where_it_stood_each_with_randomness_of_its_own() {
         assert_eq!(original.ask(&Request::Resume, &[]), Ok(Reply::Done));
         let console = original.console_until(|text| ticks(text).len() >= 5);
         assert!(!console.contains("virtual machine fork"));
-        for (n, random, _) in ticks(&console) {
+        for (n, random, _) in ticks(&console).iter().skip(1) {
             assert!(seen.insert(random.clone()), "step {n} again: {random}");
         }
         let after = std::fs::read(dir.path().join("memory")).unwrap();
