@@ -1,19 +1,14 @@
 //! `walnut template`.
 
-use std::time::Duration;
-
 use anyhow::{Context, Result, bail};
 use serde_json::json;
-use walnut_sandbox::{Assets, Layout, Listed, Templates, Wanted, now_ns};
+use walnut_sandbox::{Assets, Layout, Listed, Templates, Wanted, boot_deadline, now_ns};
 
 use crate::{
     args::{Format, TemplateCommand, TemplateCreateArgs, TemplateLsArgs},
     output, spec,
 };
 
-/// Longest the machine of a template may take to boot, unless `WALNUT_BOOT_TIMEOUT` says
-/// otherwise.
-const BOOT_DEADLINE: u64 = 60;
 const SHORT_ID: usize = 12;
 
 pub(crate) async fn template(command: TemplateCommand) -> Result<u8> {
@@ -118,18 +113,4 @@ async fn create(layout: &Layout, templates: &Templates, args: &TemplateCreateArg
         // One at a time on a node; it may be the one that is wanted. ^C ends the wait.
         templates.wait_for_maker()?;
     }
-}
-
-fn boot_deadline() -> Result<Duration> {
-    let seconds = match std::env::var("WALNUT_BOOT_TIMEOUT") {
-        Err(_) => BOOT_DEADLINE,
-        Ok(text) => text
-            .parse()
-            .ok()
-            .filter(|seconds| (1..=3600).contains(seconds))
-            .with_context(|| {
-                format!("WALNUT_BOOT_TIMEOUT={text}: must be a number of seconds from 1 to 3600")
-            })?,
-    };
-    Ok(Duration::from_secs(seconds))
 }

@@ -33,6 +33,7 @@ pub use record::{ImageRef, Record, Status, find, list, now_ns, reconcile, remove
 pub use sandbox::{
     ContainerRequest, ContainerState, ExecRequest, RootfsMount, Sandbox, SandboxConfig,
 };
+pub use start::boot_deadline;
 pub use stdio::StdioTargets;
 pub use template::{Listed, Shape, Template, Templates, Wanted};
 pub use walnut_machine as machine;

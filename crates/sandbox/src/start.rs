@@ -13,6 +13,23 @@ use crate::{Error, Result, SandboxConfig, agent, sizing::Size, template};
 /// takes longer does not work.
 const CLONE_DEADLINE: Duration = Duration::from_secs(20);
 
+/// Longest a guest may take until its agent answers, unless the environment says otherwise.
+const BOOT_DEADLINE: Duration = Duration::from_secs(60);
+
+/// `WALNUT_BOOT_TIMEOUT` in seconds, else what a slow and loaded emulated machine
+/// needs.
+pub fn boot_deadline() -> Result<Duration> {
+    let Ok(text) = std::env::var("WALNUT_BOOT_TIMEOUT") else {
+        return Ok(BOOT_DEADLINE);
+    };
+    match text.parse() {
+        Ok(seconds @ 1..=3600) => Ok(Duration::from_secs(seconds)),
+        _ => Err(Error::Invalid(format!(
+            "WALNUT_BOOT_TIMEOUT={text}: must be a number of seconds from 1 to 3600"
+        ))),
+    }
+}
+
 /// A machine that is up.
 pub(crate) struct Started {
     pub(crate) driver: &'static str,

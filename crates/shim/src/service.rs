@@ -1,6 +1,6 @@
 //! containerd's Task API over a [`Sandbox`]: translation, and nothing else.
 
-use std::{sync::Arc, time::Duration};
+use std::sync::Arc;
 
 use anyhow::Context as _;
 use async_trait::async_trait;
@@ -21,13 +21,10 @@ use tokio::sync::Mutex;
 use ttrpc::{Code, r#async::TtrpcContext, get_status};
 use walnut_sandbox::{
     Assets, ContainerRequest, Error, ExecRequest, ExitInfo, ProcessState, RootfsMount, Sandbox,
-    SandboxConfig, Status, StdioTargets,
+    SandboxConfig, Status, StdioTargets, boot_deadline,
 };
 
 use crate::{owner::Owner, template};
-
-/// Longest a guest may take until its agent answers.
-const BOOT_DEADLINE: Duration = Duration::from_secs(60);
 
 /// The Task service of one sandbox.
 #[derive(Debug)]
@@ -86,7 +83,7 @@ impl Task for TaskService {
             assets: self.assets.clone(),
             driver: driver()?,
             cache: self.owner.run_dir.parent().map(Into::into),
-            boot_deadline: boot_deadline()?,
+            boot_deadline: boot_deadline().map_err(|e| fault(&e))?,
             templates: template::store(&self.owner),
         };
         let sandbox = Arc::new(
@@ -360,20 +357,6 @@ fn driver() -> Reply<walnut_sandbox::machine::DriverChoice> {
             .parse()
             .map_err(|e: walnut_sandbox::machine::Error| fault(&e.into())),
         Err(_) => Ok(Default::default()),
-    }
-}
-
-/// `WALNUT_BOOT_TIMEOUT` in seconds, else what a slow and loaded emulated machine
-/// needs.
-pub(crate) fn boot_deadline() -> Reply<Duration> {
-    let Ok(text) = std::env::var("WALNUT_BOOT_TIMEOUT") else {
-        return Ok(BOOT_DEADLINE);
-    };
-    match text.parse() {
-        Ok(seconds @ 1..=3600) => Ok(Duration::from_secs(seconds)),
-        _ => Err(fault(&Error::Invalid(format!(
-            "WALNUT_BOOT_TIMEOUT={text}: must be a number of seconds from 1 to 3600"
-        )))),
     }
 }
 

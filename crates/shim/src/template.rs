@@ -2,12 +2,12 @@
 
 use std::{path::Path, process::Stdio};
 
-use anyhow::{Context, Result, anyhow};
+use anyhow::{Context, Result};
 use tokio::process::Command;
 use tracing::{debug, warn};
-use walnut_sandbox::{Assets, Templates, Wanted};
+use walnut_sandbox::{Assets, Templates, Wanted, boot_deadline};
 
-use crate::{options::MakeTemplate, owner::Owner, service};
+use crate::{options::MakeTemplate, owner::Owner};
 
 /// Set to `off`, it makes every sandbox of this supervisor boot.
 const SWITCH: &str = "WALNUT_TEMPLATES";
@@ -71,7 +71,7 @@ pub(crate) fn make_later(owner: &Owner, wanted: &Wanted) {
 pub(crate) async fn make(make: MakeTemplate) -> Result<()> {
     let templates = Templates::new(&make.state_dir, &make.run_dir);
     let assets = Assets::find().context("make a template")?;
-    let deadline = service::boot_deadline().map_err(|e| anyhow!("{e}"))?;
+    let deadline = boot_deadline()?;
     let cache = Some(make.run_dir.clone());
     templates
         .make(&make.wanted, &assets, cache, deadline)
