@@ -76,15 +76,11 @@ bench-lab: build ## walnut-vmm beside QEMU on KVM, in an emulated host
 	@bench/restore.sh
 	@bench/lab.sh
 
-install: build ## Install below PREFIX
-	install -d $(DESTDIR)$(PREFIX)/bin $(DESTDIR)$(PREFIX)/lib/walnut
-	install -m 0755 out/bin/walnut $(DESTDIR)$(PREFIX)/bin/
-	install -m 0755 out/lib/walnut/containerd-shim-walnut-v2 out/lib/walnut/walnut-vmm out/lib/walnut/walnut-vsock $(DESTDIR)$(PREFIX)/lib/walnut/
-	install -m 0644 out/lib/walnut/vmlinux out/lib/walnut/initramfs.cpio $(DESTDIR)$(PREFIX)/lib/walnut/
+install: build ## Install below PREFIX, in the file system DESTDIR; out/bin/walnut install sets a node up
+	@out/bin/walnut install --prefix $(PREFIX) --root $(DESTDIR)/ --no-containerd --no-podman
 
 uninstall: ## Remove what install put there
-	rm -f $(DESTDIR)$(PREFIX)/bin/walnut
-	rm -rf $(DESTDIR)$(PREFIX)/lib/walnut
+	@out/bin/walnut uninstall --prefix $(PREFIX) --root $(DESTDIR)/ --no-containerd --no-podman
 
 fmt: ## Format
 	$(CARGO) fmt --all

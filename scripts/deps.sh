@@ -13,6 +13,7 @@ packages=(
     mmdebstrap umoci skopeo docker-registry
     # tests and benchmarks
     erofs-utils attr crun runsc busybox-static util-linux procps strace qemu-system-common
+    containerd podman iproute2 protobuf-compiler
 )
 
 missing=()
@@ -30,9 +31,16 @@ if ((EUID != 0)); then
 fi
 echo "Installing: ${missing[*]}"
 log=$(mktemp)
-trap 'rm -f "$log"' EXIT
+policy=/usr/sbin/policy-rc.d
+own_policy=
+trap 'rm -f "$log" ${own_policy:+"$policy"}' EXIT
 export DEBIAN_FRONTEND=noninteractive
-# No package here may start a service of its own.
+# No package here may start a service of its own: Debian's way to say so.
+if [[ ! -e $policy ]]; then
+    own_policy=yes
+    printf '#!/bin/sh\nexit 101\n' >"$policy"
+    chmod 0755 "$policy"
+fi
 install() { apt-get install -y --no-install-recommends "${missing[@]}"; }
 if ! { apt-get update && install; } >"$log" 2>&1; then
     tail -n 30 "$log" >&2

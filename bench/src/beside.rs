@@ -4,6 +4,8 @@ use std::{
     fs,
     path::Path,
     process::{Command, Stdio},
+    rc::Rc,
+    sync::atomic::{AtomicU32, Ordering},
 };
 
 use anyhow::{Context, Result, ensure};
@@ -13,6 +15,22 @@ use crate::{Host, bundle, run, start};
 /// What runs in every container whose memory is measured.
 pub(crate) const SLEEP: [&str; 2] = ["sleep", "infinity"];
 
+/// The image unpacked, with a command: several containers may run from one.
+#[derive(Debug, Clone)]
+pub(crate) struct Bundle(Rc<tempfile::TempDir>);
+
+impl Bundle {
+    pub(crate) fn make(host: &Host, command: &[&str]) -> Result<Self> {
+        Ok(Self(Rc::new(bundle::make(host, command)?)))
+    }
+
+    /// What its containers' command lines have in common: runsc's gofer knows the
+    /// bundle alone.
+    pub(crate) fn path(&self) -> Result<&str> {
+        self.0.path().to_str().context("path")
+    }
+}
+
 /// A running container; it is deleted when dropped.
 #[derive(Debug)]
 pub(crate) struct Other {
@@ -20,26 +38,40 @@ pub(crate) struct Other {
     id: String,
     /// Its first process.
     pub(crate) pid: u32,
-    dir: tempfile::TempDir,
+    bundle: Bundle,
 }
 
 impl Other {
-    /// What its processes' command lines have in common: runsc's gofer knows the
-    /// bundle alone.
+    /// What its processes' command lines have in common.
     pub(crate) fn bundle(&self) -> Result<&str> {
-        self.dir.path().to_str().context("path")
+        self.bundle.path()
+    }
+
+    /// Its name, which runsc's processes have in their command lines, the gofer's apart.
+    pub(crate) fn id(&self) -> &str {
+        &self.id
     }
 
     /// Starts a container by a runtime's leading words, say `crun --debug`.
     pub(crate) fn start(host: &Host, name: &str, runtime: Vec<&'static str>) -> Result<Self> {
-        let dir = bundle::make(host, &SLEEP)?;
-        let pid_file = dir.path().join("pid");
+        Self::start_in(&Bundle::make(host, &SLEEP)?, name, runtime)
+    }
+
+    /// Starts one more from a bundle.
+    pub(crate) fn start_in(
+        bundle: &Bundle,
+        name: &str,
+        runtime: Vec<&'static str>,
+    ) -> Result<Self> {
+        static COUNT: AtomicU32 = AtomicU32::new(0);
+        let count = COUNT.fetch_add(1, Ordering::Relaxed);
         let mut other = Self {
             runtime,
-            id: format!("walnut-bench-{name}-{}", std::process::id()),
+            id: format!("walnut-bench-{name}-{}-{count}", std::process::id()),
             pid: 0,
-            dir,
+            bundle: bundle.clone(),
         };
+        let pid_file = bundle.0.path().join(format!("pid-{count}"));
         other.run(&pid_file)?;
         let pid = fs::read_to_string(&pid_file).with_context(|| format!("{name}'s pid file"))?;
         other.pid = pid.trim().parse().context("a pid file's number")?;
@@ -48,7 +80,7 @@ impl Other {
 
     /// Its output goes to a file: a pipe would be held open by the container.
     fn run(&self, pid_file: &Path) -> Result<()> {
-        let dir = self.dir.path();
+        let dir = self.bundle.0.path();
         let log = fs::File::create(dir.join("log")).context("make a log")?;
         let status = Command::new(self.runtime[0])
             .args(&self.runtime[1..])

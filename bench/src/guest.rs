@@ -22,7 +22,7 @@ impl Memory {
             .flatten()
             .find_map(|fd| {
                 let target = fs::read_link(fd.path()).ok()?;
-                let ours = target.to_str()?.starts_with("/memfd:memory-backend");
+                let ours = target.to_str()?.starts_with("/memfd:walnut-guest");
                 let file = ours.then(|| fs::metadata(fd.path()).ok()).flatten()?;
                 Some(Self {
                     size: i64::try_from(file.len() / 1024).ok()?,

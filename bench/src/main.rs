@@ -1,12 +1,15 @@
 //! Walnut's own figures, beside `crun` and `runsc` on the same host and image.
 //!
 //! `start`: from exec to the container's first byte of output. `memory`: what a
-//! sandbox costs the host. `all`: both. Machines are noisy, so what counts is
+//! sandbox costs the host. `idle`: how often it wakes. `density`: what each of many
+//! costs. `all`: all of them. Machines are noisy, so what counts is
 //! the ratio of runs that took turns.
 
 mod beside;
 mod bundle;
+mod density;
 mod guest;
+mod idle;
 mod memory;
 mod start;
 mod steps;
@@ -21,9 +24,15 @@ use clap::{Parser, Subcommand};
 struct Cli {
     #[command(subcommand)]
     what: What,
+    /// Containers started at once, as 1,8,50
+    #[arg(long, default_value = "1", value_delimiter = ',', global = true)]
+    at_once: Vec<usize>,
     /// Runs of each
     #[arg(long, default_value_t = 10, global = true)]
     runs: usize,
+    /// Leave crun and runsc out (idle, density)
+    #[arg(long, global = true)]
+    alone: bool,
 }
 
 #[derive(Debug, Subcommand)]
@@ -32,7 +41,22 @@ enum What {
     Start,
     /// Host memory of a sandbox
     Memory,
-    /// Both
+    /// How often an idle sandbox wakes
+    Idle {
+        /// How long to count
+        #[arg(long, default_value_t = 20)]
+        seconds: u32,
+    },
+    /// Host memory of each of many idle pods
+    Density {
+        /// How many
+        #[arg(long, default_value_t = 10)]
+        count: usize,
+        /// What runs in them
+        #[arg(long, value_enum, default_value = "sleep")]
+        image_command: density::Workload,
+    },
+    /// Start, memory, idle and density, as long as they take by default
     All,
 }
 
@@ -49,11 +73,26 @@ fn main() -> Result<()> {
     ensure!(cli.runs > 0, "--runs 0: at least one");
     let host = Host::find()?;
     if matches!(cli.what, What::Start | What::All) {
-        start::measure(&host, cli.runs)?;
+        for &at_once in &cli.at_once {
+            ensure!(at_once > 0, "--at-once 0: at least one");
+            start::measure(&host, cli.runs, at_once)?;
+        }
         steps::measure(&host, cli.runs)?;
     }
     if matches!(cli.what, What::Memory | What::All) {
         memory::measure(&host)?;
+    }
+    match cli.what {
+        What::Idle { seconds } => idle::measure(&host, seconds, cli.alone)?,
+        What::Density {
+            count,
+            image_command,
+        } => density::measure(&host, count, image_command, cli.alone)?,
+        What::All => {
+            idle::measure(&host, 20, cli.alone)?;
+            density::measure(&host, 10, density::Workload::Sleep, cli.alone)?;
+        }
+        What::Start | What::Memory => {}
     }
     Ok(())
 }

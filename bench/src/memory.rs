@@ -1,7 +1,12 @@
 //! What a sandbox costs the host: PSS of each of its processes, with the guest's
 //! own memory apart; and the agent's resident size in the guest.
 
-use std::{collections::HashSet, fs, path::PathBuf, time::Duration};
+use std::{
+    collections::HashSet,
+    fs,
+    path::{Path, PathBuf},
+    time::Duration,
+};
 
 use anyhow::{Context, Result, bail, ensure};
 
@@ -29,12 +34,41 @@ type Rows = Vec<(String, Pss)>;
 
 /// A sandbox that is removed when dropped.
 #[derive(Debug)]
-struct Sandbox<'a>(&'a Host, String);
+pub(crate) struct Sandbox<'a> {
+    host: &'a Host,
+    name: String,
+    id: String,
+}
+
+impl<'a> Sandbox<'a> {
+    /// Runs a command behind.
+    pub(crate) fn start(host: &'a Host, name: &str, command: &[&str]) -> Result<Self> {
+        Self::start_with(host, name, &[], command)
+    }
+
+    fn start_with(host: &'a Host, name: &str, options: &[&str], command: &[&str]) -> Result<Self> {
+        let head = ["run", "-d", "--name", name];
+        let id = host.walnut(&[&head, options, &[&host.image], command].concat())?;
+        Ok(Self {
+            host,
+            name: name.to_owned(),
+            id,
+        })
+    }
+
+    pub(crate) fn id(&self) -> &str {
+        &self.id
+    }
+
+    pub(crate) fn name(&self) -> &str {
+        &self.name
+    }
+}
 
 impl Drop for Sandbox<'_> {
     fn drop(&mut self) {
-        if let Err(e) = self.0.walnut(&["rm", "-f", &self.1]) {
-            eprintln!("remove {}: {e:#}", self.1);
+        if let Err(e) = self.host.walnut(&["rm", "-f", &self.name]) {
+            eprintln!("remove {}: {e:#}", self.name);
         }
     }
 }
@@ -100,20 +134,15 @@ fn walnut(host: &Host, volume: bool) -> Result<Rows> {
     let name = format!("walnut-bench-{}", std::process::id());
     let share = tempfile::tempdir()?;
     let share = format!("{}:/data", share.path().display());
-    let mut words = vec!["run", "-d", "--name", &name];
+    let options: &[&str] = if volume { &["-v", &share] } else { &[] };
+    let sandbox = Sandbox::start_with(host, &name, options, &beside::SLEEP)?;
+    let id = sandbox.id();
     if volume {
-        words.extend(["-v", &share]);
+        return settled(id, None);
     }
-    words.push(&host.image);
-    words.extend(beside::SLEEP);
-    let id = host.walnut(&words)?;
-    let _sandbox = Sandbox(host, name.clone());
-    if volume {
-        return settled(&id, None);
-    }
-    let rows = settled(&id, None)?;
+    let rows = settled(id, None)?;
     let meminfo = host.walnut(&["exec", &name, "cat", "/proc/meminfo"])?;
-    let memory = family(&id, None)?
+    let memory = family(id, None)?
         .iter()
         .find_map(|process| guest::Memory::of(process))
         .context("no process of the sandbox has the guest's memory open")?;
@@ -171,14 +200,7 @@ fn settled(id: &str, first: Option<u32>) -> Result<Rows> {
 fn processes(id: &str, first: Option<u32>) -> Result<Rows> {
     let mut rows = Vec::new();
     for process in family(id, first)? {
-        let line = fs::read_to_string(process.join("cmdline")).unwrap_or_default();
-        let program = line.split('\0').next().unwrap_or_default();
-        let mut name = program.rsplit('/').next().unwrap_or_default().to_owned();
-        // runsc's stubs, which run the container's code, have no command line.
-        if name.is_empty() {
-            let comm = fs::read_to_string(process.join("comm")).unwrap_or_default();
-            name = format!("[{}]", comm.trim());
-        }
+        let name = program(&process);
         if let Some(pss) = pss(&process.join("smaps")) {
             rows.push((name, pss));
         }
@@ -187,8 +209,21 @@ fn processes(id: &str, first: Option<u32>) -> Result<Rows> {
     Ok(rows)
 }
 
+/// What a process runs.
+pub(crate) fn program(process: &Path) -> String {
+    let line = fs::read_to_string(process.join("cmdline")).unwrap_or_default();
+    let program = line.split('\0').next().unwrap_or_default();
+    let name = program.rsplit('/').next().unwrap_or_default();
+    // runsc's stubs, which run the container's code, have no command line.
+    if name.is_empty() {
+        let comm = fs::read_to_string(process.join("comm")).unwrap_or_default();
+        return format!("[{}]", comm.trim());
+    }
+    name.to_owned()
+}
+
 /// The processes whose command line has `id`, the process `first`, and what these started.
-fn family(id: &str, first: Option<u32>) -> Result<Vec<PathBuf>> {
+pub(crate) fn family(id: &str, first: Option<u32>) -> Result<Vec<PathBuf>> {
     let mut all: Vec<(u32, u32, bool)> = Vec::new();
     for entry in fs::read_dir("/proc")?.flatten() {
         let Some(pid) = entry.file_name().to_str().and_then(|n| n.parse().ok()) else {
@@ -228,7 +263,7 @@ fn pss(smaps: &std::path::Path) -> Option<Pss> {
             }
         } else if line.as_bytes().first().is_some_and(u8::is_ascii_hexdigit) && line.contains('-') {
             // virtiofsd and the vsock device map it under their own names.
-            guest = line.contains("memfd:memory-backend") || line.contains("/memfd:");
+            guest = line.contains("/memfd:");
         }
     }
     Some(pss)

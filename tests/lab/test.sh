@@ -10,9 +10,11 @@
 set -Eeuo pipefail
 cd "$(dirname "$0")/../.."
 
-# The integration tests of a package, as cargo has just built them.
+# The integration tests of a package, or one by name, as cargo has just built them.
 programs() {
-    cargo test --release --no-run --message-format=json --quiet -p "$1" --tests |
+    local which=--tests
+    [ $# -lt 2 ] || which=--test=$2
+    cargo test --release --no-run --message-format=json --quiet -p "$1" "$which" |
         sed -n 's/.*"kind":\["test"\].*"executable":"\([^"]*\)".*/\1/p'
 }
 
@@ -21,7 +23,7 @@ in_lab() {
     local directory=$1 program=$2
     shift 2
     # shellcheck disable=SC2016 # expanded in the lab
-    tests/lab/lab --timeout 2400 sh -c 'cd "$0" && exec "$@"' \
+    tests/lab/lab --timeout 2400 --env "WALNUT_TEST_CLONES=${WALNUT_TEST_CLONES:-24}" sh -c 'cd "$0" && exec "$@"' \
         "$directory" "$program" --test-threads=1 "$@" </dev/null
 }
 
@@ -105,7 +107,7 @@ vmm() {
 e2e() {
     echo '==> end-to-end tests on walnut-vmm, in the lab'
     local program logs shard pids=() failed=0
-    program=$(programs walnut-tests)
+    program=$(programs walnut-tests e2e)
     logs=$(mktemp -d)
     "$program" --list "$@" | sed -n 's/: test$//p' >"$logs/names"
     for shard in 0 1; do

@@ -21,6 +21,7 @@ pub fn processes(word: &str) -> Vec<(i32, String)> {
         let name = name.to_string_lossy().into_owned();
         let ours = [
             "walnut",
+            "walnut-oci",
             "containerd-shim-walnut-v2",
             "walnut-vmm",
             "walnut-vsock",
@@ -57,6 +58,13 @@ fn traces(id: &str) -> Vec<String> {
             found.push(format!("{}", entry.path().display()));
         }
     }
+    found
+}
+
+/// Cgroups that `id` names.
+pub fn cgroups(id: &str) -> Vec<String> {
+    let mut found = Vec::new();
+    walk(Path::new("/sys/fs/cgroup"), id, 4, &mut found);
     found
 }
 
@@ -113,4 +121,18 @@ pub(crate) fn process(id: &str, name: &str) -> i32 {
 pub fn kill_process(id: &str, name: &str) {
     let pid = nix::unistd::Pid::from_raw(process(id, name));
     nix::sys::signal::kill(pid, nix::sys::signal::Signal::SIGKILL).expect("kill");
+}
+
+/// Panics unless all that `traces` finds goes away.
+#[track_caller]
+pub fn assert_gone(traces: impl Fn() -> Vec<String>) {
+    let start = std::time::Instant::now();
+    loop {
+        let left = traces();
+        if left.is_empty() {
+            return;
+        }
+        assert!(start.elapsed() < crate::DEADLINE, "left: {left:#?}");
+        std::thread::sleep(std::time::Duration::from_millis(20));
+    }
 }

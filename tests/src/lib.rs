@@ -8,6 +8,7 @@
 // A test fails by panicking; this crate is nothing but tests.
 #![allow(clippy::panic, clippy::expect_used)]
 
+pub mod client;
 mod host;
 mod left;
 mod terminal;
@@ -16,7 +17,7 @@ pub use host::{
     Detached, Done, Host, Running, command, driver, host, machine, run, run_with, spawn_run,
     spawn_walnut, unique, walnut,
 };
-pub use left::{assert_nothing_left, kill_process, processes};
+pub use left::{assert_gone, assert_nothing_left, cgroups, kill_process, processes};
 pub use terminal::Terminal;
 
 use std::time::{Duration, Instant};

@@ -55,7 +55,7 @@ fn start(files: &Files, monitor: Monitor) -> Result<Start> {
     };
     Ok(Start {
         agent: took,
-        exits: exits::of(running.pid())?,
+        exits: exits::of_the_machine()?,
         to_monitor,
         memory: Memory::of(&running.process())?,
     })

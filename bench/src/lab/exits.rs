@@ -2,7 +2,7 @@
 
 use std::{fs, path::Path};
 
-use anyhow::{Context, Result, ensure};
+use anyhow::{Context, Result, bail, ensure};
 
 const DEBUGFS: &str = "/sys/kernel/debug";
 
@@ -35,17 +35,20 @@ pub(crate) fn mount(fstype: &str, at: &str, shows: &str) -> Result<()> {
     Ok(())
 }
 
-/// The counters of the machine that process `pid` has.
-pub(crate) fn of(pid: u32) -> Result<Vec<u64>> {
-    let prefix = format!("{pid}-");
-    let machine = fs::read_dir(format!("{DEBUGFS}/kvm"))?
+/// The counters of the one machine that there is. It has the name of the process that
+/// asked for it, which need not be the one that has it.
+pub(crate) fn of_the_machine() -> Result<Vec<u64>> {
+    let machines: Vec<_> = fs::read_dir(format!("{DEBUGFS}/kvm"))?
         .flatten()
-        .find(|entry| entry.file_name().to_string_lossy().starts_with(&prefix))
-        .with_context(|| format!("KVM shows no machine of process {pid}"))?
-        .path();
+        .map(|entry| entry.path())
+        .filter(|path| path.is_dir())
+        .collect();
+    let [machine] = &machines[..] else {
+        bail!("KVM shows {} machines, not one", machines.len());
+    };
     COUNTERS
         .iter()
-        .map(|name| sum(&machine, name))
+        .map(|name| sum(machine, name))
         .collect::<Result<_>>()
 }
 

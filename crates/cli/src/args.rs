@@ -4,7 +4,12 @@ use std::path::PathBuf;
 
 use clap::{Args, Parser, Subcommand, ValueEnum};
 
-use crate::values::{Cpus, EnvVar, Size, VolumeArg};
+use crate::{
+    install::{InstallArgs, UninstallArgs},
+    reclaim::ReclaimArgs,
+    stats::StatsArgs,
+    values::{Cpus, EnvVar, Size, VolumeArg},
+};
 
 /// Containers, each with a kernel of its own
 #[derive(Debug, Parser)]
@@ -13,8 +18,9 @@ use crate::values::{Cpus, EnvVar, Size, VolumeArg};
     version,
     max_term_width = 100,
     after_help = "Environment: WALNUT_ROOT (images and containers), WALNUT_RUN (sockets), WALNUT_LIB \
-                  (kernel and helpers), WALNUT_DRIVER (auto, vmm, qemu-kvm, qemu-tcg), WALNUT_BOOT_TIMEOUT (seconds, \
-                  60), WALNUT_TEMPLATES (off: every machine boots), WALNUT_LOG (debug, info, …)."
+                  (kernel and helpers), WALNUT_CONFIG (the settings' file, /etc/walnut/config.toml), WALNUT_DRIVER (auto, vmm, qemu-kvm, qemu-tcg), WALNUT_BOOT_TIMEOUT (seconds, \
+                  60), WALNUT_TEMPLATES (off: every machine boots), WALNUT_PRESSURE (off, or a \
+                  memory.pressure to watch instead of the host's), WALNUT_LOG (debug, info, …)."
 )]
 pub(crate) struct Cli {
     #[command(subcommand)]
@@ -31,6 +37,10 @@ pub(crate) enum Command {
     Ps(PsArgs),
     /// Show what a container has printed
     Logs(LogsArgs),
+    /// Show what containers use of their processors and memory
+    Stats(StatsArgs),
+    /// Ask containers to give memory that they can do without back to the host
+    Reclaim(ReclaimArgs),
     /// Send a signal to a container's first process
     Kill(KillArgs),
     /// Stop containers: SIGTERM, then SIGKILL
@@ -41,11 +51,28 @@ pub(crate) enum Command {
     Pull(PullArgs),
     /// List images
     Images(ImagesArgs),
+    /// Remove images
+    Rmi(RmiArgs),
+    /// Save a running container with its processes, as an image to run more of it from
+    Checkpoint(CheckpointArgs),
+    /// Start another container where a running one stands
+    Fork(ForkArgs),
     /// Machines that have booted once, for others to begin from
     #[command(subcommand)]
     Template(TemplateCommand),
+    /// Keep machines ready, so that containers start at once
+    #[command(subcommand)]
+    Pool(PoolCommand),
     /// Say what this host can do, and what Walnut will use
     Check(CheckArgs),
+    /// Show the settings of this node, and the files that they are from
+    #[command(after_help = "Examples:\n  walnut config\n  \
+                            walnut config --file ./config.toml   # is it good?")]
+    Config(ConfigArgs),
+    /// Set up this node: programs, kernel, and the runtime in containerd and podman
+    Install(InstallArgs),
+    /// Take away what `walnut install` set up; images and containers stay
+    Uninstall(UninstallArgs),
     /// Show versions
     Version(FormatArgs),
 }
@@ -67,12 +94,13 @@ pub(crate) struct FormatArgs {
     pub(crate) format: Format,
 }
 
-#[derive(Debug, Args)]
+#[derive(Debug, Default, Args)]
 #[command(after_help = "Examples:
   walnut run --rm -it debian bash
   walnut run -d --name web -m 256m nginx
   echo hello | walnut run --rm -i debian sha256sum
   walnut run --rm -v ./data:/data:ro -w /data debian ls -l
+  walnut run -d warm-redis                   # go on where `walnut checkpoint` saved it
 
 Exit codes: the command's own; 125 Walnut failed, 126 the command cannot be executed, 127 it does
 not exist. The container's network is loopback alone for now.")]
@@ -251,6 +279,64 @@ pub(crate) struct ImagesArgs {
     pub(crate) format: Format,
 }
 
+#[derive(Debug, Args)]
+pub(crate) struct RmiArgs {
+    /// Images, by name or ID
+    #[arg(required = true)]
+    pub(crate) images: Vec<String>,
+}
+
+#[derive(Debug, Args)]
+#[command(after_help = "Examples:
+  walnut checkpoint redis --as warm-redis    # it runs on
+  walnut run -d warm-redis                   # another one goes on from there, with its data
+  walnut checkpoint --stop job --as job:half # it ends here, and can be continued
+
+The image holds the container's memory, its processes and what they wrote to their root file system,
+and works on this host alone, with the Walnut and the driver that made it. Containers with volumes
+cannot be saved. Programs hold the random numbers and keys that they had before: so does every
+container that is run from the image.")]
+pub(crate) struct CheckpointArgs {
+    /// Name of the image
+    #[arg(long = "as", value_name = "IMAGE[:TAG]")]
+    pub(crate) image: String,
+    /// End the container when it has been saved
+    #[arg(long)]
+    pub(crate) stop: bool,
+    /// Container, by name or ID
+    pub(crate) container: String,
+}
+
+#[derive(Debug, Args)]
+#[command(after_help = "Examples:
+  walnut fork -d --name redis-2 redis
+  walnut fork --rm -i shell                  # its input and output are here
+
+The fork has its own memory, files, host name and randomness from then on; commands that
+`walnut exec` runs go on in it without input and output.")]
+pub(crate) struct ForkArgs {
+    /// Give the prompt back at once and print the fork's ID
+    #[arg(short, long)]
+    pub(crate) detach: bool,
+    /// Connect standard input, if the container has one
+    #[arg(short, long)]
+    pub(crate) interactive: bool,
+    /// Remove the fork when it ends
+    #[arg(long)]
+    pub(crate) rm: bool,
+    /// Name of the fork [default: a random one]
+    #[arg(long)]
+    pub(crate) name: Option<String>,
+    /// Host name in the fork [default: the container's, or the start of its ID]
+    #[arg(long)]
+    pub(crate) hostname: Option<String>,
+    /// Write the fork's ID to a new file
+    #[arg(long, value_name = "FILE")]
+    pub(crate) cidfile: Option<PathBuf>,
+    /// Container, by name or ID
+    pub(crate) container: String,
+}
+
 /// Templates are made by themselves: the first machine of a size leaves one behind, and the
 /// next ones of that size begin from it.
 #[derive(Debug, Subcommand)]
@@ -280,6 +366,13 @@ pub(crate) struct TemplateLsArgs {
   walnut template create
   walnut template create -m 1g --cpus 2      # for `walnut run -m 1g --cpus 2`")]
 pub(crate) struct TemplateCreateArgs {
+    #[command(flatten)]
+    pub(crate) machine: MachineArgs,
+}
+
+/// The machine that containers with these limits get.
+#[derive(Debug, Args)]
+pub(crate) struct MachineArgs {
     /// Memory that its containers may use (b, k, m, g)
     #[arg(short, long, value_name = "SIZE")]
     pub(crate) memory: Option<Size>,
@@ -287,9 +380,8 @@ pub(crate) struct TemplateCreateArgs {
     #[arg(long, value_name = "NUMBER")]
     pub(crate) cpus: Option<Cpus>,
     /// Machine driver (auto, vmm, qemu-kvm, qemu-tcg)
-    #[arg(long, value_name = "DRIVER", env = "WALNUT_DRIVER", default_value = "auto",
-          value_parser = ["auto", "vmm", "qemu-kvm", "qemu-tcg"])]
-    pub(crate) driver: String,
+    #[arg(long, value_name = "DRIVER", value_parser = ["auto", "vmm", "qemu-kvm", "qemu-tcg"])]
+    pub(crate) driver: Option<String>,
 }
 
 #[derive(Debug, Args)]
@@ -307,6 +399,48 @@ pub(crate) struct TemplateRmArgs {
     /// Templates, by ID or the start of one
     #[arg(required_unless_present = "all")]
     pub(crate) templates: Vec<String>,
+}
+
+/// Machines that stand by have booted and built a container before: what is left of a start
+/// is to attach the image and to build the container asked for. They hold memory.
+#[derive(Debug, Subcommand)]
+pub(crate) enum PoolCommand {
+    /// List pools
+    Ls(PoolLsArgs),
+    /// Say how many machines of a size stand by, and wait until they do; 0 ends the pool
+    Set(PoolSetArgs),
+}
+
+#[derive(Debug, Args)]
+pub(crate) struct PoolLsArgs {
+    /// How to show them
+    #[arg(long, value_enum, default_value_t)]
+    pub(crate) format: Format,
+}
+
+#[derive(Debug, Args)]
+#[command(after_help = "Examples:
+  walnut pool set 4
+  walnut pool set 2 -m 1g --cpus 2      # for `walnut run -m 1g --cpus 2`
+  walnut pool set 0                     # none any more")]
+pub(crate) struct PoolSetArgs {
+    #[command(flatten)]
+    pub(crate) machine: MachineArgs,
+    /// Do not wait
+    #[arg(short, long)]
+    pub(crate) detach: bool,
+    /// How many
+    pub(crate) size: u32,
+}
+
+#[derive(Debug, Args)]
+pub(crate) struct ConfigArgs {
+    /// Another file (with its drop-ins), instead of the node's
+    #[arg(long, value_name = "FILE")]
+    pub(crate) file: Option<PathBuf>,
+    /// How to show it
+    #[arg(long, value_enum, default_value_t)]
+    pub(crate) format: Format,
 }
 
 #[derive(Debug, Args)]

@@ -8,6 +8,7 @@ use walnut_sandbox::{
 
 use crate::{
     args::{CheckArgs, Format},
+    install::front_ends,
     output,
 };
 
@@ -23,7 +24,8 @@ pub(crate) fn check(args: &CheckArgs) -> Result<u8> {
         initramfs: assets.initramfs(),
         virtiofsd: find_virtiofsd(),
     };
-    let report = HostReport::gather(&programs, &files);
+    let mut report = HostReport::gather(&programs, &files);
+    report.items.extend(front_ends());
     if args.format == Format::Json {
         output::json(&report)?;
     } else {

@@ -1,21 +1,33 @@
 //! The Task API's client.
 
-use std::time::Duration;
+use std::{path::Path, time::Duration};
 
+use anyhow::Context as _;
 use containerd_shim_protos::{
-    api::{ExecProcessRequest, KillRequest, ShutdownRequest, StartRequest, WaitRequest},
+    api::{
+        CheckpointTaskRequest, ExecProcessRequest, KillRequest, ShutdownRequest, StartRequest,
+        StatsRequest, UpdateTaskRequest, WaitRequest,
+    },
+    cgroups_v2::metrics::Metrics,
+    protobuf::{Message, MessageField, UnknownValueRef, well_known_types::any::Any},
     shim_async::TaskClient,
 };
+use serde_json::json;
 use ttrpc::{
     Code,
     asynchronous::{Client, transport::Socket},
     context::{self, Context},
 };
-use walnut_sandbox::{Error, Layout, Lock, Record};
+use walnut_sandbox::{
+    ANNOTATION_RECLAIM, CheckpointOptions, Error, GuestMemoryResponse, Layout, Lock,
+    METRICS_GUEST_MEMORY, Record,
+};
 
 /// Longest a request may take that does not wait for a process; the boot of a
 /// machine is the longest.
 const DEADLINE: Duration = Duration::from_secs(180);
+/// Longest it may take to write a machine's memory to a disk, and to digest it.
+const SAVING: Duration = Duration::from_secs(1800);
 
 /// A connection to one container's supervisor.
 pub(crate) struct Supervisor {
@@ -38,6 +50,17 @@ impl Supervisor {
             ))
             .into()),
         }
+    }
+
+    /// Connects to the supervisor that listens at `socket`.
+    pub(crate) async fn at(socket: &Path, id: &str) -> anyhow::Result<Self> {
+        let connected = Socket::connect_unix(socket.to_string_lossy()).await;
+        let connected = connected
+            .with_context(|| format!("connect to the supervisor at {}", socket.display()))?;
+        Ok(Self {
+            task: TaskClient::new(Client::new(connected)),
+            id: id.to_owned(),
+        })
     }
 
     pub(crate) async fn start(&self, exec_id: &str) -> anyhow::Result<()> {
@@ -76,8 +99,64 @@ impl Supervisor {
         Ok(())
     }
 
+    /// The container's figures, and what its guest says of all of its memory.
+    pub(crate) async fn stats(&self) -> anyhow::Result<(Metrics, GuestMemoryResponse)> {
+        let request = StatsRequest {
+            id: self.id.clone(),
+            ..Default::default()
+        };
+        let reply = self.task.stats(soon(), &request).await.map_err(fault)?;
+        let value = reply.stats.into_option().unwrap_or_default().value;
+        let metrics = Metrics::parse_from_bytes(&value).context("read the figures")?;
+        let guest = match metrics.unknown_fields().get(METRICS_GUEST_MEMORY) {
+            Some(UnknownValueRef::LengthDelimited(guest)) => {
+                GuestMemoryResponse::parse_from_bytes(guest).context("read the guest's figures")?
+            }
+            _ => GuestMemoryResponse::default(),
+        };
+        Ok((metrics, guest))
+    }
+
+    /// Returns when the guest has let go of all memory that it can do without.
+    pub(crate) async fn reclaim(&self) -> anyhow::Result<()> {
+        let all = (ANNOTATION_RECLAIM.to_owned(), "0".to_owned());
+        let request = UpdateTaskRequest {
+            id: self.id.clone(),
+            annotations: [all].into(),
+            ..Default::default()
+        };
+        self.task.update(soon(), &request).await.map_err(fault)?;
+        Ok(())
+    }
+
     pub(crate) async fn exec(&self, request: ExecProcessRequest) -> anyhow::Result<()> {
         self.task.exec(soon(), &request).await.map_err(fault)?;
+        Ok(())
+    }
+
+    /// Saves the container into a directory.
+    pub(crate) async fn checkpoint(
+        &self,
+        to: &Path,
+        options: CheckpointOptions,
+    ) -> anyhow::Result<()> {
+        let CheckpointOptions { exit, lasting } = options;
+        let value = serde_json::to_vec(&json!({ "exit": exit, "lasting": lasting }))?;
+        let request = CheckpointTaskRequest {
+            id: self.id.clone(),
+            path: to.display().to_string(),
+            options: MessageField::some(Any {
+                type_url: "dev.walnut.CheckpointOptions".into(),
+                value,
+                ..Default::default()
+            }),
+            ..Default::default()
+        };
+        let context = context::with_duration(SAVING);
+        self.task
+            .checkpoint(context, &request)
+            .await
+            .map_err(fault)?;
         Ok(())
     }
 

@@ -8,24 +8,49 @@ use std::{
         unix::{fs::DirBuilderExt, net::UnixListener, process::CommandExt},
     },
     path::PathBuf,
-    process::{Child, Command, Stdio},
+    process::Child,
 };
 
 use anyhow::{Context, Result, bail};
-use oci_spec::image::Config;
+use oci_spec::{image::Config, runtime::Spec};
 use walnut_image::{Image, Lease};
-use walnut_sandbox::{Assets, Error, ImageRef, Layout, Lock, Record, Status, find, list, now_ns};
+use walnut_sandbox::{
+    ANNOTATION_LOG, Assets, Checkpoint, Error, Handover, ImageRef, Layout, Lock, Pools, Record,
+    Settings, Status, Wanted, find, list, now_ns,
+};
 
-use crate::{args::RunArgs, spec};
+use crate::{args::RunArgs, saved, spec, supervisor};
 
 /// A container that exists on disk and has no supervisor yet. Dropping it
 /// removes it.
 #[derive(Debug)]
 pub(crate) struct NewContainer {
     pub(crate) record: Record,
+    spec: Spec,
+    /// From where another was saved.
+    goes_on: bool,
     layout: Layout,
     lock: Option<Lock>,
     lease: Option<Lease>,
+}
+
+/// What a new container is made of.
+struct New {
+    id: String,
+    image: ImageRef,
+    command: Vec<String>,
+    spec: Spec,
+    goes_on: bool,
+}
+
+fn random() -> Result<[u8; 16]> {
+    let mut bytes = [0; 16];
+    getrandom::fill(&mut bytes).context("make an ID")?;
+    Ok(bytes)
+}
+
+fn new_id() -> Result<String> {
+    Ok(random()?.iter().map(|b| format!("{b:02x}")).collect())
 }
 
 /// A container with a supervisor, which ends it if this is dropped before
@@ -33,7 +58,8 @@ pub(crate) struct NewContainer {
 #[derive(Debug)]
 pub(crate) struct Supervised {
     pub(crate) record: Record,
-    pub(crate) shim: Child,
+    /// Where it was started for this container alone.
+    shim: Option<Child>,
     holder: Option<OwnedFd>,
 }
 
@@ -41,9 +67,7 @@ impl NewContainer {
     /// Makes the directories, the bundle and the record.
     pub(crate) fn create(layout: &Layout, args: &RunArgs, image: &Image) -> Result<Self> {
         let lease = image.lease().context("use the image")?;
-        let mut bytes = [0; 16];
-        getrandom::fill(&mut bytes).context("make an ID")?;
-        let id: String = bytes.iter().map(|b| format!("{b:02x}")).collect();
+        let id = new_id()?;
         let empty = Config::default();
         let config = image.config.config().as_ref().unwrap_or(&empty);
         let dir = layout.container(&id);
@@ -52,14 +76,60 @@ impl NewContainer {
             None => id[..12].to_owned(),
         };
         let spec = spec::build(args, config, &hostname, &dir.join("container.log"))?;
+        let image = ImageRef {
+            name: args.image.clone(),
+            id: image.id.to_string(),
+        };
+        let command = spec::command(args, config)?;
+        let new = New {
+            id,
+            image,
+            command,
+            spec,
+            goes_on: false,
+        };
+        Self::place(layout, args, lease, new)
+    }
+
+    /// The same for one that goes on where another was saved.
+    pub(crate) fn go_on(
+        layout: &Layout,
+        args: &RunArgs,
+        saved: &Checkpoint,
+        lease: Lease,
+        image: ImageRef,
+    ) -> Result<Self> {
+        let id = new_id()?;
+        let mut spec = saved.container.spec.clone();
+        spec.set_hostname(Some(saved::hostname(args, saved, &id)));
+        let log = layout.container(&id).join("container.log");
+        let mut annotations = spec.annotations().clone().unwrap_or_default();
+        annotations.insert(ANNOTATION_LOG.into(), log.display().to_string());
+        spec.set_annotations(Some(annotations));
+        let command = saved.command().to_vec();
+        let new = New {
+            id,
+            image,
+            command,
+            spec,
+            goes_on: true,
+        };
+        Self::place(layout, args, lease, new)
+    }
+
+    fn place(layout: &Layout, args: &RunArgs, lease: Lease, new: New) -> Result<Self> {
+        let New {
+            id,
+            image,
+            command,
+            spec,
+            goes_on,
+        } = new;
         let record = Record {
             version: 1,
-            name: args.name.clone().unwrap_or_else(|| random_name(&bytes)),
-            image: ImageRef {
-                name: args.image.clone(),
-                id: image.id.to_string(),
-            },
-            command: spec::command(args, config)?,
+            name: args.name.clone().map_or_else(random_name, Ok)?,
+            image,
+            command,
             status: Status::Creating,
             created_at: now_ns(),
             started_at: None,
@@ -80,6 +150,8 @@ impl NewContainer {
         let lock = place(layout, &record, &serde_json::to_vec(&spec)?)?;
         Ok(Self {
             record,
+            spec,
+            goes_on,
             layout: layout.clone(),
             lock: Some(lock),
             lease: Some(lease),
@@ -99,7 +171,32 @@ impl NewContainer {
         let log = File::create(dir.join("shim.log")).context("create the supervisor's log")?;
         let lock = self.lock.take().context("the container's lock is taken")?;
         let image = self.lease.take();
-        let mut command = Command::new(assets.shim());
+        if let Some(image) = &image
+            && !self.goes_on
+            && let Some(wanted) = pooled(args, &self.spec)?
+        {
+            let handover = Handover {
+                id: self.record.id.clone(),
+                container_dir: dir.clone(),
+                run_dir: run_dir.clone(),
+            };
+            let fds = [
+                listener.as_fd(),
+                lock.as_fd(),
+                lease.as_fd(),
+                log.as_fd(),
+                image.file().as_fd(),
+            ];
+            let pools = Pools::new(&self.layout.state, &self.layout.run);
+            if pools.take(&wanted, &assets.dir, &handover, &fds)?.is_some() {
+                return Ok(Supervised {
+                    record: self.record.clone(),
+                    shim: None,
+                    holder: Some(holder),
+                });
+            }
+        }
+        let mut command = supervisor::command(&assets);
         command
             .arg("serve")
             .args(["--id", &self.record.id])
@@ -110,15 +207,6 @@ impl NewContainer {
             .args(["--socket-fd", &listener.as_raw_fd().to_string()])
             .args(["--lock-fd", &lock.as_fd().as_raw_fd().to_string()])
             .args(["--lease-fd", &lease.as_raw_fd().to_string()])
-            .env_clear()
-            .envs(std::env::vars_os().filter(|(name, _)| {
-                let name = name.to_string_lossy();
-                name == "PATH" || name.starts_with("WALNUT_")
-            }))
-            .env("WALNUT_LIB", &assets.dir)
-            .current_dir("/")
-            .stdin(Stdio::null())
-            .stdout(Stdio::null())
             .stderr(log);
         if let Some(driver) = &args.driver {
             command.env("WALNUT_DRIVER", driver);
@@ -138,22 +226,32 @@ impl NewContainer {
                         return Err(io::Error::last_os_error());
                     }
                 }
-                // A session of its own: ^C is for the command in front.
-                if libc::setsid() < 0 {
-                    return Err(io::Error::last_os_error());
-                }
                 Ok(())
             });
         }
+        supervisor::session(&mut command);
         let shim = command
             .spawn()
             .with_context(|| format!("start the supervisor {}", assets.shim().display()))?;
         Ok(Supervised {
             record: self.record.clone(),
-            shim,
+            shim: Some(shim),
             holder: Some(holder),
         })
     }
+}
+
+/// The machine that could stand by for the container, if one may.
+fn pooled(args: &RunArgs, spec: &Spec) -> Result<Option<Wanted>> {
+    let shares = !args.volume.is_empty();
+    let mut settings = Settings::load()?;
+    if shares || args.no_template || !settings.machine.templates {
+        return Ok(None);
+    }
+    if let Some(driver) = &args.driver {
+        settings.machine.driver = driver.parse()?;
+    }
+    Ok(Some(Wanted::for_container(&settings, spec)))
 }
 
 impl Drop for NewContainer {
@@ -181,7 +279,7 @@ impl Supervised {
 
     /// How the supervisor ended, if it has.
     pub(crate) fn shim_end(&mut self) -> Option<String> {
-        let status = self.shim.try_wait().ok().flatten()?;
+        let status = self.shim.as_mut()?.try_wait().ok().flatten()?;
         (!status.success()).then(|| status.to_string())
     }
 }
@@ -232,7 +330,8 @@ fn check_name(name: &str) -> Result<()> {
 }
 
 /// An adjective and a nut, with two digits that make a clash unlikely.
-fn random_name(random: &[u8; 16]) -> String {
+fn random_name() -> Result<String> {
+    let random = random()?;
     const ADJECTIVES: [&str; 16] = [
         "amber", "brisk", "calm", "deft", "eager", "fresh", "gentle", "hardy", "keen", "lively",
         "mellow", "noble", "quiet", "sturdy", "swift", "wise",
@@ -256,12 +355,12 @@ fn random_name(random: &[u8; 16]) -> String {
         "pistachio",
     ];
     let pick = |list: [&'static str; 16], byte: u8| list[usize::from(byte % 16)];
-    format!(
+    Ok(format!(
         "{}_{}{:02}",
         pick(ADJECTIVES, random[0]),
         pick(NUTS, random[1]),
         random[2] % 100
-    )
+    ))
 }
 
 /// The container with this name or ID, which must have a supervisor.

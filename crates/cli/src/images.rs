@@ -2,11 +2,11 @@
 
 use anyhow::Result;
 use serde_json::json;
-use walnut_image::{Image, Store};
+use walnut_image::{Image, Reference, Store};
 use walnut_sandbox::Layout;
 
 use crate::{
-    args::{Format, ImagesArgs},
+    args::{Format, ImagesArgs, RmiArgs},
     output,
 };
 
@@ -29,6 +29,7 @@ pub(crate) fn images(args: &ImagesArgs) -> Result<u8> {
                     "digest": i.digest.to_string(),
                     "created": i.created,
                     "size": i.size,
+                    "checkpoint": i.checkpoint.is_some(),
                 })
             })
             .collect();
@@ -63,6 +64,27 @@ pub(crate) fn images(args: &ImagesArgs) -> Result<u8> {
     }
     output::table(["REPOSITORY", "TAG", "IMAGE ID", "CREATED", "SIZE"], &rows)?;
     Ok(0)
+}
+
+pub(crate) fn rmi(args: &RmiArgs) -> Result<u8> {
+    let layout = Layout::from_env()?;
+    let store = Store::open(layout.images())?;
+    let mut code = 0;
+    for image in &args.images {
+        match store.remove(image) {
+            Ok(removed) => {
+                for name in removed.names {
+                    let name = name.parse::<Reference>().map_or(name, |n| n.familiar());
+                    println!("{name}");
+                }
+            }
+            Err(e) => {
+                eprintln!("walnut: {e}");
+                code = 1;
+            }
+        }
+    }
+    Ok(code)
 }
 
 fn short(image: &Image) -> String {

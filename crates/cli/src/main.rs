@@ -1,23 +1,34 @@
 //! `walnut`: what a person types.
 //!
 //! A client of the supervisor's Task API, and of the image store: it holds no
-//! state and runs no daemon. Each verb has a file of its own.
+//! state and runs no daemon. Each verb has a file of its own. Called `walnut-oci` it is
+//! another command line, that of an OCI runtime ([`oci`]).
 
 mod args;
+mod breakdown;
 mod check;
+mod checkpoint;
 mod client;
+mod config;
 mod create;
 mod exec;
 mod fail;
 mod images;
+mod install;
 mod io;
 mod list;
 mod logs;
+mod oci;
 mod output;
+mod pool;
 mod pull;
+mod reclaim;
 mod run;
+mod saved;
 mod signal;
 mod spec;
+mod stats;
+mod supervisor;
 mod template;
 mod terminal;
 mod values;
@@ -29,6 +40,9 @@ use clap::Parser;
 use crate::args::{Cli, Command};
 
 fn main() -> ExitCode {
+    if oci::is_meant() {
+        return oci::main();
+    }
     let cli = Cli::parse();
     tracing_subscriber::fmt()
         .with_env_filter(
@@ -66,13 +80,22 @@ async fn dispatch(command: Command) -> anyhow::Result<u8> {
         Command::Exec(args) => exec::exec(args).await,
         Command::Ps(args) => list::ps(&args),
         Command::Logs(args) => logs::logs(&args).await,
+        Command::Stats(args) => stats::stats(args).await,
+        Command::Reclaim(args) => reclaim::reclaim(args).await,
         Command::Kill(args) => signal::kill(args).await,
         Command::Stop(args) => signal::stop(args).await,
         Command::Rm(args) => signal::rm(args).await,
         Command::Pull(args) => pull::pull(args).await,
         Command::Images(args) => images::images(&args),
+        Command::Rmi(args) => images::rmi(&args),
+        Command::Checkpoint(args) => checkpoint::checkpoint(args).await,
+        Command::Fork(args) => checkpoint::fork(args).await,
         Command::Template(command) => template::template(command).await,
+        Command::Pool(command) => pool::pool(command),
         Command::Check(args) => check::check(&args),
+        Command::Config(args) => config::config(&args),
+        Command::Install(args) => install::install(&args),
+        Command::Uninstall(args) => install::uninstall(&args),
         Command::Version(args) => list::version(&args),
     }
 }

@@ -6,6 +6,15 @@ use serde::Serialize;
 
 /// Prints rows in aligned columns; the last one is not padded.
 pub(crate) fn table<const N: usize>(head: [&str; N], rows: &[[String; N]]) -> io::Result<()> {
+    write_table(&mut io::stdout().lock(), head, rows)
+}
+
+/// Writes rows in aligned columns.
+pub(crate) fn write_table<const N: usize>(
+    out: &mut impl Write,
+    head: [&str; N],
+    rows: &[[String; N]],
+) -> io::Result<()> {
     let width = |column: usize| {
         rows.iter()
             .map(|row| row[column].chars().count())
@@ -14,7 +23,6 @@ pub(crate) fn table<const N: usize>(head: [&str; N], rows: &[[String; N]]) -> io
             .unwrap_or(0)
     };
     let widths: Vec<_> = (0..N).map(width).collect();
-    let mut out = io::stdout().lock();
     let mut line = |cells: [&str; N]| {
         for (column, cell) in cells.iter().enumerate() {
             if column + 1 == N {
@@ -57,6 +65,19 @@ pub(crate) fn bytes(n: u64) -> String {
     format!("{n} B")
 }
 
+/// Bytes for people, in powers of 1024 as Docker shows memory.
+pub(crate) fn binary(n: u64) -> String {
+    const UNITS: [(u32, &str); 4] = [(40, "TiB"), (30, "GiB"), (20, "MiB"), (10, "KiB")];
+    for (shift, name) in UNITS {
+        if n >> shift > 0 {
+            // A tenth of the unit is no whole number of bytes.
+            let tenths = (u128::from(n) * 10) >> shift;
+            return format!("{}.{}{name}", tenths / 10, tenths % 10);
+        }
+    }
+    format!("{n}B")
+}
+
 /// How long ago `then` was, both in nanoseconds since the epoch.
 pub(crate) fn ago(then: i64, now: i64) -> String {
     let seconds = now.saturating_sub(then) / 1_000_000_000;
@@ -77,6 +98,10 @@ mod tests {
     fn words_for_numbers() {
         assert_eq!(bytes(999), "999 B");
         assert_eq!(bytes(123_456_789), "123.4 MB");
+        assert_eq!(binary(1023), "1023B");
+        assert_eq!(binary(1536), "1.5KiB");
+        assert_eq!(binary((3 << 30) + (1 << 29)), "3.5GiB");
+        assert_eq!(binary(u64::MAX), "16777215.9TiB");
         assert_eq!(ago(0, 61_000_000_000), "1 minute");
         assert_eq!(ago(10, 0), "0 seconds");
     }

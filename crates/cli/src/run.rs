@@ -1,6 +1,9 @@
 //! `walnut run`.
 
-use std::io::{IsTerminal, Write};
+use std::{
+    io::{IsTerminal, Write},
+    path::PathBuf,
+};
 
 use anyhow::{Context, Result, bail};
 use containerd_shim_protos::{
@@ -9,21 +12,18 @@ use containerd_shim_protos::{
 };
 use tokio::signal::unix::{SignalKind, signal};
 use walnut_image::Store;
-use walnut_sandbox::{Error, Layout, Record, reconcile};
+use walnut_sandbox::{Checkpoint, Draft, Error, ImageRef, Layout, Record, reconcile};
 
 use crate::{
     args::{PullWhen, RunArgs},
     client::{self, Supervisor, fault, soon},
     create::{NewContainer, Supervised},
     io::Fifos,
-    pull,
+    pull, saved,
     terminal::{self, Raw},
 };
 
 pub(crate) async fn run(args: RunArgs) -> Result<u8> {
-    if args.tty && !args.detach && args.interactive && !std::io::stdin().is_terminal() {
-        bail!("the input is not a terminal; leave -t out, or use -i alone");
-    }
     let layout = Layout::from_env()?;
     let store = Store::open(layout.images())?;
     let image = match (store.resolve(&args.image), args.pull) {
@@ -33,15 +33,57 @@ pub(crate) async fn run(args: RunArgs) -> Result<u8> {
             pull::fetch(&store, &args.image, pull::Show::Stderr).await?
         }
     };
-    let container = NewContainer::create(&layout, &args, &image)?;
+    let container = match &image.checkpoint {
+        None => NewContainer::create(&layout, &args, &image)?,
+        Some(dir) => {
+            let saved = Checkpoint::load(dir)?;
+            saved::check(&args, &saved)?;
+            let lease = image.lease().context("use the image")?;
+            let image = ImageRef {
+                name: args.image.clone(),
+                id: image.id.to_string(),
+            };
+            NewContainer::go_on(&layout, &args, &saved, lease, image)?
+        }
+    };
+    let source = Source {
+        rootfs: image.rootfs,
+        checkpoint: image.checkpoint,
+        draft: None,
+    };
+    start(&layout, &args, container, source).await
+}
+
+/// Where a container's machine comes from.
+#[derive(Debug)]
+pub(crate) struct Source {
+    /// The image's file.
+    pub(crate) rootfs: PathBuf,
+    /// What it goes on from, if it does not begin.
+    pub(crate) checkpoint: Option<PathBuf>,
+    /// Keeps that until the machine is there.
+    pub(crate) draft: Option<Draft>,
+}
+
+/// Sees a container through that is on disk: to its end, or to its start if that is all
+/// that is wanted.
+pub(crate) async fn start(
+    layout: &Layout,
+    args: &RunArgs,
+    container: NewContainer,
+    source: Source,
+) -> Result<u8> {
+    if args.tty && !args.detach && args.interactive && !std::io::stdin().is_terminal() {
+        bail!("the input is not a terminal; leave -t out, or use -i alone");
+    }
     if let Some(path) = &args.cidfile {
         write_new(path, &container.record.id)
             .with_context(|| format!("write --cidfile {}", path.display()))?;
     }
-    let mut supervised = container.supervise(&args)?;
+    let mut supervised = container.supervise(args)?;
     let record = supervised.record.clone();
-    let result = drive(&layout, &args, &mut supervised, &image.rootfs).await;
-    finish(&layout, &args, &record, &mut supervised, result).await
+    let result = drive(layout, args, &mut supervised, source).await;
+    finish(layout, args, &record, &mut supervised, result).await
 }
 
 fn write_new(path: &std::path::Path, text: &str) -> std::io::Result<()> {
@@ -54,8 +96,13 @@ async fn drive(
     layout: &Layout,
     args: &RunArgs,
     supervised: &mut Supervised,
-    rootfs: &std::path::Path,
+    source: Source,
 ) -> Result<u8> {
+    let Source {
+        rootfs,
+        checkpoint,
+        draft,
+    } = source;
     let record = &supervised.record;
     let supervisor = Supervisor::connect(layout, record).await?;
     let fifos = if args.detach {
@@ -78,6 +125,9 @@ async fn drive(
         stdin: path("stdin"),
         stdout: path("stdout"),
         stderr: path("stderr"),
+        checkpoint: checkpoint
+            .map(|dir| dir.display().to_string())
+            .unwrap_or_default(),
         ..Default::default()
     };
     // The user may change their mind while the machine boots.
@@ -85,6 +135,8 @@ async fn drive(
         reply = supervisor.task.create(soon(), &request) => reply.map_err(fault)?,
         code = interrupted() => return Ok(code),
     };
+    // The machine holds what it needs of it.
+    drop(draft);
     let Some(fifos) = fifos else {
         supervisor.start("").await?;
         supervised.release()?;

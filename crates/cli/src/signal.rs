@@ -96,7 +96,7 @@ async fn end(layout: &Layout, record: &Record, grace: Duration) -> Result<()> {
 
 /// Does it for each container, prints the names of those done and the reasons of
 /// those not.
-async fn each(names: &[String], act: impl AsyncFn(&str) -> Result<()>) -> Result<u8> {
+pub(crate) async fn each(names: &[String], act: impl AsyncFn(&str) -> Result<()>) -> Result<u8> {
     let mut code = 0;
     for name in names {
         match act(name).await {

@@ -2,10 +2,10 @@
 
 use anyhow::{Context, Result, bail};
 use serde_json::json;
-use walnut_sandbox::{Assets, Layout, Listed, Templates, Wanted, boot_deadline, now_ns};
+use walnut_sandbox::{Assets, Layout, Listed, Settings, Templates, Wanted, now_ns};
 
 use crate::{
-    args::{Format, TemplateCommand, TemplateCreateArgs, TemplateLsArgs},
+    args::{Format, MachineArgs, TemplateCommand, TemplateCreateArgs, TemplateLsArgs},
     output, spec,
 };
 
@@ -97,13 +97,22 @@ fn ls(templates: &Templates, args: &TemplateLsArgs) -> Result<()> {
     Ok(output::table(head, &rows)?)
 }
 
-async fn create(layout: &Layout, templates: &Templates, args: &TemplateCreateArgs) -> Result<()> {
+/// The machine that containers with these limits get.
+pub(crate) fn wanted(args: &MachineArgs) -> Result<Wanted> {
+    let mut settings = Settings::load()?;
+    if let Some(driver) = &args.driver {
+        settings.machine.driver = driver.parse()?;
+    }
     let limits = spec::resources(args.memory, args.cpus);
     let container = json!({ "ociVersion": "1.0.2", "linux": { "resources": limits } });
     let container = serde_json::from_value(container).context("describe the machine")?;
-    let wanted = Wanted::for_container(args.driver.parse()?, &container);
+    Ok(Wanted::for_container(&settings, &container))
+}
+
+async fn create(layout: &Layout, templates: &Templates, args: &TemplateCreateArgs) -> Result<()> {
+    let wanted = wanted(&args.machine)?;
     let cache = Some(layout.run.clone());
-    let (assets, deadline) = (Assets::find()?, boot_deadline()?);
+    let (assets, deadline) = (Assets::find()?, Settings::load()?.boot_timeout());
     loop {
         let made = templates.make(&wanted, &assets, cache.clone(), deadline);
         if let Some(template) = made.await? {

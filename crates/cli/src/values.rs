@@ -2,6 +2,8 @@
 
 use std::{path::PathBuf, str::FromStr};
 
+use walnut_sandbox::Bytes;
+
 /// Bytes, written as Docker takes them: `512m`, `1.5g`, `1048576`.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub(crate) struct Size(pub(crate) i64);
@@ -13,32 +15,11 @@ impl FromStr for Size {
     type Err = String;
 
     fn from_str(text: &str) -> Result<Self, String> {
-        let lower = text.to_ascii_lowercase();
-        let number = lower.trim_end_matches(|c: char| c.is_ascii_alphabetic());
-        let shift = match &lower[number.len()..] {
-            "" | "b" => 0,
-            "k" | "kb" | "kib" => 10,
-            "m" | "mb" | "mib" => 20,
-            "g" | "gb" | "gib" => 30,
-            "t" | "tb" | "tib" => 40,
-            unit => return Err(format!("unknown unit {unit:?}; use b, k, m or g")),
-        };
-        let bytes = match number.parse::<i64>() {
-            Ok(whole) => whole.checked_mul(1 << shift),
-            Err(_) => number
-                .parse::<f64>()
-                .ok()
-                .filter(|n| (0.0..8192.0).contains(n))
-                .and_then(|n| {
-                    format!("{:.0}", n * f64::from(1 << (shift.min(30))))
-                        .parse()
-                        .ok()
-                }),
-        };
-        match bytes {
-            Some(bytes) if bytes >= MEMORY_MIN => Ok(Self(bytes)),
-            Some(_) => Err("at least 6m".into()),
-            None => Err("not a size; write it as 512m or 2g".into()),
+        let Bytes(bytes) = text.parse()?;
+        match i64::try_from(bytes) {
+            Ok(bytes) if bytes >= MEMORY_MIN => Ok(Self(bytes)),
+            Ok(_) => Err("at least 6m".into()),
+            Err(_) => Err("more than there can be".into()),
         }
     }
 }

@@ -433,6 +433,7 @@ fn failures_are_one_sentence() {
     File::create(&there).unwrap();
     let text = |path: &Path| path.to_str().unwrap().to_owned();
     let vhost = text(&dir.path().join("vhost"));
+    let nowhere = text(&dir.path().join("nowhere/v"));
     let cases: [(&[&str], &str); 6] = [
         (&["--vhost-fd", "99", "--uds", &text(&v)], "descriptor 99"),
         (
@@ -441,7 +442,7 @@ fn failures_are_one_sentence() {
         ),
         (&["--vhost-socket", &vhost], "--uds is missing"),
         (
-            &["--vhost-socket", &vhost, "--uds", "/nowhere/v"],
+            &["--vhost-socket", &vhost, "--uds", &nowhere],
             "cannot enter",
         ),
         (

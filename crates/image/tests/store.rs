@@ -368,6 +368,81 @@ async fn removing_frees_everything_but_what_is_leased() {
 }
 
 #[tokio::test]
+async fn a_checkpoint_is_an_image_that_keeps_its_root() {
+    let setup = Setup::new(1);
+    let base = setup.pull().await.unwrap();
+    let draft = |record: &str| {
+        let dir = setup.dir.path().join("draft");
+        std::fs::create_dir(&dir).unwrap();
+        std::fs::write(dir.join("checkpoint.json"), record).unwrap();
+        std::fs::write(dir.join("memory"), vec![1; 10_000]).unwrap();
+        dir
+    };
+    let name: Reference = "saved:1".parse().unwrap();
+    let add = async |record, name: &Reference, rootfs: &Path| {
+        let created = "2026-01-02T03:04:05Z".to_owned();
+        let dir = draft(record);
+        let added = setup.store.add_checkpoint(name, &dir, rootfs, created);
+        added
+            .await
+            .inspect_err(|_| std::fs::remove_dir_all(&dir).unwrap())
+    };
+    let first = add("one", &name, &base.rootfs).await.unwrap();
+    assert_eq!(first.created.as_deref(), Some("2026-01-02T03:04:05Z"));
+    assert!(first.size >= 10_000 && first.rootfs == base.rootfs);
+    assert!(!setup.dir.path().join("draft").exists());
+    assert_eq!(setup.store.list().unwrap().len(), 2);
+
+    // The base goes, its root stays; the checkpoint is found by name and ID.
+    setup.store.remove(&base.id.hex()).unwrap();
+    assert!(files(&setup.path("blobs/sha256")).is_empty());
+    let found = setup.store.resolve("saved:1").unwrap();
+    assert_eq!(found.checkpoint, first.checkpoint);
+    let found = setup.store.resolve(&first.id.hex()[..12]).unwrap();
+    drop(found.lease().unwrap());
+    drop(setup.store.lease(&found.rootfs).unwrap());
+    assert!(setup.store.lease(Path::new("/etc/passwd")).is_err());
+
+    // Another takes its name, and nothing of the first is left.
+    let second = add("two", &name, &base.rootfs).await.unwrap();
+    assert!(!first.checkpoint.unwrap().exists());
+    assert_eq!(setup.store.list().unwrap().len(), 1);
+    let strange = setup.dir.path().join("x.erofs");
+    std::fs::copy(&base.rootfs, &strange).unwrap();
+    let said = add("three", &name, &strange).await.unwrap_err();
+    assert!(said.to_string().contains("of this store"), "{said}");
+    let by_digest = format!("saved@{}", second.id).parse().unwrap();
+    let said = add("three", &by_digest, &base.rootfs).await.unwrap_err();
+    assert!(said.to_string().contains("not by a digest"), "{said}");
+
+    // One whose record was changed is not used, and can be removed.
+    let record = second.checkpoint.as_ref().unwrap().join("checkpoint.json");
+    std::fs::write(record, "changed").unwrap();
+    let said = setup.store.resolve("saved:1").unwrap_err();
+    assert!(said.to_string().contains("missing or changed"), "{said}");
+    // A sweep waits for who adds; a removal does not.
+    let adding = std::fs::File::open(setup.path("gc.lock")).unwrap();
+    adding.lock_shared().unwrap();
+    let kept = setup.dir.path().join("kept");
+    std::fs::create_dir(&kept).unwrap();
+    std::fs::write(kept.join("checkpoint.json"), "four").unwrap();
+    let other: Reference = "saved:2".parse().unwrap();
+    let created = "2026-01-02T03:04:05Z".to_owned();
+    let added = setup
+        .store
+        .add_checkpoint(&other, &kept, &base.rootfs, created);
+    let directory = added.await.unwrap().checkpoint.unwrap();
+    setup.store.remove("saved:2").unwrap();
+    assert!(!directory.exists());
+    drop(adding);
+    // What a killed command left has no name.
+    std::fs::create_dir(setup.path("checkpoints/left")).unwrap();
+    assert!(setup.store.remove("saved:1").unwrap().freed > 10_000);
+    assert!(files(&setup.path("checkpoints")).is_empty());
+    assert!(files(&setup.path("rootfs")).is_empty());
+}
+
+#[tokio::test]
 async fn many_pull_at_once_and_agree() {
     let setup = Setup::new(4);
     let pulls = (0..6).map(|_| async {

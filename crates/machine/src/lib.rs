@@ -59,8 +59,9 @@ pub struct MachineSpec {
     pub max_memory: u64,
     /// Block devices, in order.
     pub disks: Vec<Disk>,
-    /// Disks that a clone of this machine may have beyond `disks`, see [`Restore`]. Some
-    /// drivers must keep room for them from the start; of the driver `vmm` a machine with
+    /// Disks that this machine may be given later ([`SpareDisks`]), or a clone of it from
+    /// the start ([`Restore`]), beyond `disks`. QEMU's guests see them from the start, as
+    /// disks of no size, and they must be read-only; of the driver `vmm` a machine with
     /// spare disks has no others.
     pub spare_disks: u32,
     /// virtio-fs devices.
@@ -129,6 +130,11 @@ pub trait Driver: fmt::Debug + Send + Sync {
     /// starts dies with the caller's process, however that ends.
     async fn start(&self, spec: MachineSpec) -> Result<Box<dyn Machine>, Error>;
 
+    /// Whether its machines, and what it restores of them, have [`Resize`].
+    fn grows(&self) -> bool {
+        false
+    }
+
     /// The driver's ability to restore snapshots, if it has it.
     fn as_restore(&self) -> Option<&dyn Restore> {
         None
@@ -155,7 +161,8 @@ pub trait Restore: fmt::Debug + Send + Sync {
     /// Starts a machine where the saved one stood. `spec` says what its devices are
     /// now: it must name the same ones, and may name up to [`MachineSpec::spare_disks`]
     /// disks more, after the others. Kernel, sizes, spare disks and command line are
-    /// the snapshot's. The guest's kernel hears that it is a clone, and reseeds its
+    /// the snapshot's (a disk that comes later has as many queues as `spec` has vCPUs,
+    /// for a machine that is about to grow). The guest's kernel hears that it is a clone, and reseeds its
     /// random numbers, before anything else (QEMU's cannot hear it: there the agent's
     /// `ConfigureSandbox` must come first); connections are gone; its wall clock
     /// stands where it stood, until the agent is told the time. Nothing is left behind
@@ -209,6 +216,11 @@ pub trait Machine: fmt::Debug + Send + Sync {
         None
     }
 
+    /// The machine's ability to be given disks while it runs, if it has it.
+    fn as_spare_disks(&self) -> Option<&dyn SpareDisks> {
+        None
+    }
+
     /// The machine's ability to change its size, if it has it.
     fn as_resize(&self) -> Option<&dyn Resize> {
         None
@@ -240,6 +252,16 @@ pub trait HotPlug: Send + Sync {
     /// go, which it may never. May be asked again, and then also succeeds if it has
     /// let go meanwhile.
     async fn detach(&self, device: &Pluggable, deadline: Duration) -> Result<(), Error>;
+}
+
+/// Gives disks to a running machine, which has them to its end.
+#[async_trait]
+pub trait SpareDisks: Send + Sync {
+    /// Returns when the disk is there; the guest finds it when it looks for it. Fails if
+    /// the machine has a disk of this serial, or as many as it can have: of the driver
+    /// `vmm` what its bus has room for, of QEMU its [`MachineSpec::spare_disks`], less, in
+    /// a clone, those that it began with. A machine of QEMU that failed to is ended.
+    async fn attach_disk(&self, disk: &Disk) -> Result<(), Error>;
 }
 
 /// Changes a machine's size while it runs, within what it was made for

@@ -45,6 +45,14 @@ pub(crate) fn enter(config: &SandboxConfig, guest_memory: u64) -> Option<Cgroup>
     }
 }
 
+/// Lets the processes of a sandbox that grows have more.
+pub(crate) fn resize(cgroup: &Cgroup, guest_memory: u64) {
+    // Where it cannot be set, growing fails in the cgroup and nowhere else.
+    if let Err(e) = cgroup.limit_memory(guest_memory.saturating_add(OVERHEAD)) {
+        warn!("let the sandbox's cgroup have more memory: {e}");
+    }
+}
+
 /// Removes the cgroups of a sandbox whose supervisor was killed.
 pub(crate) fn sweep(run_dir: &Path) {
     let Ok(lines) = fs::read_to_string(run_dir.join(FILE)) else {

@@ -3,10 +3,13 @@
 
 use std::path::{Path, PathBuf};
 
-use oci_spec::runtime::{LinuxNamespaceType, Mount, Spec};
+use oci_spec::runtime::{Hooks, Linux, Mount, Spec};
 use walnut_protocol::{GUEST_ROOT, agent::GuestFile};
 
-use crate::{Error, Result};
+use crate::{
+    Error, Result,
+    pod::{self, First, Role},
+};
 
 /// Largest `config.json` that is read, bytes; the agent's own limit.
 const SPEC_MAX: u64 = 4 << 20;
@@ -18,6 +21,19 @@ pub(crate) struct HostBind {
     pub(crate) mount: usize,
     pub(crate) source: PathBuf,
     pub(crate) read_only: bool,
+    /// What the host mounts below it later is to be seen too.
+    pub(crate) follows_host: bool,
+}
+
+/// Where the guest has what a container's spec names.
+pub(crate) struct Place<'a> {
+    pub(crate) root: &'a str,
+    /// Guest path of each host bind, by its index among the mounts.
+    pub(crate) binds: &'a [(usize, PathBuf)],
+    /// Files of ours, and where in the container they are bound.
+    pub(crate) files: &'a [(GuestFile, PathBuf)],
+    pub(crate) role: Role,
+    pub(crate) first: Option<&'a First>,
 }
 
 /// Reads a bundle's `config.json`.
@@ -63,39 +79,46 @@ pub(crate) fn host_binds(spec: &Spec) -> Result<Vec<HostBind>> {
                 mount.destination().display()
             )));
         };
-        let read_only = options(mount).any(|o| matches!(o, "ro" | "rro"));
+        let has = |wanted: &[&str]| options(mount).any(|o| wanted.contains(&o));
         binds.push(HostBind {
             mount: index,
             source,
-            read_only,
+            read_only: has(&["ro", "rro"]),
+            follows_host: has(&["slave", "rslave", "shared", "rshared"]),
         });
     }
     Ok(binds)
 }
 
 /// Turns the spec into the guest's: root, cgroup and namespaces are the
-/// agent's, `binds` gives each host bind its guest path, and `files` are bound
-/// over the paths they stand for.
-pub(crate) fn translate(
-    mut spec: Spec,
-    container: &str,
-    rootfs: &str,
-    binds: &[(usize, PathBuf)],
-    files: &[(GuestFile, PathBuf)],
-) -> Result<Vec<u8>> {
+/// agent's, binds get their guest paths, and our files are bound over the paths
+/// they stand for.
+pub(crate) fn translate(mut spec: Spec, container: &str, place: &Place<'_>) -> Result<Vec<u8>> {
     if let Some(root) = spec.root_mut() {
-        root.set_path(rootfs.into());
+        root.set_path(place.root.into());
     }
-    // Hooks are programs of the host; the guest has none.
-    spec.set_hooks(None);
+    // Hooks are programs of the host, but for those that the spec looks for in the
+    // container.
+    let start = spec
+        .hooks()
+        .as_ref()
+        .and_then(|h| h.start_container().clone());
+    spec.set_hooks(start.map(|start| {
+        let mut hooks = Hooks::default();
+        hooks.set_start_container(Some(start));
+        hooks
+    }));
     let mut mounts = spec.mounts().clone().unwrap_or_default();
-    for (index, path) in binds {
+    for (index, path) in place.binds {
         let Some(mount) = mounts.get_mut(*index) else {
             continue;
         };
         mount.set_source(Some(path.clone()));
     }
-    for (file, destination) in files {
+    for mount in &mut mounts {
+        forget_copy_up(mount);
+    }
+    for (file, destination) in place.files {
         let mut mount = Mount::default();
         mount
             .set_destination(destination.clone())
@@ -105,23 +128,42 @@ pub(crate) fn translate(
         mounts.push(mount);
     }
     spec.set_mounts(Some(mounts));
+    if place.role.in_pod() {
+        // The guest's, which is the pod's, and set already.
+        spec.set_hostname(None);
+        spec.set_domainname(None);
+    }
     if let Some(linux) = spec.linux_mut() {
         linux.set_cgroups_path(Some(format!("/walnut/{container}").into()));
-        let namespaces = linux.namespaces().clone().unwrap_or_default();
-        // The guest's network is the pod's; host paths of namespaces mean
-        // nothing in it.
-        let namespaces = namespaces
-            .into_iter()
-            .filter(|ns| ns.typ() != LinuxNamespaceType::Network)
-            .map(|mut ns| {
-                ns.set_path(None);
-                ns
-            })
-            .collect();
+        let listed = linux.namespaces().as_deref().unwrap_or_default();
+        let namespaces = pod::namespaces(listed, place.role, place.first)?;
         linux.set_namespaces(Some(namespaces));
+        if place.role.in_pod() {
+            // Of the namespaces that a pod's containers share: set for the whole guest.
+            linux.set_sysctl(None);
+        }
+        forget_host_cpus(linux);
     }
     serde_json::to_vec(&spec)
         .map_err(|e| Error::Invalid(format!("write the guest's spec of {container}: {e}")))
+}
+
+/// runc's extension, that a tmpfs begins with what it covers: the guest's kernel would take
+/// it for an option of the file system's, and refuse.
+fn forget_copy_up(mount: &mut Mount) {
+    if let Some(mut options) = mount.options().clone() {
+        options.retain(|option| option != "tmpcopyup");
+        mount.set_options(Some(options));
+    }
+}
+
+/// Numbers of the host's processors and memory nodes are not the guest's.
+fn forget_host_cpus(linux: &mut Linux) {
+    if let Some(resources) = linux.resources_mut()
+        && let Some(cpu) = resources.cpu_mut()
+    {
+        cpu.set_cpus(None).set_mems(None);
+    }
 }
 
 /// `/etc/hosts` and `/etc/hostname` of a container, where the spec has no mount
@@ -171,9 +213,10 @@ mod tests {
         serde_json::from_str(
             r#"{"ociVersion":"1.0.2","hostname":"web","root":{"path":"rootfs"},
             "process":{"user":{"uid":0,"gid":0},"args":["true"],"cwd":"/"},
-            "hooks":{"prestart":[{"path":"/bin/evil"}]},
+            "hooks":{"prestart":[{"path":"/bin/evil"}],"startContainer":[{"path":"/bin/good"}]},
             "mounts":[{"destination":"/proc","type":"proc","source":"proc"},
-              {"destination":"/data","type":"bind","source":"/srv","options":["rbind","ro"]}],
+              {"destination":"/data","type":"bind","source":"/srv","options":["rbind","ro"]},
+              {"destination":"/t","type":"tmpfs","source":"tmpfs","options":["rw","tmpcopyup"]}],
             "linux":{"namespaces":[{"type":"pid"},{"type":"network","path":"/var/run/netns/x"}]}}"#,
         )
         .unwrap()
@@ -187,7 +230,8 @@ mod tests {
             [HostBind {
                 mount: 1,
                 source: "/srv".into(),
-                read_only: true
+                read_only: true,
+                follows_host: false,
             }]
         );
     }
@@ -196,18 +240,19 @@ mod tests {
     fn the_guest_never_hears_of_host_paths() {
         let spec = spec();
         let files = files(&spec, "c1");
-        let guest = translate(
-            spec,
-            "c1",
-            "/run/walnut/c1/rootfs",
-            &[(1, "/run/walnut/shared/0".into())],
-            &files,
-        )
-        .unwrap();
+        let place = Place {
+            root: "/run/walnut/c1/rootfs",
+            binds: &[(1, "/run/walnut/shared/0".into())],
+            files: &files,
+            role: Role::Alone,
+            first: None,
+        };
+        let guest = translate(spec, "c1", &place).unwrap();
         let text = String::from_utf8(guest.clone()).unwrap();
-        for host in ["/srv", "netns", "evil"] {
+        for host in ["/srv", "netns", "evil", "tmpcopyup"] {
             assert!(!text.contains(host), "{text}");
         }
+        assert!(text.contains("/bin/good"), "{text}");
         let guest: Spec = serde_json::from_slice(&guest).unwrap();
         let mounts = guest.mounts().clone().unwrap();
         assert_eq!(mounts[1].source(), &Some("/run/walnut/shared/0".into()));

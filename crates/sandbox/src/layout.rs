@@ -178,6 +178,11 @@ impl Assets {
         self.dir.join("initramfs.cpio")
     }
 
+    /// The image of the container that a machine which stands by has run before.
+    pub fn rehearsal(&self) -> PathBuf {
+        self.dir.join("rehearsal.erofs")
+    }
+
     /// The supervisor.
     pub fn shim(&self) -> PathBuf {
         self.dir.join("containerd-shim-walnut-v2")

@@ -4,41 +4,67 @@
 //! A [`Sandbox`] is one machine with an agent in it and any number of
 //! containers; the shim drives it. A [`Record`] is what is known of a container
 //! on disk; [`reconcile`] removes what a killed supervisor left. [`Layout`] says
-//! where things lie.
+//! where things lie. A [`Checkpoint`] is a container saved with its processes.
 //!
 //! It knows neither containerd's protocol nor a command line: front ends
 //! translate to and from the types here.
 
 mod agent;
+mod bundle;
 mod cgroup;
+mod checkpoint;
+mod containers;
+mod daemon;
+mod descriptor;
 mod error;
+mod events;
+mod file;
+mod growth;
 mod guest_spec;
 mod layout;
 mod lock;
 mod log;
+mod memory;
+mod plan;
+mod pod;
+mod pool;
 mod process;
 mod record;
 mod sandbox;
+mod settings;
 mod sizing;
+mod standby;
 mod start;
 mod stdio;
 mod template;
 
+pub use bundle::{BundleState, BundleStatus, Bundles};
+pub use checkpoint::{
+    CHECKPOINT_FILE, CHECKPOINT_MAX, Checkpoint, CheckpointOptions, Draft, Drafts, SavedContainer,
+};
+pub use daemon::{DaemonDirs, SandboxDir};
+pub use descriptor::Inherited;
 pub use error::{Error, Result};
 pub use layout::{Assets, Layout};
 pub use lock::Lock;
 pub use log::{LogLine, LogReader};
+pub use pool::{
+    Given, Handover, Member, Place, Pool, PoolSize, Pools, Post, Visit, Visitor, host_memory, leave,
+};
 pub use process::{ExitInfo, ProcessState};
 pub use record::{ImageRef, Record, Status, find, list, now_ns, reconcile, remove};
 pub use sandbox::{
     ContainerRequest, ContainerState, ExecRequest, RootfsMount, Sandbox, SandboxConfig,
 };
-pub use start::boot_deadline;
-pub use stdio::StdioTargets;
+pub use settings::{Annotation, BOOT_TIMEOUT, Bytes, SETTINGS_FILE, Settings};
+pub use stdio::{Input, Output, StdioTargets};
 pub use template::{Listed, Shape, Template, Templates, Wanted};
 pub use walnut_machine as machine;
 /// The host–guest protocol this build speaks.
-pub use walnut_protocol::PROTOCOL;
+pub use walnut_protocol::{
+    PROTOCOL,
+    agent::{ContainerStatsResponse as ContainerStats, GuestMemoryResponse},
+};
 pub use walnut_storage::find_virtiofsd;
 
 /// Annotation in a bundle's `config.json`: file that receives the container's
@@ -48,3 +74,11 @@ pub const ANNOTATION_LOG: &str = "dev.walnut.log";
 /// Annotation in a bundle's `config.json`: `off` if the sandbox shall boot even where a
 /// template could spare it that.
 pub const ANNOTATION_TEMPLATE: &str = "dev.walnut.template";
+
+/// Annotation of containerd's `Update`: memory, in bytes, that the sandbox shall give back
+/// to the host if it can do without it; 0 for all.
+pub const ANNOTATION_RECLAIM: &str = "dev.walnut.reclaim";
+
+/// Number of the field in containerd's cgroup metrics that carries what the guest says of
+/// its memory. containerd knows no such field, and passes over it.
+pub const METRICS_GUEST_MEMORY: u32 = 1000;

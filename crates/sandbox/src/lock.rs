@@ -5,7 +5,7 @@ use std::{
     fs::{File, OpenOptions},
     io,
     os::fd::{AsFd, BorrowedFd, OwnedFd},
-    os::unix::fs::OpenOptionsExt,
+    os::unix::fs::{MetadataExt, OpenOptionsExt},
     path::Path,
 };
 
@@ -54,6 +54,12 @@ impl Lock {
                 Err(e) => return Err(Error::io("wait for", path)(e.into())),
             }
         }
+    }
+
+    /// Device and inode of the locked file.
+    pub(crate) fn inode(&self) -> Result<(u64, u64)> {
+        let meta = self.0.metadata().map_err(Error::io("examine", "lock"))?;
+        Ok((meta.dev(), meta.ino()))
     }
 
     /// A lock that an ancestor took and this process inherited.

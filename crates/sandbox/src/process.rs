@@ -41,6 +41,8 @@ pub enum ProcessState {
 pub(crate) struct Process {
     pub(crate) stdio: StdioTargets,
     pub(crate) close_stdin: Arc<Notify>,
+    /// It has ended; its output may still be on its way.
+    ended: watch::Sender<bool>,
     state: watch::Sender<ProcessState>,
     inner: std::sync::Mutex<Inner>,
 }
@@ -57,6 +59,7 @@ impl Process {
         Self {
             stdio,
             close_stdin: Arc::new(Notify::new()),
+            ended: watch::Sender::new(false),
             state: watch::Sender::new(ProcessState::Created),
             inner: std::sync::Mutex::default(),
         }
@@ -101,8 +104,20 @@ impl Process {
         std::mem::take(&mut self.inner().outputs)
     }
 
+    /// Tells those that copy its output whether it has ended.
+    pub(crate) fn ended(&self) -> watch::Receiver<bool> {
+        self.ended.subscribe()
+    }
+
+    /// It has ended: who takes its output has no reason to wait any more, and its input
+    /// is nobody's.
+    pub(crate) fn end(&self) {
+        self.ended.send_replace(true);
+        self.stop_input();
+    }
+
     /// Ends the copying of its input.
-    pub(crate) fn stop_input(&self) {
+    fn stop_input(&self) {
         if let Some(input) = self.inner().input.take() {
             input.abort();
         }

@@ -6,15 +6,15 @@
 //! for as long as it lives. A record that says "running" while nobody holds the
 //! lock tells of a supervisor that was killed.
 
-use std::{
-    fs,
-    io::{self, Write},
-    path::{Path, PathBuf},
-};
+use std::{fs, io, path::Path};
 
 use serde::{Deserialize, Serialize};
 
-use crate::{Error, Layout, Lock, Result, Templates, cgroup, template};
+use crate::{
+    DaemonDirs, Drafts, Error, Layout, Lock, Pools, Result, Templates, cgroup, daemon,
+    file::{read_json, write_json},
+    pool, template,
+};
 
 /// Largest record that is read.
 const RECORD_MAX: u64 = 1 << 20;
@@ -115,48 +115,22 @@ impl Record {
     /// Reads the record of the container in `dir`.
     pub fn load(dir: &Path) -> Result<Self> {
         let path = dir.join(RECORD_FILE);
-        let size = fs::metadata(&path).map_err(Error::io("read", &path))?.len();
-        if size > RECORD_MAX {
-            return Err(Error::Invalid(format!(
-                "read {}: larger than {RECORD_MAX} bytes; remove the container",
-                path.display()
-            )));
-        }
-        let bytes = fs::read(&path).map_err(Error::io("read", &path))?;
-        serde_json::from_slice(&bytes).map_err(|e| {
-            Error::Invalid(format!(
-                "read {}: {e}; remove the container",
-                path.display()
-            ))
+        read_json(&path, RECORD_MAX).map_err(|e| match e {
+            Error::Invalid(why) => Error::Invalid(format!("{why}; remove the container")),
+            other => other,
         })
     }
 
     /// Writes the record into the container's directory, atomically.
     pub fn store(&self, dir: &Path) -> Result<()> {
         let path = dir.join(RECORD_FILE);
-        let json = serde_json::to_vec_pretty(self)
-            .map_err(|e| Error::Invalid(format!("write {}: {e}", path.display())))?;
-        write_atomic(&path, &json)
+        write_json(&path, self)
     }
 
     /// First twelve digits of the id.
     pub fn short_id(&self) -> &str {
         self.id.get(..12).unwrap_or(&self.id)
     }
-}
-
-/// Writes a file so that a reader, or a crash, meets the old one or the new one.
-pub(crate) fn write_atomic(path: &Path, bytes: &[u8]) -> Result<()> {
-    let mut temp = path.as_os_str().to_owned();
-    temp.push(".new");
-    let temp = PathBuf::from(temp);
-    let write = || -> io::Result<()> {
-        let mut file = fs::File::create(&temp)?;
-        file.write_all(bytes)?;
-        file.sync_data()?;
-        fs::rename(&temp, path)
-    };
-    write().map_err(Error::io("write", path))
 }
 
 /// All containers, oldest first, after [`reconcile`]. Directories that hold no
@@ -217,8 +191,22 @@ pub fn reconcile(layout: &Layout) -> Result<()> {
         reconcile_one(layout, &id)?;
     }
     Templates::new(&layout.state, &layout.run).sweep()?;
+    Drafts::new(&layout.state).sweep()?;
+    Pools::new(&layout.state, &layout.run).sweep()?;
+    if layout.run.join(daemon::RUN_DIR).exists() {
+        DaemonDirs::new(&layout.run)?.sweep()?;
+    }
+    if layout.run.join(daemon::BUNDLES_DIR).exists() {
+        DaemonDirs::of_bundles(&layout.run)?.sweep()?;
+    }
     for entry in read_dir(&layout.run)? {
-        if entry == template::RUN_DIR {
+        let others = [
+            template::RUN_DIR,
+            pool::RUN_DIR,
+            daemon::RUN_DIR,
+            daemon::BUNDLES_DIR,
+        ];
+        if others.contains(&entry.as_str()) {
             continue;
         }
         if !layout.container(&entry).exists() && !layout.sandbox(&entry).join("bundle").exists() {
@@ -249,7 +237,7 @@ fn reconcile_one(layout: &Layout, id: &str) -> Result<()> {
     record.store(&dir)
 }
 
-fn is_stale(dir: &Path) -> bool {
+pub(crate) fn is_stale(dir: &Path) -> bool {
     fs::metadata(dir)
         .and_then(|m| m.modified())
         .ok()
@@ -264,7 +252,7 @@ fn ids(layout: &Layout) -> Result<Vec<String>> {
         .collect())
 }
 
-fn read_dir(path: &Path) -> Result<Vec<String>> {
+pub(crate) fn read_dir(path: &Path) -> Result<Vec<String>> {
     let mut names = Vec::new();
     for entry in fs::read_dir(path).map_err(Error::io("list", path))? {
         let entry = entry.map_err(Error::io("list", path))?;

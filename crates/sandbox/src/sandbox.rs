@@ -11,37 +11,43 @@ use std::{
 };
 
 use oci_spec::runtime::Spec;
-use tokio::{sync::Mutex, time::timeout};
+use tokio::{
+    sync::{Mutex, RwLock},
+    time::timeout,
+};
 use tracing::{debug, warn};
-use walnut_machine::{DriverChoice, Exit, Machine, process::Cgroup};
+use walnut_machine::{Exit, Machine, process::Cgroup};
 use walnut_protocol::{
     agent::{
-        ConfigureSandboxRequest, ContainerRequest as AgentContainer, ContainerStatsResponse,
-        CreateContainerRequest, Empty, ExecProcessRequest, ProcessRequest, ResizeTerminalRequest,
-        SignalProcessRequest, Stdio, Storage, TerminalSize, UpdateContainerRequest,
+        ConfigureSandboxRequest, ContainerStatsResponse, Empty, ExecProcessRequest,
+        ResizeTerminalRequest, SignalProcessRequest, Stdio, TerminalSize, UpdateContainerRequest,
         WaitProcessResponse,
     },
     agent_ttrpc::AgentClient,
 };
-use walnut_storage::{Rootfs, VirtioFs, Volume};
+use walnut_storage::VirtioFs;
 
 use crate::{
-    ANNOTATION_LOG, ANNOTATION_TEMPLATE, Assets, Error, ExitInfo, ProcessState, Result,
-    StdioTargets, Templates, Wanted,
+    ANNOTATION_LOG, Assets, Error, ExitInfo, ProcessState, Result, Settings, Shape, StdioTargets,
+    Templates, Wanted,
     agent::{self, fault, patient, soon},
-    cgroup, guest_spec,
+    checkpoint::Attached,
+    containers::{Container, Exec},
+    growth::Sizes,
     log::{LogWriter, Stream},
+    plan::FIRST_DISK,
+    pod,
     process::Process,
     record::now_ns,
     sizing,
-    start::{self, Steps},
+    start::Started,
     stdio::{self, ClientEnds, SharedLog},
 };
 
 /// Longest an exec's output may be held open by its descendants after its end.
 const OUTPUT_GRACE: Duration = Duration::from_secs(2);
 /// Longest the guest may take to unmount and go.
-const FAREWELL: Duration = Duration::from_secs(5);
+pub(crate) const FAREWELL: Duration = Duration::from_secs(5);
 /// Exit code of a process whose sandbox failed.
 const EXIT_SANDBOX_FAILED: u32 = 255;
 
@@ -54,33 +60,34 @@ pub struct SandboxConfig {
     pub run_dir: PathBuf,
     /// Kernel, initramfs and programs.
     pub assets: Assets,
-    /// Which driver.
-    pub driver: DriverChoice,
+    /// How it is made.
+    pub settings: Settings,
     /// Directory in which the KVM probe's verdict may be kept.
     pub cache: Option<PathBuf>,
-    /// Longest the guest may take until its agent answers.
-    pub boot_deadline: Duration,
-    /// Where to look for a template to start from, if anywhere.
+    /// Where to look for a template to start from, if the settings have one used.
     pub templates: Option<Templates>,
 }
 
 /// A root file system as a front end hands it over.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub struct RootfsMount {
-    /// File system type; `erofs` is a read-only image file.
+    /// File system type; `erofs` is a read-only image file, `bind` a directory, which the
+    /// container writes to.
     pub kind: String,
-    /// File or device on the host.
+    /// File, device or directory on the host.
     pub source: PathBuf,
 }
 
 /// A container to create.
 #[derive(Debug, Clone)]
 pub struct ContainerRequest {
+    /// Walnut wrote its bundle, so that its annotations may name files of the host.
+    pub own: bool,
     /// Name of the container.
     pub id: String,
     /// Directory with `config.json`.
     pub bundle: PathBuf,
-    /// Its root file system.
+    /// Its root file system: one mount, or none where the bundle's `root.path` is it.
     pub rootfs: Vec<RootfsMount>,
     /// Its streams.
     pub stdio: StdioTargets,
@@ -110,33 +117,28 @@ pub struct ContainerState {
     pub bundle: PathBuf,
 }
 
-#[derive(Debug)]
-struct Container {
-    bundle: PathBuf,
-    init: Arc<Process>,
-    execs: StdMutex<HashMap<String, Exec>>,
-}
-
-#[derive(Debug, Clone)]
-struct Exec {
-    process: Arc<Process>,
-    /// Taken when it is started.
-    request: Arc<Mutex<Option<Vec<u8>>>>,
-}
-
 /// A machine with an agent in it, and its containers. Dropping it kills the
 /// machine.
 pub struct Sandbox {
     id: String,
-    machine: Box<dyn Machine>,
-    agent: AgentClient,
-    shared: Option<VirtioFs>,
-    containers: StdMutex<HashMap<String, Arc<Container>>>,
+    pub(crate) settings: Settings,
+    pub(crate) machine: Box<dyn Machine>,
+    pub(crate) agent: AgentClient,
+    pub(crate) shared: Option<VirtioFs>,
+    pub(crate) containers: StdMutex<HashMap<String, Arc<Container>>>,
     streams: AtomicU32,
-    driver: &'static str,
+    /// Tells the machine's disks apart.
+    disk: AtomicU32,
+    pub(crate) driver: &'static str,
     template: Option<String>,
     wanted: Option<Wanted>,
-    size: sizing::Size,
+    /// What a checkpoint of it is good for.
+    pub(crate) shape: Option<Shape>,
+    /// Its machine's disks, in the order in which they came.
+    pub(crate) disks: StdMutex<Vec<Attached>>,
+    /// Held exclusively while the machine is saved.
+    pub(crate) saving: RwLock<()>,
+    pub(crate) size: Sizes,
     /// Goes last: by then its processes have ended.
     cgroup: StdMutex<Option<Cgroup>>,
 }
@@ -150,86 +152,38 @@ impl std::fmt::Debug for Sandbox {
     }
 }
 
-/// What a first container brings into the machine that is made for it.
-struct Plan {
-    spec: Spec,
-    rootfs: Rootfs,
-    binds: Vec<guest_spec::HostBind>,
-    size: sizing::Size,
-}
-
-impl Plan {
-    fn new(request: &ContainerRequest) -> Result<Self> {
-        let spec = guest_spec::load(&request.bundle)?;
-        let [mount] = request.rootfs.as_slice() else {
-            return Err(Error::Invalid(format!(
-                "create container {}: its root file system must be one mount, {} were given",
-                request.id,
-                request.rootfs.len()
-            )));
-        };
-        if mount.kind != "erofs" {
-            return Err(Error::Invalid(format!(
-                "create container {}: a root file system of type {:?} is not supported yet; give an EROFS image",
-                request.id, mount.kind
-            )));
-        }
-        Ok(Self {
-            rootfs: Rootfs::erofs(&mount.source, &request.id, 0)?,
-            binds: guest_spec::host_binds(&spec)?,
-            size: sizing::size(&spec),
-            spec,
-        })
-    }
-}
-
 impl Sandbox {
-    /// Starts a machine sized for the first container, and builds the container
-    /// in it. On failure nothing is left.
-    pub async fn create(config: SandboxConfig, first: &ContainerRequest) -> Result<Self> {
-        let steps = Steps::new();
-        let plan = Plan::new(first)?;
-        let ends = ClientEnds::open(&first.stdio)?;
-        let cgroup = cgroup::enter(&config, plan.size.memory);
-        let volumes: Vec<_> = plan
-            .binds
-            .iter()
-            .map(|b| Volume {
-                source: b.source.clone(),
-                read_only: b.read_only,
-            })
-            .collect();
-        let shared = if volumes.is_empty() {
-            None
-        } else {
-            Some(VirtioFs::start(&volumes, &config.run_dir).await?)
-        };
-        let parts = start::Parts {
-            size: plan.size,
-            disks: vec![plan.rootfs.disk.clone()],
-            shares: shared.iter().map(VirtioFs::share).collect(),
-            template: templates_allowed(&plan.spec),
-        };
-        let started = start::start(&config, parts, steps).await?;
-        steps.done("agent greeted");
-        let sandbox = Self {
+    pub(crate) fn new(
+        config: SandboxConfig,
+        started: Started,
+        shared: Option<VirtioFs>,
+        size: sizing::Size,
+        cgroup: Option<Cgroup>,
+    ) -> Self {
+        Self {
             id: config.id,
+            settings: config.settings,
             machine: started.machine,
             agent: started.agent,
             shared,
             containers: StdMutex::default(),
             streams: AtomicU32::new(1),
+            // The first container's and the rehearsal's have theirs.
+            disk: AtomicU32::new(FIRST_DISK + 2),
             driver: started.driver,
             template: started.template,
             wanted: started.wanted,
-            size: plan.size,
+            shape: started.shape,
+            disks: StdMutex::new(started.disks),
+            saving: RwLock::default(),
+            size: Sizes::new(size, started.max),
             cgroup: StdMutex::new(cgroup),
-        };
-        sandbox.configure(&plan.spec).await?;
-        steps.done("sandbox configured");
-        sandbox.create_first(first, plan, ends).await?;
-        steps.done("container created");
-        Ok(sandbox)
+        }
+    }
+
+    /// Number of a disk that the machine does not have yet.
+    pub(crate) fn next_disk(&self) -> u32 {
+        self.disk.fetch_add(1, Ordering::Relaxed)
     }
 
     /// The template that its machine began from.
@@ -240,6 +194,11 @@ impl Sandbox {
     /// A template that would have made its start quicker.
     pub fn wanted_template(&self) -> Option<&Wanted> {
         self.wanted.as_ref()
+    }
+
+    /// How it was made.
+    pub fn settings(&self) -> &Settings {
+        &self.settings
     }
 
     /// Name of the driver.
@@ -254,7 +213,14 @@ impl Sandbox {
 
     /// Guest memory in bytes, and vCPUs.
     pub fn size(&self) -> (u64, u32) {
-        (self.size.memory, self.size.vcpus)
+        let sizing::Size { memory, vcpus } = self.size.now();
+        (memory, vcpus)
+    }
+
+    pub(crate) fn with_cgroup(&self, act: impl FnOnce(&Cgroup)) {
+        if let Some(cgroup) = &*lock(&self.cgroup) {
+            act(cgroup);
+        }
     }
 
     /// PIDs of the sandbox's processes with their roles.
@@ -264,7 +230,7 @@ impl Sandbox {
         all
     }
 
-    async fn configure(&self, spec: &Spec) -> Result<()> {
+    pub(crate) async fn configure(&self, spec: &Spec) -> Result<()> {
         let mut entropy = [0; 64];
         getrandom::fill(&mut entropy)
             .map_err(|e| Error::Machine(format!("get entropy for the guest: {e}")))?;
@@ -273,6 +239,7 @@ impl Sandbox {
             hostname: spec.hostname().clone().unwrap_or_else(|| "walnut".into()),
             realtime_ns: now_ns(),
             entropy: entropy.to_vec(),
+            sysctls: pod::sysctls(spec),
             ..Default::default()
         };
         self.call(
@@ -283,52 +250,8 @@ impl Sandbox {
         Ok(())
     }
 
-    async fn create_first(
-        &self,
-        request: &ContainerRequest,
-        plan: Plan,
-        ends: ClientEnds,
-    ) -> Result<()> {
-        let id = &request.id;
-        let mut storages: Vec<Storage> = plan.rootfs.storages.clone();
-        let mut binds = Vec::new();
-        if let Some(shared) = &self.shared {
-            storages.push(shared.storage());
-            for (n, bind) in plan.binds.iter().enumerate() {
-                binds.push((bind.mount, shared.guest_path(n)));
-            }
-        }
-        let log = open_log(&plan.spec)?;
-        let files = guest_spec::files(&plan.spec, id);
-        let spec = guest_spec::translate(plan.spec, id, &plan.rootfs.guest_path, &binds, &files)?;
-        let process = Arc::new(Process::new(request.stdio.clone()));
-        let stdio = self.open_streams(&process, ends, log).await?;
-        let create = CreateContainerRequest {
-            container_id: id.clone(),
-            spec,
-            storages,
-            stdio: Some(stdio).into(),
-            files: files.into_iter().map(|(file, _)| file).collect(),
-            ..Default::default()
-        };
-        let reply = self
-            .call(
-                "create the container",
-                self.agent.create_container(soon(), &create).await,
-            )
-            .await?;
-        process.set_pid(reply.pid);
-        let container = Container {
-            bundle: request.bundle.clone(),
-            init: process,
-            execs: StdMutex::default(),
-        };
-        lock(&self.containers).insert(id.clone(), Arc::new(container));
-        Ok(())
-    }
-
     /// Opens a process's streams to the guest and starts the copying.
-    async fn open_streams(
+    pub(crate) async fn open_streams(
         &self,
         process: &Process,
         ends: ClientEnds,
@@ -347,7 +270,14 @@ impl Sandbox {
             }
             *number = self.streams.fetch_add(1, Ordering::Relaxed);
             let guest = agent::stream(self.machine.as_ref(), *number).await?;
-            outputs.push(stdio::spawn_output(guest, client, log.clone(), stream));
+            let ended = process.ended();
+            outputs.push(stdio::spawn_output(
+                guest,
+                client,
+                log.clone(),
+                stream,
+                ended,
+            ));
         }
         let input = match ends.stdin {
             Some(client) => {
@@ -368,6 +298,7 @@ impl Sandbox {
     /// Executes a container's program, or an exec's. Returns its PID in the
     /// guest. `self` learns of the end.
     pub async fn start(self: &Arc<Self>, id: &str, exec_id: &str) -> Result<u32> {
+        let _whole = self.saving.read().await;
         let container = self.container(id)?;
         let process = if exec_id.is_empty() {
             let process = container.init.clone();
@@ -376,26 +307,37 @@ impl Sandbox {
                     "start container {id}: it has been started already"
                 )));
             }
-            let request = container_request(id);
-            self.call(
-                "start the container",
-                self.agent.start_container(soon(), &request).await,
-            )
-            .await?;
+            let started = if container.restored {
+                self.let_go_on(&container).await
+            } else {
+                let request = container.request();
+                let reply = self.agent.start_container(soon(), &request).await;
+                self.call("start the container", reply).await.map(|_| ())
+            };
+            if let Err(e) = started {
+                // It has ended all the same, and whoever waits for it is to hear.
+                self.follow(container, "", process);
+                return Err(e);
+            }
             process
         } else {
             self.start_exec(id, exec_id, &container).await?
         };
         process.set_state(ProcessState::Running);
         let pid = process.pid();
+        self.follow(container, exec_id, process);
+        Ok(pid)
+    }
+
+    /// Learns of a process's end. A second follower of the same one changes nothing.
+    fn follow(self: &Arc<Self>, container: Arc<Container>, exec_id: &str, process: Arc<Process>) {
         let this = self.clone();
-        let (id, exec_id) = (id.to_owned(), exec_id.to_owned());
+        let exec_id = exec_id.to_owned();
         tokio::spawn(async move {
-            let exit = this.await_end(&id, &exec_id, &process).await;
-            debug!(id, exec_id, ?exit, "process ended");
+            let exit = this.await_end(&container, &exec_id, &process).await;
+            debug!(id = container.guest_id, exec_id, ?exit, "process ended");
             process.set_state(ProcessState::Stopped(exit));
         });
-        Ok(pid)
     }
 
     async fn start_exec(
@@ -404,7 +346,7 @@ impl Sandbox {
         exec_id: &str,
         container: &Container,
     ) -> Result<Arc<Process>> {
-        let exec = find_exec(container, id, exec_id)?;
+        let exec = container.exec(id, exec_id)?;
         let Some(spec) = exec.request.lock().await.take() else {
             return Err(Error::WrongState(format!(
                 "start process {exec_id} of {id}: it has been started already"
@@ -413,7 +355,7 @@ impl Sandbox {
         let ends = ClientEnds::open(&exec.process.stdio)?;
         let stdio = self.open_streams(&exec.process, ends, None).await?;
         let request = ExecProcessRequest {
-            container_id: id.into(),
+            container_id: container.guest_id.clone(),
             exec_id: exec_id.into(),
             process: spec,
             stdio: Some(stdio).into(),
@@ -430,8 +372,8 @@ impl Sandbox {
     }
 
     /// Waits for a process's end and for its output.
-    async fn await_end(&self, id: &str, exec_id: &str, process: &Process) -> ExitInfo {
-        let request = process_request(id, exec_id);
+    async fn await_end(&self, container: &Container, exec_id: &str, process: &Process) -> ExitInfo {
+        let request = container.process_request(exec_id);
         let exit = match self.agent.wait_process(patient(), &request).await {
             Ok(WaitProcessResponse {
                 exit_code,
@@ -451,7 +393,10 @@ impl Sandbox {
                 error: Some(self.explain("wait for the process", e).await.to_string()),
             },
         };
-        process.stop_input();
+        process.end();
+        if exec_id.is_empty() && exit.error.is_none() && container.role.in_pod() {
+            self.end_rest(container).await;
+        }
         for mut output in process.take_outputs() {
             // With the first process every writer is gone, and so the stream
             // ends. An exec may have left descendants that hold it open.
@@ -462,6 +407,20 @@ impl Sandbox {
             }
         }
         exit
+    }
+
+    /// Kills what a container's first process leaves behind. Where PIDs are the pod's, the
+    /// kernel does not.
+    async fn end_rest(&self, container: &Container) {
+        let request = SignalProcessRequest {
+            container_id: container.guest_id.clone(),
+            signal: libc::SIGKILL.unsigned_abs(),
+            all: true,
+            ..Default::default()
+        };
+        if let Err(e) = self.agent.signal_process(soon(), &request).await {
+            debug!(id = container.guest_id, "kill the rest: {e}");
+        }
     }
 
     /// Announces a process; [`Sandbox::start`] runs it.
@@ -482,26 +441,38 @@ impl Sandbox {
         Ok(())
     }
 
-    /// Sends a signal to a process, or to all of a container.
-    pub async fn kill(&self, id: &str, exec_id: &str, signal: u32, all: bool) -> Result<()> {
+    /// Sends a signal to a process, or to all of a container. `self` learns of the end
+    /// of one that was never started.
+    pub async fn kill(
+        self: &Arc<Self>,
+        id: &str,
+        exec_id: &str,
+        signal: u32,
+        all: bool,
+    ) -> Result<()> {
+        let container = self.container(id)?;
         let process = self.process(id, exec_id)?;
+        let finished = || Error::NotFound(format!("signal {id}: process already finished"));
         if matches!(process.state(), ProcessState::Stopped(_)) {
-            return Err(Error::NotFound(format!(
-                "signal {id}: process already finished"
-            )));
+            return Err(finished());
         }
         let request = SignalProcessRequest {
-            container_id: id.into(),
+            container_id: container.guest_id.clone(),
             exec_id: exec_id.into(),
             signal,
             all,
             ..Default::default()
         };
-        self.call(
-            "signal the process",
-            self.agent.signal_process(soon(), &request).await,
-        )
-        .await?;
+        let reply = self.agent.signal_process(soon(), &request).await;
+        match self.call("signal the process", reply).await {
+            Ok(_) => {}
+            // The guest knows before we do.
+            Err(Error::WrongState(_)) => return Err(finished()),
+            Err(e) => return Err(e),
+        }
+        if exec_id.is_empty() && process.state() == ProcessState::Created {
+            self.follow(container, exec_id, process);
+        }
         Ok(())
     }
 
@@ -514,7 +485,7 @@ impl Sandbox {
     pub async fn resize(&self, id: &str, exec_id: &str, columns: u32, rows: u32) -> Result<()> {
         self.process(id, exec_id)?;
         let request = ResizeTerminalRequest {
-            container_id: id.into(),
+            container_id: self.container(id)?.guest_id.clone(),
             exec_id: exec_id.into(),
             size: Some(TerminalSize {
                 columns,
@@ -540,8 +511,9 @@ impl Sandbox {
 
     /// Freezes a container.
     pub async fn pause(&self, id: &str) -> Result<()> {
+        let _whole = self.saving.read().await;
         let container = self.container(id)?;
-        let request = container_request(id);
+        let request = container.request();
         self.call(
             "pause the container",
             self.agent.pause_container(soon(), &request).await,
@@ -553,8 +525,9 @@ impl Sandbox {
 
     /// Lets a frozen container go on.
     pub async fn resume(&self, id: &str) -> Result<()> {
+        let _whole = self.saving.read().await;
         let container = self.container(id)?;
-        let request = container_request(id);
+        let request = container.request();
         self.call(
             "resume the container",
             self.agent.resume_container(soon(), &request).await,
@@ -566,9 +539,9 @@ impl Sandbox {
 
     /// Changes a container's limits; `resources` is OCI `linux.resources`, JSON.
     pub async fn update(&self, id: &str, resources: Vec<u8>) -> Result<()> {
-        self.container(id)?;
+        let _whole = self.saving.read().await;
         let request = UpdateContainerRequest {
-            container_id: id.into(),
+            container_id: self.container(id)?.guest_id.clone(),
             resources,
             ..Default::default()
         };
@@ -582,8 +555,7 @@ impl Sandbox {
 
     /// PIDs of a container's processes, in the guest.
     pub async fn pids(&self, id: &str) -> Result<Vec<u32>> {
-        self.container(id)?;
-        let request = container_request(id);
+        let request = self.container(id)?.request();
         let reply = self
             .call(
                 "list the processes",
@@ -595,8 +567,7 @@ impl Sandbox {
 
     /// cgroup figures of a container.
     pub async fn stats(&self, id: &str) -> Result<ContainerStatsResponse> {
-        self.container(id)?;
-        let request = container_request(id);
+        let request = self.container(id)?.request();
         self.call(
             "read the container's figures",
             self.agent.container_stats(soon(), &request).await,
@@ -616,52 +587,16 @@ impl Sandbox {
         })
     }
 
-    /// Removes an ended container, or forgets an ended exec. Returns its PID and
-    /// its end.
-    pub async fn delete(&self, id: &str, exec_id: &str) -> Result<(u32, ExitInfo)> {
-        let process = self.process(id, exec_id)?;
-        let exit = match process.state() {
-            ProcessState::Stopped(exit) => exit,
-            // Never started: deleting it is how it ends.
-            ProcessState::Created => ExitInfo {
-                code: 0,
-                at: now_ns(),
-                oom_killed: false,
-                error: None,
-            },
-            _ => {
-                return Err(Error::WrongState(format!(
-                    "delete {id}: it is running; kill it first"
-                )));
-            }
-        };
-        let pid = process.pid();
-        if exec_id.is_empty() {
-            lock(&self.containers).remove(id);
-            let request = container_request(id);
-            let removed = timeout(FAREWELL, self.agent.remove_container(soon(), &request)).await;
-            if let Ok(Err(e)) = removed
-                && !agent::is_broken(&e)
-            {
-                return Err(fault("remove the container", e));
-            }
-        } else {
-            let container = self.container(id)?;
-            lock(&container.execs).remove(exec_id);
-            let request = process_request(id, exec_id);
-            if let Err(e) = self.agent.remove_process(soon(), &request).await {
-                debug!(exec_id, "forget the process: {e}");
-            }
-        }
-        Ok((pid, exit))
-    }
-
     /// Returns when the machine has ended, with the reason.
     pub async fn ended(&self) -> Exit {
         match &self.shared {
             None => self.machine.wait().await,
             Some(shared) => tokio::select! {
-                exit = self.machine.wait() => exit,
+                // Who loses its file server goes as well, and may be seen to go first.
+                exit = self.machine.wait() => match timeout(OUTPUT_GRACE, shared.killed()).await {
+                    Ok(Some(reason)) => Exit::Failed(reason),
+                    _ => exit,
+                },
                 reason = shared.wait() => Exit::Failed(reason),
             },
         }
@@ -693,22 +628,7 @@ impl Sandbox {
         lock(&self.cgroup).take();
     }
 
-    fn container(&self, id: &str) -> Result<Arc<Container>> {
-        lock(&self.containers)
-            .get(id)
-            .cloned()
-            .ok_or_else(|| Error::NotFound(format!("no container {id} in this sandbox")))
-    }
-
-    fn process(&self, id: &str, exec_id: &str) -> Result<Arc<Process>> {
-        let container = self.container(id)?;
-        if exec_id.is_empty() {
-            return Ok(container.init.clone());
-        }
-        Ok(find_exec(&container, id, exec_id)?.process)
-    }
-
-    async fn call<T>(&self, what: &'static str, result: ttrpc::Result<T>) -> Result<T> {
+    pub(crate) async fn call<T>(&self, what: &'static str, result: ttrpc::Result<T>) -> Result<T> {
         match result {
             Ok(reply) => Ok(reply),
             Err(e) => Err(self.explain(what, e).await),
@@ -727,15 +647,7 @@ impl Sandbox {
     }
 }
 
-/// Whether the front end lets the machine start from a template.
-fn templates_allowed(spec: &Spec) -> bool {
-    spec.annotations()
-        .as_ref()
-        .and_then(|a| a.get(ANNOTATION_TEMPLATE))
-        .is_none_or(|value| value != "off")
-}
-
-fn open_log(spec: &Spec) -> Result<Option<SharedLog>> {
+pub(crate) fn open_log(spec: &Spec) -> Result<Option<SharedLog>> {
     let Some(path) = spec
         .annotations()
         .as_ref()
@@ -748,28 +660,6 @@ fn open_log(spec: &Spec) -> Result<Option<SharedLog>> {
     ))?))))
 }
 
-fn find_exec(container: &Container, id: &str, exec_id: &str) -> Result<Exec> {
-    lock(&container.execs)
-        .get(exec_id)
-        .cloned()
-        .ok_or_else(|| Error::NotFound(format!("no process {exec_id} in container {id}")))
-}
-
-fn container_request(id: &str) -> AgentContainer {
-    AgentContainer {
-        container_id: id.into(),
-        ..Default::default()
-    }
-}
-
-fn process_request(id: &str, exec_id: &str) -> ProcessRequest {
-    ProcessRequest {
-        container_id: id.into(),
-        exec_id: exec_id.into(),
-        ..Default::default()
-    }
-}
-
-fn lock<T>(mutex: &StdMutex<T>) -> MutexGuard<'_, T> {
+pub(crate) fn lock<T>(mutex: &StdMutex<T>) -> MutexGuard<'_, T> {
     mutex.lock().unwrap_or_else(|e| e.into_inner())
 }

@@ -7,28 +7,17 @@ use tracing::debug;
 use walnut_machine::{Disk, Driver, Machine, MachineSpec, Programs, Share};
 use walnut_protocol::agent_ttrpc::AgentClient;
 
-use crate::{Error, Result, SandboxConfig, agent, sizing::Size, template};
+use crate::{
+    Error, Result, SandboxConfig, Shape, agent,
+    checkpoint::Attached,
+    growth,
+    sizing::{Size, Span},
+    template,
+};
 
 /// Longest a clone may take until its agent answers: it has booted already, so one that
 /// takes longer does not work.
 const CLONE_DEADLINE: Duration = Duration::from_secs(20);
-
-/// Longest a guest may take until its agent answers, unless the environment says otherwise.
-const BOOT_DEADLINE: Duration = Duration::from_secs(60);
-
-/// `WALNUT_BOOT_TIMEOUT` in seconds, else what a slow and loaded emulated machine
-/// needs.
-pub fn boot_deadline() -> Result<Duration> {
-    let Ok(text) = std::env::var("WALNUT_BOOT_TIMEOUT") else {
-        return Ok(BOOT_DEADLINE);
-    };
-    match text.parse() {
-        Ok(seconds @ 1..=3600) => Ok(Duration::from_secs(seconds)),
-        _ => Err(Error::Invalid(format!(
-            "WALNUT_BOOT_TIMEOUT={text}: must be a number of seconds from 1 to 3600"
-        ))),
-    }
-}
 
 /// A machine that is up.
 pub(crate) struct Started {
@@ -39,6 +28,12 @@ pub(crate) struct Started {
     pub(crate) template: Option<String>,
     /// The template that it could have begun from.
     pub(crate) wanted: Option<template::Wanted>,
+    /// What its machine can grow to.
+    pub(crate) max: Size,
+    /// What a checkpoint of it is good for; `None` if nothing can restore it.
+    pub(crate) shape: Option<Shape>,
+    /// What it began with.
+    pub(crate) disks: Vec<Attached>,
 }
 
 /// Where a start's milliseconds go.
@@ -61,8 +56,6 @@ pub(crate) struct Parts {
     pub(crate) size: Size,
     pub(crate) disks: Vec<Disk>,
     pub(crate) shares: Vec<Share>,
-    /// A template may be used.
-    pub(crate) template: bool,
 }
 
 pub(crate) async fn start(config: &SandboxConfig, parts: Parts, steps: Steps) -> Result<Started> {
@@ -70,30 +63,35 @@ pub(crate) async fn start(config: &SandboxConfig, parts: Parts, steps: Steps) ->
         cache: config.cache.clone(),
         ..Programs::new(&config.assets.dir)
     };
-    let driver = walnut_machine::driver(config.driver, &programs)?;
-    let Size { memory, vcpus } = parts.size;
-    let mut spec = template::machine(&config.run_dir, &config.assets, memory, vcpus);
+    let driver = walnut_machine::driver(config.settings.machine.driver, &programs)?;
+    let ceiling = growth::ceiling(driver.as_ref());
+    let span = Span::template(parts.size, ceiling);
+    let mut spec = template::machine(&config.run_dir, &config.assets, span);
     spec.id.clone_from(&config.id);
     steps.done("driver chosen");
     let templates = config.templates.as_ref().filter(|_| {
         // A clone's memory is its own alone, and shares want others to see it.
-        parts.template && parts.shares.is_empty() && parts.disks.len() <= spec.spare_disks as usize
+        config.settings.machine.templates
+            && parts.shares.is_empty()
+            && parts.disks.len() <= spec.spare_disks as usize
     });
     let mut wanted = None;
     if let (Some(templates), Some(_)) = (templates, driver.as_restore()) {
         wanted = Some(template::Wanted {
-            driver: config.driver,
-            memory,
-            vcpus,
+            driver: config.settings.machine.driver,
+            memory: parts.size.memory,
+            vcpus: parts.size.vcpus,
         });
         match templates.find(driver.as_ref(), &spec) {
             Ok(Some(found)) => {
                 let spec = MachineSpec {
                     disks: parts.disks.clone(),
+                    vcpus: parts.size.vcpus,
                     ..spec.clone()
                 };
                 let files = templates.files(&found.id);
-                match clone(driver.as_ref(), spec, &files, steps).await {
+                let grown = Some((span.boot, parts.size)).filter(|(from, to)| from != to);
+                match clone(driver.as_ref(), spec, &files, grown, steps).await {
                     Ok((machine, agent)) => {
                         return Ok(Started {
                             driver: driver.name(),
@@ -101,6 +99,9 @@ pub(crate) async fn start(config: &SandboxConfig, parts: Parts, steps: Steps) ->
                             agent,
                             template: Some(found.id),
                             wanted: None,
+                            max: span.max,
+                            shape: Some(found.shape.of_whole()),
+                            disks: parts.disks.into_iter().map(Attached::new).collect(),
                         });
                     }
                     Err(e) => templates.discard(&found.id, &e.to_string()),
@@ -111,12 +112,22 @@ pub(crate) async fn start(config: &SandboxConfig, parts: Parts, steps: Steps) ->
             Err(e) => debug!("look for a template: {e}"),
         }
     }
-    spec.spare_disks = 0;
-    spec.disks = parts.disks;
+    let mut span = Span::open(parts.size, ceiling);
+    if !parts.shares.is_empty() {
+        // Who serves them would keep the memory that the guest gives up.
+        span.max.memory = span.boot.memory;
+    }
+    spec = MachineSpec {
+        id: spec.id,
+        spare_disks: 0,
+        ..template::machine(&config.run_dir, &config.assets, span)
+    };
+    let shape = Shape::of(driver.as_ref(), &spec)?;
+    spec.disks.clone_from(&parts.disks);
     spec.shares = parts.shares;
     let machine = driver.start(spec).await?;
     steps.done("machine started");
-    machine.ready(config.boot_deadline).await?;
+    machine.ready(config.settings.boot_timeout()).await?;
     steps.done("agent ready");
     let agent = agent::connect(machine.as_ref()).await?;
     Ok(Started {
@@ -125,14 +136,18 @@ pub(crate) async fn start(config: &SandboxConfig, parts: Parts, steps: Steps) ->
         agent,
         template: None,
         wanted,
+        max: span.max,
+        shape,
+        disks: parts.disks.into_iter().map(Attached::new).collect(),
     })
 }
 
-/// A clone whose agent has answered.
-async fn clone(
+/// A clone whose agent has answered, and that has grown from one size to another.
+pub(crate) async fn clone(
     driver: &dyn Driver,
     spec: MachineSpec,
     files: &walnut_machine::SnapshotFiles,
+    grown: Option<(Size, Size)>,
     steps: Steps,
 ) -> Result<(Box<dyn Machine>, AgentClient)> {
     let restore = driver
@@ -143,7 +158,12 @@ async fn clone(
     let answers = async {
         machine.ready(CLONE_DEADLINE).await?;
         steps.done("agent ready");
-        agent::connect(machine.as_ref()).await
+        let agent = agent::connect(machine.as_ref()).await?;
+        if let Some((from, to)) = grown {
+            growth::grow(machine.as_ref(), &agent, from, to).await?;
+            steps.done("machine grown");
+        }
+        Ok(agent)
     };
     match tokio::time::timeout(CLONE_DEADLINE, answers).await {
         Ok(Ok(agent)) => Ok((machine, agent)),

@@ -2,42 +2,84 @@
 //! the FIFOs a client opened and to the container's log, and back.
 //!
 //! A client that reads slowly stops the guest's writer (that is what it wants);
-//! a client that has gone does not: its share is dropped, the log goes on.
+//! a client that has gone does not: its share is dropped, the log goes on. One
+//! that comes back, as a daemon does that is restarted, is waited for instead
+//! ([`StdioTargets::returns`]): both ends of its FIFOs stay open here.
 
 use std::{
-    io,
+    fs::{self, File, OpenOptions},
+    io::{self, Write},
+    os::{
+        fd::OwnedFd,
+        unix::fs::{FileTypeExt, OpenOptionsExt},
+    },
     path::{Path, PathBuf},
     sync::Arc,
+    time::Duration,
 };
 
 use tokio::{
     io::{AsyncReadExt, AsyncWriteExt, Interest},
     net::{UnixStream, unix::pipe},
-    sync::{Mutex, Notify},
+    sync::{Mutex, Notify, watch},
     task::JoinHandle,
+    time::sleep,
 };
-use tracing::warn;
+use tracing::{debug, warn};
 
 use crate::{
-    Error, Result,
+    Error, Inherited, Result,
+    descriptor::Descriptor,
     log::{LogWriter, Stream},
 };
 
 /// Bytes moved at a time.
 const CHUNK: usize = 32 << 10;
 
-/// FIFOs on the host, as containerd names them; `None` where a stream goes
-/// nowhere.
-#[derive(Debug, Clone, Default, PartialEq, Eq)]
+/// Longest a client may leave the output of a process that has ended where it is.
+const STALL: Duration = Duration::from_secs(10);
+
+/// Where a process's streams lead on the host; `None` where one goes nowhere.
+#[derive(Debug, Clone, Default)]
 pub struct StdioTargets {
     /// The process has a terminal; then `stdout` carries it and `stderr` is none.
     pub terminal: bool,
     /// Read by the process.
-    pub stdin: Option<PathBuf>,
+    pub stdin: Option<Input>,
     /// Written by the process.
-    pub stdout: Option<PathBuf>,
+    pub stdout: Option<Output>,
     /// Written by the process.
-    pub stderr: Option<PathBuf>,
+    pub stderr: Option<Output>,
+    /// Who reads and writes the FIFOs may go and come back: input ends when
+    /// [`crate::Sandbox::close_stdin`] says so, output waits for its reader.
+    pub returns: bool,
+}
+
+/// Where input comes from.
+#[derive(Debug, Clone)]
+pub enum Input {
+    /// A FIFO.
+    Path(PathBuf),
+    /// Whatever its owner had for it.
+    Descriptor(Inherited),
+}
+
+/// Where output goes.
+#[derive(Debug, Clone)]
+pub enum Output {
+    /// A FIFO, or a file that is appended to.
+    Path(PathBuf),
+    /// A pipe that somebody reads; gone from here once the process has it.
+    Pipe(Inherited),
+    /// Whatever its owner had for it.
+    Descriptor(Inherited),
+}
+
+impl Output {
+    /// The writing end of a pipe.
+    pub fn pipe(writer: OwnedFd) -> Self {
+        Self::Pipe(Inherited::new(writer))
+    }
 }
 
 /// A log shared by both streams of a container.
@@ -47,35 +89,145 @@ pub(crate) type SharedLog = Arc<Mutex<LogWriter>>;
 /// that a wrong path is an error of the request.
 #[derive(Debug)]
 pub(crate) struct ClientEnds {
-    pub(crate) stdin: Option<pipe::Receiver>,
-    pub(crate) stdout: Option<pipe::Sender>,
-    pub(crate) stderr: Option<pipe::Sender>,
+    pub(crate) stdin: Option<Source>,
+    pub(crate) stdout: Option<Sink>,
+    pub(crate) stderr: Option<Sink>,
+}
+
+/// The client's end of an input.
+#[derive(Debug)]
+pub(crate) enum Source {
+    Pipe(pipe::Receiver),
+    Descriptor(Descriptor),
+}
+
+/// The client's end of an output.
+#[derive(Debug)]
+pub(crate) enum Sink {
+    Pipe(pipe::Sender),
+    File(File),
+    Descriptor(Descriptor),
 }
 
 impl ClientEnds {
     pub(crate) fn open(targets: &StdioTargets) -> Result<Self> {
+        let returns = targets.returns;
+        let source = |input: &Input| Source::open(input, returns);
+        let sink = |output: &Output| Sink::open(output, returns);
         Ok(Self {
-            stdin: targets
-                .stdin
-                .as_deref()
-                .map(|path| {
-                    pipe::OpenOptions::new()
-                        .open_receiver(path)
-                        .map_err(Error::io("open stdin FIFO", path))
-                })
-                .transpose()?,
-            stdout: targets.stdout.as_deref().map(open_sender).transpose()?,
-            stderr: targets.stderr.as_deref().map(open_sender).transpose()?,
+            stdin: targets.stdin.as_ref().map(source).transpose()?,
+            stdout: targets.stdout.as_ref().map(sink).transpose()?,
+            stderr: targets.stderr.as_ref().map(sink).transpose()?,
         })
     }
 }
 
-fn open_sender(path: &Path) -> Result<pipe::Sender> {
+impl Source {
+    fn open(input: &Input, returns: bool) -> Result<Self> {
+        match input {
+            // With a writer of our own there is no end before the client has begun to
+            // write, and none when it is restarted.
+            Input::Path(path) => pipe::OpenOptions::new()
+                .read_write(returns)
+                .open_receiver(path)
+                .map(Self::Pipe)
+                .map_err(Error::io("open stdin FIFO", path)),
+            Input::Descriptor(inherited) => inherited
+                .take()
+                .and_then(Descriptor::reader)
+                .map(Self::Descriptor)
+                .map_err(Error::io("use", "the descriptor for stdin")),
+        }
+    }
+
+    async fn read(&mut self, buffer: &mut [u8]) -> io::Result<usize> {
+        match self {
+            Self::Pipe(pipe) => pipe.read(buffer).await,
+            Self::Descriptor(descriptor) => descriptor.read(buffer).await,
+        }
+    }
+
+    /// What lies there. Asks the pipe itself: the runtime may not have heard yet that
+    /// there is something to read.
+    fn read_now(&self, buffer: &mut [u8]) -> io::Result<usize> {
+        match self {
+            Self::Pipe(pipe) => Ok(rustix::io::read(pipe, buffer)?),
+            Self::Descriptor(descriptor) => descriptor.read_now(buffer),
+        }
+    }
+}
+
+impl Sink {
+    fn open(output: &Output, returns: bool) -> Result<Self> {
+        let path = match output {
+            Output::Path(path) => path,
+            Output::Pipe(pipe) => {
+                let sender = pipe.take().and_then(pipe::Sender::from_owned_fd);
+                return Ok(Self::Pipe(sender.map_err(Error::io("use", "a pipe"))?));
+            }
+            Output::Descriptor(inherited) => {
+                let writer = inherited.take().and_then(Descriptor::writer);
+                let writer = writer.map_err(Error::io("use", "a descriptor for output"))?;
+                return Ok(Self::Descriptor(writer));
+            }
+        };
+        if fs::metadata(path).is_ok_and(|meta| meta.file_type().is_fifo()) {
+            return open_sender(path, returns).map(Self::Pipe);
+        }
+        // Never waits: it might be a device.
+        let file = OpenOptions::new()
+            .append(true)
+            .custom_flags(libc::O_NONBLOCK | libc::O_NOCTTY)
+            .open(path);
+        file.map(Self::File)
+            .map_err(Error::io("open output file", path))
+    }
+
+    async fn write(&mut self, bytes: &[u8]) -> io::Result<usize> {
+        match self {
+            Self::Pipe(pipe) => pipe.write(bytes).await,
+            Self::File(file) => file.write(bytes),
+            Self::Descriptor(descriptor) => descriptor.write(bytes).await,
+        }
+    }
+
+    /// Writes everything, unless the process has `ended` and nobody takes it.
+    async fn write_all(
+        &mut self,
+        mut bytes: &[u8],
+        ended: &mut watch::Receiver<bool>,
+        stall: Duration,
+    ) -> io::Result<()> {
+        if let Self::File(file) = self {
+            return file.write_all(bytes);
+        }
+        while !bytes.is_empty() {
+            let stalled = async {
+                match ended.wait_for(|ended| *ended).await {
+                    Ok(_) => {}
+                    // The process is forgotten, which is an end as well.
+                    Err(_) => debug!("copying for a process that is forgotten"),
+                }
+                sleep(stall).await;
+            };
+            tokio::select! {
+                biased;
+                written = self.write(bytes) => bytes = &bytes[written?..],
+                () = stalled => return Err(io::ErrorKind::TimedOut.into()),
+            }
+        }
+        Ok(())
+    }
+}
+
+fn open_sender(path: &Path, returns: bool) -> Result<pipe::Sender> {
+    let both = || pipe::OpenOptions::new().read_write(true).open_sender(path);
+    if returns {
+        return both().map_err(Error::io("open output FIFO", path));
+    }
     match pipe::OpenOptions::new().open_sender(path) {
         // No reader yet: hold both ends, so that output waits for one.
-        Err(e) if e.raw_os_error() == Some(libc::ENXIO) => {
-            pipe::OpenOptions::new().read_write(true).open_sender(path)
-        }
+        Err(e) if e.raw_os_error() == Some(libc::ENXIO) => both(),
         other => other,
     }
     .map_err(Error::io("open output FIFO", path))
@@ -84,12 +236,14 @@ fn open_sender(path: &Path) -> Result<pipe::Sender> {
 /// Copies a guest stream to a client and a log until the guest closes it.
 pub(crate) fn spawn_output(
     guest: UnixStream,
-    client: Option<pipe::Sender>,
+    client: Option<Sink>,
     log: Option<SharedLog>,
     stream: Stream,
+    ended: watch::Receiver<bool>,
 ) -> JoinHandle<()> {
     tokio::spawn(async move {
-        if let Err(e) = copy_output(guest, client, log.as_ref(), stream).await {
+        let copied = copy_output(guest, client, log.as_ref(), stream, ended);
+        if let Err(e) = copied.await {
             warn!("copy {stream:?}: {e}");
         }
         if let Some(log) = log
@@ -102,9 +256,10 @@ pub(crate) fn spawn_output(
 
 async fn copy_output(
     mut guest: UnixStream,
-    mut client: Option<pipe::Sender>,
+    mut client: Option<Sink>,
     log: Option<&SharedLog>,
     stream: Stream,
+    mut ended: watch::Receiver<bool>,
 ) -> io::Result<()> {
     let mut buffer = vec![0; CHUNK];
     loop {
@@ -119,8 +274,9 @@ async fn copy_output(
             log.lock().await.write(stream, bytes)?;
         }
         if let Some(sender) = &mut client
-            && sender.write_all(bytes).await.is_err()
+            && let Err(e) = sender.write_all(bytes, &mut ended, STALL).await
         {
+            debug!("{stream:?} has no reader any more: {e}");
             client = None;
         }
     }
@@ -129,11 +285,7 @@ async fn copy_output(
 /// Copies a client's input to the guest until the client closes it, the guest
 /// stops reading, or `close` is notified; what the client had written by then
 /// is still copied. Then closes the guest's stream for writing.
-pub(crate) fn spawn_input(
-    guest: UnixStream,
-    client: pipe::Receiver,
-    close: Arc<Notify>,
-) -> JoinHandle<()> {
+pub(crate) fn spawn_input(guest: UnixStream, client: Source, close: Arc<Notify>) -> JoinHandle<()> {
     tokio::spawn(async move {
         if let Err(e) = copy_input(guest, client, &close).await
             && e.kind() != io::ErrorKind::BrokenPipe
@@ -144,11 +296,7 @@ pub(crate) fn spawn_input(
     })
 }
 
-async fn copy_input(
-    mut guest: UnixStream,
-    mut client: pipe::Receiver,
-    close: &Notify,
-) -> io::Result<()> {
+async fn copy_input(mut guest: UnixStream, mut client: Source, close: &Notify) -> io::Result<()> {
     let mut buffer = vec![0; CHUNK];
     loop {
         let read = tokio::select! {
@@ -173,19 +321,15 @@ async fn copy_input(
     }
 }
 
-/// Moves what lies in the pipe and does not wait for more. Asks the pipe itself:
-/// the runtime may not have heard yet that there is something to read.
-async fn drain(
-    client: &mut pipe::Receiver,
-    guest: &mut UnixStream,
-    buffer: &mut [u8],
-) -> io::Result<()> {
+/// Moves what lies in the pipe and does not wait for more.
+async fn drain(client: &mut Source, guest: &mut UnixStream, buffer: &mut [u8]) -> io::Result<()> {
     loop {
-        match rustix::io::read(&*client, &mut *buffer) {
-            Ok(0) | Err(rustix::io::Errno::WOULDBLOCK) => return Ok(()),
+        match client.read_now(buffer) {
+            Ok(0) => return Ok(()),
             Ok(read) => guest.write_all(&buffer[..read]).await?,
-            Err(rustix::io::Errno::INTR) => {}
-            Err(e) => return Err(e.into()),
+            Err(e) if e.kind() == io::ErrorKind::WouldBlock => return Ok(()),
+            Err(e) if e.kind() == io::ErrorKind::Interrupted => {}
+            Err(e) => return Err(e),
         }
     }
 }
@@ -194,6 +338,27 @@ async fn drain(
 mod tests {
     use super::*;
     use std::os::unix::fs::OpenOptionsExt;
+
+    fn running() -> watch::Receiver<bool> {
+        // Whether its sender is there makes no difference to what is written in time.
+        watch::Sender::new(false).subscribe()
+    }
+
+    #[tokio::test]
+    async fn output_that_nobody_takes_does_not_outlast_its_process() {
+        let dir = tempfile::tempdir().unwrap();
+        let path = fifo(dir.path(), "out");
+        let mut sink = Sink::open(&Output::Path(path), true).unwrap();
+        let much = vec![0; 1 << 20];
+        let (end, mut ended) = watch::channel(false);
+        let mut write = Box::pin(sink.write_all(&much, &mut ended, Duration::ZERO));
+        // For as long as the process runs, its output waits.
+        let early = tokio::time::timeout(Duration::from_millis(20), &mut write).await;
+        assert!(early.is_err());
+        end.send_replace(true);
+        let error = write.await.unwrap_err();
+        assert_eq!(error.kind(), io::ErrorKind::TimedOut);
+    }
 
     fn fifo(dir: &Path, name: &str) -> PathBuf {
         let path = dir.join(name);
@@ -212,7 +377,7 @@ mod tests {
             .unwrap();
         let client = pipe::OpenOptions::new().open_receiver(&path).unwrap();
         let (ours, mut guest) = UnixStream::pair().unwrap();
-        let copy = spawn_input(ours, client, Arc::new(Notify::new()));
+        let copy = spawn_input(ours, Source::Pipe(client), Arc::new(Notify::new()));
         io::Write::write_all(&mut &writer, b"hello").unwrap();
         drop(writer);
         let mut got = String::new();
@@ -235,7 +400,7 @@ mod tests {
         let close = Arc::new(Notify::new());
         io::Write::write_all(&mut &writer, b"all of it").unwrap();
         close.notify_one();
-        let copy = spawn_input(ours, client, close);
+        let copy = spawn_input(ours, Source::Pipe(client), close);
         let mut got = String::new();
         guest.read_to_string(&mut got).await.unwrap();
         assert_eq!(got, "all of it");
@@ -253,7 +418,7 @@ mod tests {
             .unwrap();
         let client = pipe::OpenOptions::new().open_receiver(&path).unwrap();
         let (ours, guest) = UnixStream::pair().unwrap();
-        let copy = spawn_input(ours, client, Arc::new(Notify::new()));
+        let copy = spawn_input(ours, Source::Pipe(client), Arc::new(Notify::new()));
         drop(guest);
         copy.await.unwrap();
     }
@@ -267,17 +432,85 @@ mod tests {
             .custom_flags(libc::O_NONBLOCK)
             .open(&path)
             .unwrap();
-        let client = open_sender(&path).unwrap();
+        let client = Sink::Pipe(open_sender(&path, false).unwrap());
         drop(reader);
         let log = dir.path().join("log");
         let writer = Arc::new(Mutex::new(LogWriter::open(&log).unwrap()));
         let (ours, mut guest) = UnixStream::pair().unwrap();
-        let copy = spawn_output(ours, Some(client), Some(writer), Stream::Stdout);
+        let copy = spawn_output(ours, Some(client), Some(writer), Stream::Stdout, running());
         guest.write_all(b"one\n").await.unwrap();
         guest.write_all(b"two").await.unwrap();
         drop(guest);
         copy.await.unwrap();
         let text = std::fs::read_to_string(&log).unwrap();
         assert!(text.contains("one\\n") && text.contains("two"), "{text}");
+    }
+
+    #[tokio::test]
+    async fn input_of_a_client_that_returns_ends_when_it_is_told() {
+        let dir = tempfile::tempdir().unwrap();
+        let path = fifo(dir.path(), "in");
+        let targets = StdioTargets {
+            stdin: Some(Input::Path(path.clone())),
+            returns: true,
+            ..StdioTargets::default()
+        };
+        // Nobody has opened it for writing yet.
+        let client = ClientEnds::open(&targets).unwrap().stdin.unwrap();
+        let (ours, mut guest) = UnixStream::pair().unwrap();
+        let close = Arc::new(Notify::new());
+        let copy = spawn_input(ours, client, close.clone());
+        let write = |text: &str| {
+            let writer = OpenOptions::new().write(true).open(&path).unwrap();
+            Write::write_all(&mut &writer, text.as_bytes()).unwrap();
+        };
+        let mut got = [0; 3];
+        for text in ["one", "two"] {
+            write(text);
+            guest.read_exact(&mut got).await.unwrap();
+            assert_eq!(got, text.as_bytes());
+        }
+        close.notify_one();
+        assert_eq!(guest.read(&mut got).await.unwrap(), 0);
+        copy.await.unwrap();
+    }
+
+    #[tokio::test]
+    async fn output_waits_for_a_client_that_returns() {
+        let dir = tempfile::tempdir().unwrap();
+        let path = fifo(dir.path(), "out");
+        let client = Sink::open(&Output::Path(path.clone()), true).unwrap();
+        let (ours, mut guest) = UnixStream::pair().unwrap();
+        let copy = spawn_output(ours, Some(client), None, Stream::Stdout, running());
+        let reader = || {
+            OpenOptions::new()
+                .read(true)
+                .custom_flags(libc::O_NONBLOCK)
+                .open(&path)
+                .unwrap()
+        };
+        drop(reader());
+        guest.write_all(b"kept").await.unwrap();
+        let again = pipe::Receiver::from_file(reader()).unwrap();
+        drop(guest);
+        let mut text = String::new();
+        let mut again = again;
+        again.read_to_string(&mut text).await.unwrap();
+        assert_eq!(text, "kept");
+        copy.await.unwrap();
+    }
+
+    #[tokio::test]
+    async fn output_is_appended_to_a_file() {
+        let dir = tempfile::tempdir().unwrap();
+        let path = dir.path().join("file");
+        fs::write(&path, "old ").unwrap();
+        let client = Sink::open(&Output::Path(path.clone()), true).unwrap();
+        let (ours, mut guest) = UnixStream::pair().unwrap();
+        let copy = spawn_output(ours, Some(client), None, Stream::Stdout, running());
+        guest.write_all(b"new").await.unwrap();
+        drop(guest);
+        copy.await.unwrap();
+        assert_eq!(fs::read_to_string(&path).unwrap(), "old new");
     }
 }

@@ -3,25 +3,48 @@
 //! It owns the sandbox's life and serves containerd's Task API on a socket,
 //! whoever started it. `walnut` starts it as `serve`, with the listening
 //! socket, the container's lock and a lease as inherited descriptors; see
-//! [`options`].
+//! [`options`]. containerd starts it as it starts any shim; see [`containerd`]. For the
+//! OCI command line it stands for a container's first process; see [`oci`].
 
+mod background;
+mod checkpoint;
+mod containerd;
+mod front;
+mod metrics;
+mod mount;
+mod oci;
 mod options;
 mod owner;
+mod pool;
+mod pressure;
 mod service;
+mod settings;
+mod tasks;
 mod template;
 
-use std::{os::fd::AsFd, process::ExitCode, sync::Arc};
+use std::{
+    io::{Read, Write},
+    os::fd::{AsFd, OwnedFd},
+    process::ExitCode,
+    sync::Arc,
+};
 
 use anyhow::{Context, Result};
 use containerd_shim_protos::shim_async::create_task;
 use tokio::net::UnixListener;
 use ttrpc::asynchronous::{Server, transport::Listener};
+use walnut_sandbox::{Layout, Lock, Sandbox, SandboxDir};
 
 use crate::{
-    options::{Command, Options},
+    containerd::{Action, Flags, Pod},
+    front::Front,
+    options::{Command, Options, ServePod},
     owner::Owner,
     service::TaskService,
 };
+
+/// Most that is read of a runtime's options.
+const OPTIONS_MAX: u64 = 1 << 20;
 
 fn main() -> ExitCode {
     let command = match options::parse(std::env::args().skip(1)) {
@@ -33,10 +56,14 @@ fn main() -> ExitCode {
         }
     };
     thrift();
+    let level = match &command {
+        Command::ServePod(serve) if serve.debug => "debug",
+        _ => "warn",
+    };
     tracing_subscriber::fmt()
         .with_env_filter(
             tracing_subscriber::EnvFilter::try_from_env("WALNUT_LOG")
-                .unwrap_or_else(|_| "warn".into()),
+                .unwrap_or_else(|_| level.into()),
         )
         .with_writer(std::io::stderr)
         .with_ansi(false)
@@ -49,17 +76,37 @@ fn main() -> ExitCode {
         .thread_stack_size(256 << 10)
         .build()
         .context("start the runtime")
-        .and_then(|runtime| match command {
-            Command::Serve(options) => runtime.block_on(serve(options)),
-            Command::MakeTemplate(make) => runtime.block_on(template::make(make)),
-        });
+        .and_then(|runtime| runtime.block_on(dispatch(command)));
     match run {
-        Ok(()) => ExitCode::SUCCESS,
+        Ok(code) => ExitCode::from(code),
         Err(e) => {
             tracing::error!("{e:#}");
             ExitCode::FAILURE
         }
     }
+}
+
+/// Does it; the exit code.
+async fn dispatch(command: Command) -> Result<u8> {
+    let done = match command {
+        // It ends as its container does.
+        Command::ServeBundle(serve) => return oci::serve(serve).await,
+        Command::Serve(options) => serve(options, None).await,
+        Command::MakeTemplate(make) => template::make(make).await,
+        Command::FillPools(fill) => pool::fill(fill).await,
+        Command::Containerd(action, flags) => answer(action, &flags).await,
+        Command::ServePod(serve) => serve_pod(serve).await,
+        Command::StandBy(stand_by) => {
+            let Some(adopted) = pool::stand_by(stand_by).await? else {
+                return Ok(0);
+            };
+            let (options, sandbox, kept) = adopted.into_parts();
+            let served = serve(options, Some(sandbox)).await;
+            drop(kept);
+            served
+        }
+    };
+    done.map(|()| 0)
 }
 
 /// Keeps the heap in one arena that gives memory back: a thousand supervisors
@@ -73,12 +120,8 @@ fn thrift() {
     }
 }
 
-async fn serve(options: Options) -> Result<()> {
-    let listener = std::os::unix::net::UnixListener::from(options.socket);
-    listener
-        .set_nonblocking(true)
-        .context("set up the socket")?;
-    let listener = UnixListener::from_std(listener).context("set up the socket")?;
+/// Supervises a container, in the machine that stands by for it if there is one.
+async fn serve(options: Options, standby: Option<Arc<Sandbox>>) -> Result<()> {
     // Nobody but the owner may speak to the sandbox; the directory's mode says
     // so already, the lock says that it is ours.
     let lock = options.lock;
@@ -87,7 +130,43 @@ async fn serve(options: Options) -> Result<()> {
         options.container_dir,
         options.run_dir,
     ));
-    let service = Arc::new(TaskService::new(owner.clone())?);
+    let mut server = listen(options.socket, owner.clone(), standby).await?;
+    owner.supervise(options.lease).await;
+    server.shutdown().await.context("stop serving")?;
+    owner.clean_up().await;
+    // Held to the very end: whoever waits for it finds nothing left.
+    let _ = lock.as_fd();
+    drop(lock);
+    Ok(())
+}
+
+/// Supervises a sandbox of containerd's.
+async fn serve_pod(serve: ServePod) -> Result<()> {
+    let socket = options::own(serve.socket_fd).context("take the socket")?;
+    let lock = options::own(serve.lock_fd).context("take the lock")?;
+    let dir = SandboxDir::inherited(serve.dir, Lock::inherited(lock));
+    let layout = Layout::from_env()?;
+    let names = (serve.namespace, serve.id);
+    let pod = Pod::new(names, dir, layout, serve.ttrpc_address.as_deref());
+    let mut server = listen(socket, pod.clone(), None).await?;
+    pod.supervise().await;
+    server.shutdown().await.context("stop serving")?;
+    pod.clean_up();
+    Ok(())
+}
+
+/// Serves the Task API on a socket that listens.
+async fn listen(
+    socket: OwnedFd,
+    front: Arc<dyn Front>,
+    standby: Option<Arc<Sandbox>>,
+) -> Result<Server> {
+    let listener = std::os::unix::net::UnixListener::from(socket);
+    listener
+        .set_nonblocking(true)
+        .context("set up the socket")?;
+    let listener = UnixListener::from_std(listener).context("set up the socket")?;
+    let service = Arc::new(TaskService::new(front, standby)?);
     let tasks = create_task(service.clone());
     // containerd 1.x asks for the same service under its older name.
     let older = create_task(service)
@@ -98,11 +177,20 @@ async fn serve(options: Options) -> Result<()> {
         .register_service(older.collect())
         .add_listener(Listener::from(listener));
     server.start().await.context("serve the Task API")?;
-    owner.supervise(options.lease).await;
-    server.shutdown().await.context("stop serving")?;
-    owner.clean_up().await;
-    // Held to the very end: whoever waits for it finds nothing left.
-    let _ = lock.as_fd();
-    drop(lock);
-    Ok(())
+    Ok(server)
+}
+
+/// Does what containerd asks for, and answers.
+async fn answer(action: Action, flags: &Flags) -> Result<()> {
+    let answer = match action {
+        Action::Start => containerd::start(flags)?,
+        Action::Delete => containerd::delete(flags).await?,
+        Action::Info => {
+            let mut options = Vec::new();
+            let input = std::io::stdin().take(OPTIONS_MAX).read_to_end(&mut options);
+            input.context("read the options")?;
+            containerd::info(&options).context("describe the runtime")?
+        }
+    };
+    std::io::stdout().write_all(&answer).context("answer")
 }

@@ -8,9 +8,17 @@ use std::{
     time::Duration,
 };
 
+use async_trait::async_trait;
 use tokio::{io::AsyncReadExt, net::unix::pipe, sync::watch, time::timeout};
 use tracing::{error, warn};
-use walnut_sandbox::{ExitInfo, Record, Sandbox, Status};
+use walnut_sandbox::{
+    Error, ExitInfo, Input, Output, Record, Result, Sandbox, Status, StdioTargets,
+};
+
+use crate::{
+    front::{Count, Event, Front, Place, Streams},
+    pool,
+};
 
 /// Longest the end of a container may lag behind the end of its machine.
 const END_GRACE: Duration = Duration::from_secs(5);
@@ -52,8 +60,14 @@ impl Owner {
         }
     }
 
+    /// The node's state and run directories, as the container's tell.
+    fn node(&self) -> Option<(&Path, &Path)> {
+        let state = self.container_dir.parent()?.parent()?;
+        Some((state, self.run_dir.parent()?))
+    }
+
     /// The sandbox came up.
-    pub(crate) fn serving(&self, sandbox: Arc<Sandbox>, id: String) {
+    fn serving(&self, sandbox: Arc<Sandbox>, id: String) {
         let (memory, vcpus) = sandbox.size();
         let driver = sandbox.driver();
         let template = sandbox.template().map(str::to_owned);
@@ -75,7 +89,7 @@ impl Owner {
     }
 
     /// Ends the sandbox.
-    pub(crate) fn end(&self, reason: Option<String>) {
+    fn end(&self, reason: Option<String>) {
         self.phase.send_if_modified(|phase| {
             let ending = matches!(phase, Phase::Ending(_));
             if !ending {
@@ -87,7 +101,7 @@ impl Owner {
 
     /// Changes the record; a failure is logged, for a container must not end for
     /// a full disk.
-    pub(crate) fn update(&self, change: impl FnOnce(&mut Record)) {
+    fn update(&self, change: impl FnOnce(&mut Record)) {
         let result = Record::load(&self.container_dir).and_then(|mut record| {
             change(&mut record);
             record.store(&self.container_dir)
@@ -176,6 +190,69 @@ impl Owner {
     }
 }
 
+#[async_trait]
+impl Front for Owner {
+    fn place(&self) -> Place<'_> {
+        Place {
+            id: &self.id,
+            run_dir: &self.run_dir,
+            node: self.node(),
+            own: true,
+        }
+    }
+
+    async fn streams(&self, _: &str, streams: &Streams) -> Result<StdioTargets> {
+        let some = |path: &str| (!path.is_empty()).then(|| PathBuf::from(path));
+        Ok(StdioTargets {
+            terminal: streams.terminal,
+            stdin: some(&streams.stdin).map(Input::Path),
+            stdout: some(&streams.stdout).map(Output::Path),
+            stderr: some(&streams.stderr).map(Output::Path),
+            returns: false,
+        })
+    }
+
+    fn mounting(&self, points: &[PathBuf]) -> Result<()> {
+        match points {
+            [] => Ok(()),
+            _ => Err(Error::Invalid(
+                "the root file system of a container of walnut's is an image".into(),
+            )),
+        }
+    }
+
+    fn up(&self, sandbox: &Arc<Sandbox>, id: &str) {
+        self.serving(sandbox.clone(), id.to_owned());
+    }
+
+    fn tell(&self, event: Event<'_>) {
+        match event {
+            Event::Started { .. } => {
+                self.update(|record| {
+                    record.status = Status::Running;
+                    record.started_at = Some(walnut_sandbox::now_ns());
+                });
+                pool::fill_later(self.node());
+            }
+            Event::Paused { .. } => self.update(|record| record.status = Status::Paused),
+            Event::Resumed { .. } => self.update(|record| record.status = Status::Running),
+            // The end is for `supervise`; the rest is in no record.
+            _ => {}
+        }
+    }
+
+    fn shutdown(&self, now: bool, count: Count) {
+        if count.alive == 0 || now {
+            self.end(None);
+        }
+    }
+
+    async fn stop_saved(&self, _: &Arc<Sandbox>, _: &str) -> Result<()> {
+        self.end(None);
+        Ok(())
+    }
+}
+
 fn remove(dir: &Path) {
     if let Err(e) = std::fs::remove_dir_all(dir)
         && e.kind() != std::io::ErrorKind::NotFound
@@ -206,7 +283,7 @@ async fn ended(serving: Option<&(Arc<Sandbox>, String)>) -> ExitInfo {
 
 /// Waits on a lease. True: it ended without a byte, so its holder is gone.
 /// False: the holder has let the sandbox go its own way.
-async fn broken(lease: OwnedFd) -> bool {
+pub(crate) async fn broken(lease: OwnedFd) -> bool {
     let Ok(mut lease) = pipe::Receiver::from_owned_fd(lease) else {
         return false;
     };

@@ -1,6 +1,10 @@
 //! containerd's Task API over a [`Sandbox`]: translation, and nothing else.
 
-use std::sync::Arc;
+use std::{
+    path::Path,
+    sync::{Arc, Mutex as StdMutex},
+    time::Duration,
+};
 
 use anyhow::Context as _;
 use async_trait::async_trait;
@@ -12,130 +16,281 @@ use containerd_shim_protos::{
         ShutdownRequest, StartRequest, StartResponse, StateRequest, StateResponse, StatsRequest,
         StatsResponse, Status as TaskStatus, UpdateTaskRequest, WaitRequest, WaitResponse,
     },
-    cgroups_v2::metrics::{CPUStat, MemoryEvents, MemoryStat, Metrics, PidsStat},
-    protobuf::{Message, MessageField, well_known_types::any::Any},
+    protobuf::{MessageField, well_known_types::any::Any},
     shim_async::Task,
 };
-use protobuf::well_known_types::timestamp::Timestamp;
-use tokio::sync::Mutex;
+use tokio::{sync::Mutex, time::timeout};
 use ttrpc::{Code, r#async::TtrpcContext, get_status};
 use walnut_sandbox::{
-    Assets, ContainerRequest, Error, ExecRequest, ExitInfo, ProcessState, RootfsMount, Sandbox,
-    SandboxConfig, Status, StdioTargets, boot_deadline,
+    ANNOTATION_RECLAIM, Assets, ContainerRequest, Error, ExecRequest, ProcessState, RootfsMount,
+    Sandbox, SandboxConfig, Settings,
 };
 
-use crate::{owner::Owner, template};
+use crate::{
+    checkpoint,
+    containerd::timestamp,
+    front::{Count, Event, Front, Streams},
+    metrics,
+    mount::{self, Mount, Mounted, Way},
+    pressure, settings,
+    tasks::Tasks,
+    template,
+};
+
+/// How long the end of a container waits for those of its other processes, which its
+/// kernel ends with it.
+const STRAGGLERS: Duration = Duration::from_secs(2);
 
 /// The Task service of one sandbox.
 #[derive(Debug)]
 pub(crate) struct TaskService {
-    owner: Arc<Owner>,
+    front: Arc<dyn Front>,
     assets: Assets,
-    sandbox: Mutex<Option<Arc<Sandbox>>>,
+    sandbox: StdMutex<Option<Arc<Sandbox>>>,
+    /// Held while a container is created: one after the other.
+    creating: Mutex<()>,
+    /// A machine for the first container, if it fits.
+    standby: Mutex<Option<Arc<Sandbox>>>,
+    tasks: Arc<Tasks>,
 }
 
 type Reply<T> = ttrpc::Result<T>;
 
 impl TaskService {
-    pub(crate) fn new(owner: Arc<Owner>) -> anyhow::Result<Self> {
+    pub(crate) fn new(
+        front: Arc<dyn Front>,
+        standby: Option<Arc<Sandbox>>,
+    ) -> anyhow::Result<Self> {
         Ok(Self {
-            owner,
+            standby: Mutex::new(standby),
+            front,
             assets: Assets::find().context("start the supervisor")?,
-            sandbox: Mutex::default(),
+            sandbox: StdMutex::default(),
+            creating: Mutex::default(),
+            tasks: Arc::default(),
         })
     }
 
-    async fn sandbox(&self) -> Reply<Arc<Sandbox>> {
-        self.sandbox
+    /// The machine that stood by, with its container, if there is one that fits.
+    async fn stood_by(
+        &self,
+        checkpoint: &str,
+        request: &ContainerRequest,
+    ) -> Reply<Option<Arc<Sandbox>>> {
+        let Some(sandbox) = self.standby.lock().await.take() else {
+            return Ok(None);
+        };
+        let attempt = async {
+            if checkpoint.is_empty() && sandbox.fits(request)? {
+                sandbox.adopt(request).await?;
+                return Ok(true);
+            }
+            Ok(false)
+        };
+        match attempt.await {
+            Ok(true) => Ok(Some(sandbox)),
+            Ok(false) => {
+                sandbox.kill_machine().await;
+                Ok(None)
+            }
+            Err(e) => {
+                sandbox.kill_machine().await;
+                Err(fault(&e))
+            }
+        }
+    }
+
+    /// A machine made for a container, with it; from a checkpoint unless that is empty.
+    async fn started(
+        &self,
+        checkpoint: &str,
+        settings: Settings,
+        request: &ContainerRequest,
+    ) -> Reply<Arc<Sandbox>> {
+        let place = self.front.place();
+        let config = SandboxConfig {
+            id: place.id.to_owned(),
+            run_dir: place.run_dir.to_owned(),
+            assets: self.assets.clone(),
+            settings,
+            cache: place.node.map(|(_, run)| run.into()),
+            templates: template::store(place),
+        };
+        let sandbox = match checkpoint {
+            "" => Sandbox::create(config, request).await,
+            from => Sandbox::restore(config, request, from.as_ref()).await,
+        };
+        Ok(Arc::new(sandbox.map_err(|e| fault(&e))?))
+    }
+
+    /// The sandbox with a container more; whether it is the first.
+    async fn with(
+        &self,
+        req: &CreateTaskRequest,
+        request: &ContainerRequest,
+    ) -> Reply<(Arc<Sandbox>, bool)> {
+        let checkpoint = &*req.checkpoint;
+        let there = self
+            .sandbox
             .lock()
-            .await
-            .clone()
+            .unwrap_or_else(|e| e.into_inner())
+            .clone();
+        if let Some(sandbox) = there {
+            if !checkpoint.is_empty() {
+                return Err(fault(&Error::Invalid(format!(
+                    "create container {}: a checkpoint is a whole sandbox's, and this one has containers already",
+                    request.id
+                ))));
+            }
+            sandbox.add(request).await.map_err(|e| fault(&e))?;
+            return Ok((sandbox, false));
+        }
+        let sandbox = match self.stood_by(checkpoint, request).await? {
+            Some(sandbox) => sandbox,
+            None => {
+                let settings = settings::of(req.options.as_ref()).map_err(|e| fault(&e))?;
+                self.started(checkpoint, settings, request).await?
+            }
+        };
+        let mut slot = self.sandbox.lock().unwrap_or_else(|e| e.into_inner());
+        *slot = Some(sandbox.clone());
+        Ok((sandbox, true))
+    }
+
+    fn sandbox(&self) -> Reply<Arc<Sandbox>> {
+        let slot = self.sandbox.lock().unwrap_or_else(|e| e.into_inner());
+        slot.clone()
             .ok_or_else(|| fault(&Error::NotFound("the sandbox has no container yet".into())))
+    }
+
+    /// Makes the root file system that a request describes.
+    async fn rootfs(
+        &self,
+        req: &CreateTaskRequest,
+    ) -> Result<(Vec<RootfsMount>, Option<Mounted>), Error> {
+        let bundle = Path::new(&req.bundle);
+        let mounts: Vec<Mount> = req
+            .rootfs
+            .iter()
+            .map(|m| Mount {
+                kind: m.type_.clone(),
+                source: m.source.clone().into(),
+                options: m.options.clone(),
+            })
+            .collect();
+        match Way::of(&mounts, bundle) {
+            Way::Direct(rootfs) => Ok((rootfs.into_iter().collect(), None)),
+            Way::Mounted(target) => {
+                self.front.mounting(&self.tasks.mount_points(&target))?;
+                mount::mount_all(mounts, target.clone()).await?;
+                let rootfs = RootfsMount {
+                    kind: "bind".into(),
+                    source: target.clone(),
+                };
+                Ok((vec![rootfs], Some(Mounted(target.as_path().into()))))
+            }
+        }
+    }
+
+    /// Waits for a process's end, to tell of it.
+    fn follow(&self, sandbox: &Arc<Sandbox>, id: &str, exec_id: &str) {
+        let (front, tasks) = (self.front.clone(), self.tasks.clone());
+        let sandbox = sandbox.clone();
+        self.tasks.follow(id, exec_id, || {
+            let (id, exec_id) = (id.to_owned(), exec_id.to_owned());
+            tokio::spawn(async move {
+                let Ok(exit) = sandbox.wait(&id, &exec_id).await else {
+                    return;
+                };
+                if exec_id.is_empty() {
+                    for follower in tasks.followers(&id, false) {
+                        let _ = timeout(STRAGGLERS, follower).await;
+                    }
+                    if exit.oom_killed {
+                        front.tell(Event::OutOfMemory { id: &id });
+                    }
+                }
+                let (id, exec_id, exit) = (&*id, &*exec_id, &exit);
+                front.tell(Event::Exited { id, exec_id, exit });
+            })
+        });
     }
 }
 
 #[async_trait]
 impl Task for TaskService {
     async fn create(&self, _: &TtrpcContext, req: CreateTaskRequest) -> Reply<CreateTaskResponse> {
-        if !req.checkpoint.is_empty() {
-            return Err(unsupported("restore from a checkpoint"));
+        let _one = self.creating.lock().await;
+        if self.tasks.has(&req.id) {
+            let taken = format!("create container {}: it exists already", req.id);
+            return Err(fault(&Error::AlreadyExists(taken)));
         }
-        let mut slot = self.sandbox.lock().await;
-        if slot.is_some() {
-            return Err(unsupported("more than one container in a sandbox"));
-        }
+        let streams = Streams {
+            terminal: req.terminal,
+            stdin: req.stdin.clone(),
+            stdout: req.stdout.clone(),
+            stderr: req.stderr.clone(),
+        };
+        let (rootfs, mounted) = self.rootfs(&req).await.map_err(|e| fault(&e))?;
+        let stdio = self.front.streams(&req.id, &streams).await;
         let request = ContainerRequest {
+            own: self.front.place().own,
             id: req.id.clone(),
-            bundle: req.bundle.into(),
-            rootfs: req
-                .rootfs
-                .into_iter()
-                .map(|m| RootfsMount {
-                    kind: m.type_,
-                    source: m.source.into(),
-                })
-                .collect(),
-            stdio: stdio(req.terminal, req.stdin, req.stdout, req.stderr),
+            bundle: req.bundle.clone().into(),
+            rootfs,
+            stdio: stdio.map_err(|e| fault(&e))?,
         };
-        let config = SandboxConfig {
-            id: self.owner.id.clone(),
-            run_dir: self.owner.run_dir.clone(),
-            assets: self.assets.clone(),
-            driver: driver()?,
-            cache: self.owner.run_dir.parent().map(Into::into),
-            boot_deadline: boot_deadline().map_err(|e| fault(&e))?,
-            templates: template::store(&self.owner),
-        };
-        let sandbox = Arc::new(
-            Sandbox::create(config, &request)
-                .await
-                .map_err(|e| fault(&e))?,
-        );
-        *slot = Some(sandbox.clone());
-        self.owner.serving(sandbox.clone(), req.id.clone());
-        if let Some(wanted) = sandbox.wanted_template() {
-            template::make_later(&self.owner, wanted);
+        let (sandbox, first) = self.with(&req, &request).await?;
+        self.tasks.add(&req.id, streams, mounted);
+        if first {
+            self.front.up(&sandbox, &req.id);
+            pressure::watch(&sandbox, &req.id);
+            if let Some(wanted) = sandbox.wanted_template() {
+                template::make_later(self.front.place(), sandbox.settings(), wanted);
+            }
         }
+        self.front.tell(Event::Created(&req));
         let state = sandbox.state(&req.id, "").map_err(|e| fault(&e))?;
         Ok(CreateTaskResponse {
-            pid: state.pid,
+            pid: self.front.pid(state.pid),
             ..Default::default()
         })
     }
 
     async fn start(&self, _: &TtrpcContext, req: StartRequest) -> Reply<StartResponse> {
-        let sandbox = self.sandbox().await?;
-        let pid = sandbox
-            .start(&req.id, &req.exec_id)
-            .await
-            .map_err(|e| fault(&e))?;
-        if req.exec_id.is_empty() {
-            self.owner.update(|record| {
-                record.status = Status::Running;
-                record.started_at = Some(walnut_sandbox::now_ns());
+        let sandbox = self.sandbox()?;
+        let (id, exec_id) = (&*req.id, &*req.exec_id);
+        let started = sandbox.start(id, exec_id).await;
+        if started.is_ok() {
+            self.front.tell(match exec_id {
+                "" => Event::Started { id },
+                _ => Event::ExecStarted { id, exec_id },
             });
         }
+        if started.is_ok() || exec_id.is_empty() {
+            self.follow(&sandbox, id, exec_id);
+        }
         Ok(StartResponse {
-            pid,
+            pid: self.front.pid(started.map_err(|e| fault(&e))?),
             ..Default::default()
         })
     }
 
     async fn state(&self, _: &TtrpcContext, req: StateRequest) -> Reply<StateResponse> {
         let state = self
-            .sandbox()
-            .await?
+            .sandbox()?
             .state(&req.id, &req.exec_id)
             .map_err(|e| fault(&e))?;
+        let streams = self.tasks.streams(&req.id, &req.exec_id);
         let mut reply = StateResponse {
             id: req.id,
             exec_id: req.exec_id,
             bundle: state.bundle.display().to_string(),
-            pid: state.pid,
-            stdin: path(state.stdio.stdin),
-            stdout: path(state.stdio.stdout),
-            stderr: path(state.stdio.stderr),
-            terminal: state.stdio.terminal,
+            pid: self.front.pid(state.pid),
+            stdin: streams.stdin,
+            stdout: streams.stdout,
+            stderr: streams.stderr,
+            terminal: streams.terminal,
             ..Default::default()
         };
         reply.status = match state.state {
@@ -143,8 +298,8 @@ impl Task for TaskService {
             ProcessState::Running => TaskStatus::RUNNING,
             ProcessState::Paused => TaskStatus::PAUSED,
             ProcessState::Stopped(exit) => {
-                reply.exit_status = exit.code;
-                reply.exited_at = timestamp(&exit);
+                reply.exit_status = self.front.verdict(&exit).unwrap_or(exit.code);
+                reply.exited_at = MessageField::some(timestamp(exit.at));
                 TaskStatus::STOPPED
             }
         }
@@ -153,49 +308,70 @@ impl Task for TaskService {
     }
 
     async fn exec(&self, _: &TtrpcContext, req: ExecProcessRequest) -> Reply<Empty> {
-        let request = ExecRequest {
-            exec_id: req.exec_id,
-            process: req
-                .spec
-                .into_option()
-                .map(|any| any.value)
-                .unwrap_or_default(),
-            stdio: stdio(req.terminal, req.stdin, req.stdout, req.stderr),
+        let sandbox = self.sandbox()?;
+        let state = sandbox.state(&req.id, "").map_err(|e| fault(&e))?.state;
+        let state = match state {
+            ProcessState::Stopped(_) => Some("stopped"),
+            ProcessState::Paused => Some("paused"),
+            _ => None,
         };
-        let sandbox = self.sandbox().await?;
-        sandbox.exec(&req.id, request).map_err(|e| fault(&e))?;
+        if let Some(state) = state {
+            let refused = format!("exec in {}: cannot exec in a {state} container", req.id);
+            return Err(fault(&Error::WrongState(refused)));
+        }
+        let (id, exec_id) = (&*req.id, &*req.exec_id);
+        if sandbox.state(id, exec_id).is_ok() {
+            let taken = format!("exec in {id}: a process {exec_id:?} exists already");
+            return Err(fault(&Error::AlreadyExists(taken)));
+        }
+        let streams = Streams {
+            terminal: req.terminal,
+            stdin: req.stdin.clone(),
+            stdout: req.stdout.clone(),
+            stderr: req.stderr.clone(),
+        };
+        let stdio = self.front.streams(id, &streams).await;
+        let request = ExecRequest {
+            exec_id: exec_id.to_owned(),
+            process: req.spec.value.clone(),
+            stdio: stdio.map_err(|e| fault(&e))?,
+        };
+        sandbox.exec(id, request).map_err(|e| fault(&e))?;
+        self.tasks.add_exec(id, exec_id, streams);
+        self.front.tell(Event::ExecAdded { id, exec_id });
         Ok(Empty::default())
     }
 
     async fn wait(&self, _: &TtrpcContext, req: WaitRequest) -> Reply<WaitResponse> {
-        let sandbox = self.sandbox().await?;
+        let sandbox = self.sandbox()?;
         let exit = sandbox
             .wait(&req.id, &req.exec_id)
             .await
             .map_err(|e| fault(&e))?;
-        // The API has no field for the reason; an exit code alone would be taken
-        // for the program's own.
-        if let Some(reason) = &exit.error {
-            return Err(fault(&Error::Machine(reason.clone())));
-        }
         Ok(WaitResponse {
-            exit_status: exit.code,
-            exited_at: timestamp(&exit),
+            exit_status: self.front.verdict(&exit).map_err(|e| fault(&e))?,
+            exited_at: MessageField::some(timestamp(exit.at)),
             ..Default::default()
         })
     }
 
     async fn kill(&self, _: &TtrpcContext, req: KillRequest) -> Reply<Empty> {
-        let sandbox = self.sandbox().await?;
+        let sandbox = self.sandbox()?;
+        let (id, exec_id) = (&*req.id, &*req.exec_id);
+        let before = sandbox.state(id, exec_id).map_err(|e| fault(&e))?.state;
         sandbox
-            .kill(&req.id, &req.exec_id, req.signal, req.all)
+            .kill(id, exec_id, req.signal, req.all)
             .await
             .map_err(|e| fault(&e))?;
+        // Whoever is started is followed from then on.
+        if before == ProcessState::Created && exec_id.is_empty() {
+            self.follow(&sandbox, id, exec_id);
+        }
         Ok(Empty::default())
     }
 
     async fn resize_pty(&self, _: &TtrpcContext, req: ResizePtyRequest) -> Reply<Empty> {
-        let sandbox = self.sandbox().await?;
+        let sandbox = self.sandbox()?;
         sandbox
             .resize(&req.id, &req.exec_id, req.width, req.height)
             .await
@@ -205,7 +381,7 @@ impl Task for TaskService {
 
     async fn close_io(&self, _: &TtrpcContext, req: CloseIORequest) -> Reply<Empty> {
         if req.stdin {
-            let sandbox = self.sandbox().await?;
+            let sandbox = self.sandbox()?;
             sandbox
                 .close_stdin(&req.id, &req.exec_id)
                 .map_err(|e| fault(&e))?;
@@ -214,26 +390,32 @@ impl Task for TaskService {
     }
 
     async fn pause(&self, _: &TtrpcContext, req: PauseRequest) -> Reply<Empty> {
-        let sandbox = self.sandbox().await?;
+        let sandbox = self.sandbox()?;
         sandbox.pause(&req.id).await.map_err(|e| fault(&e))?;
-        self.owner.update(|record| record.status = Status::Paused);
+        self.front.tell(Event::Paused { id: &req.id });
         Ok(Empty::default())
     }
 
     async fn resume(&self, _: &TtrpcContext, req: ResumeRequest) -> Reply<Empty> {
-        let sandbox = self.sandbox().await?;
+        let sandbox = self.sandbox()?;
         sandbox.resume(&req.id).await.map_err(|e| fault(&e))?;
-        self.owner.update(|record| record.status = Status::Running);
+        self.front.tell(Event::Resumed { id: &req.id });
         Ok(Empty::default())
     }
 
     async fn update(&self, _: &TtrpcContext, req: UpdateTaskRequest) -> Reply<Empty> {
-        let resources = req
-            .resources
-            .into_option()
-            .map(|any| any.value)
-            .unwrap_or_default();
-        let sandbox = self.sandbox().await?;
+        let sandbox = self.sandbox()?;
+        if let Some(bytes) = req.annotations.get(ANNOTATION_RECLAIM) {
+            let bytes = bytes.parse().map_err(|e| {
+                let bad = format!("{ANNOTATION_RECLAIM}: {bytes:?}: {e}; give bytes, 0 for all");
+                fault(&Error::Invalid(bad))
+            })?;
+            let freed = sandbox.reclaim(bytes).await.map_err(|e| fault(&e))?;
+            tracing::info!(freed, "memory reclaimed, as asked");
+        }
+        let Some(resources) = req.resources.into_option().map(|any| any.value) else {
+            return Ok(Empty::default());
+        };
         sandbox
             .update(&req.id, resources)
             .await
@@ -242,14 +424,11 @@ impl Task for TaskService {
     }
 
     async fn pids(&self, _: &TtrpcContext, req: PidsRequest) -> Reply<PidsResponse> {
-        let pids = self
-            .sandbox()
-            .await?
-            .pids(&req.id)
-            .await
-            .map_err(|e| fault(&e))?;
+        let pids = self.sandbox()?.pids(&req.id).await.map_err(|e| fault(&e))?;
         Ok(PidsResponse {
-            processes: pids
+            processes: self
+                .front
+                .pids(pids)
                 .into_iter()
                 .map(|pid| ProcessInfo {
                     pid,
@@ -261,40 +440,10 @@ impl Task for TaskService {
     }
 
     async fn stats(&self, _: &TtrpcContext, req: StatsRequest) -> Reply<StatsResponse> {
-        let s = self
-            .sandbox()
-            .await?
-            .stats(&req.id)
-            .await
-            .map_err(|e| fault(&e))?;
-        let metrics = Metrics {
-            pids: MessageField::some(PidsStat {
-                current: s.pids_current,
-                limit: s.pids_limit,
-                ..Default::default()
-            }),
-            cpu: MessageField::some(CPUStat {
-                usage_usec: s.cpu_usage_us,
-                user_usec: s.cpu_user_us,
-                system_usec: s.cpu_system_us,
-                throttled_usec: s.cpu_throttled_us,
-                ..Default::default()
-            }),
-            memory: MessageField::some(MemoryStat {
-                usage: s.memory_current,
-                usage_limit: s.memory_limit,
-                max_usage: s.memory_peak,
-                swap_usage: s.memory_swap,
-                ..Default::default()
-            }),
-            memory_events: MessageField::some(MemoryEvents {
-                oom_kill: s.oom_kills,
-                ..Default::default()
-            }),
-            ..Default::default()
-        };
-        let value = metrics
-            .write_to_bytes()
+        let sandbox = self.sandbox()?;
+        let container = sandbox.stats(&req.id).await.map_err(|e| fault(&e))?;
+        let guest = sandbox.guest_memory().await.map_err(|e| fault(&e))?;
+        let value = metrics::encode(&container, &guest)
             .map_err(|e| fault(&Error::Invalid(format!("encode the figures: {e}"))))?;
         Ok(StatsResponse {
             stats: MessageField::some(Any {
@@ -307,86 +456,73 @@ impl Task for TaskService {
     }
 
     async fn delete(&self, _: &TtrpcContext, req: DeleteRequest) -> Reply<DeleteResponse> {
+        let (id, exec_id) = (&*req.id, &*req.exec_id);
         let (pid, exit) = self
-            .sandbox()
-            .await?
-            .delete(&req.id, &req.exec_id)
+            .sandbox()?
+            .delete(id, exec_id)
             .await
             .map_err(|e| fault(&e))?;
+        if exec_id.is_empty() {
+            // Its end is told of first.
+            for follower in self.tasks.followers(id, true) {
+                let _ = follower.await;
+            }
+            self.tasks.remove(id);
+            self.front.tell(Event::Deleted { id, exit: &exit });
+        } else {
+            self.tasks.remove_exec(id, exec_id);
+        }
         Ok(DeleteResponse {
-            pid,
-            exit_status: exit.code,
-            exited_at: timestamp(&exit),
+            pid: self.front.pid(pid),
+            exit_status: self.front.verdict(&exit).unwrap_or(exit.code),
+            exited_at: MessageField::some(timestamp(exit.at)),
             ..Default::default()
         })
     }
 
     async fn connect(&self, _: &TtrpcContext, req: ConnectRequest) -> Reply<ConnectResponse> {
-        let sandbox = self.sandbox().await?;
-        let state = sandbox.state(&req.id, "").map_err(|e| fault(&e))?;
+        // That there is nothing yet is no error: it is asked to see who answers.
+        let state = self.sandbox().ok().and_then(|s| s.state(&req.id, "").ok());
         Ok(ConnectResponse {
             shim_pid: std::process::id(),
-            task_pid: state.pid,
+            task_pid: state.map_or(0, |state| self.front.pid(state.pid)),
             version: env!("CARGO_PKG_VERSION").into(),
             ..Default::default()
         })
     }
 
     async fn shutdown(&self, _: &TtrpcContext, req: ShutdownRequest) -> Reply<Empty> {
-        let running = match &*self.sandbox.lock().await {
-            Some(sandbox) => sandbox
-                .state(&req.id, "")
-                .is_ok_and(|s| !matches!(s.state, ProcessState::Stopped(_))),
-            None => false,
+        // One that is being created counts.
+        let _one = self.creating.lock().await;
+        let ids = self.tasks.ids();
+        let sandbox = self.sandbox().ok();
+        let alive = |id: &&String| {
+            let state = sandbox.as_ref().and_then(|s| s.state(id, "").ok());
+            state.is_some_and(|s| !matches!(s.state, ProcessState::Stopped(_)))
         };
-        if !running || req.now {
-            self.owner.end(None);
-        }
+        let count = Count {
+            all: ids.len(),
+            alive: ids.iter().filter(alive).count(),
+        };
+        self.front.shutdown(req.now, count);
         Ok(Empty::default())
     }
 
-    async fn checkpoint(&self, _: &TtrpcContext, _: CheckpointTaskRequest) -> Reply<Empty> {
-        Err(unsupported("checkpoint"))
+    async fn checkpoint(&self, _: &TtrpcContext, req: CheckpointTaskRequest) -> Reply<Empty> {
+        let options = checkpoint::options(req.options.as_ref()).map_err(|e| fault(&e))?;
+        let sandbox = self.sandbox()?;
+        let (id, path) = (&*req.id, &*req.path);
+        sandbox
+            .checkpoint(id, path.as_ref(), options)
+            .await
+            .map_err(|e| fault(&e))?;
+        self.front.tell(Event::Checkpointed { id, path });
+        if options.exit {
+            let stopped = self.front.stop_saved(&sandbox, id).await;
+            stopped.map_err(|e| fault(&e))?;
+        }
+        Ok(Empty::default())
     }
-}
-
-/// `WALNUT_DRIVER`, which `walnut run --driver` sets, else the best one.
-fn driver() -> Reply<walnut_sandbox::machine::DriverChoice> {
-    match std::env::var("WALNUT_DRIVER") {
-        Ok(name) => name
-            .parse()
-            .map_err(|e: walnut_sandbox::machine::Error| fault(&e.into())),
-        Err(_) => Ok(Default::default()),
-    }
-}
-
-fn stdio(terminal: bool, stdin: String, stdout: String, stderr: String) -> StdioTargets {
-    let some = |path: String| (!path.is_empty()).then(|| path.into());
-    StdioTargets {
-        terminal,
-        stdin: some(stdin),
-        stdout: some(stdout),
-        stderr: some(stderr),
-    }
-}
-
-fn path(path: Option<std::path::PathBuf>) -> String {
-    path.map(|p| p.display().to_string()).unwrap_or_default()
-}
-
-fn timestamp(exit: &ExitInfo) -> MessageField<Timestamp> {
-    MessageField::some(Timestamp {
-        seconds: exit.at.div_euclid(1_000_000_000),
-        nanos: i32::try_from(exit.at.rem_euclid(1_000_000_000)).unwrap_or(0),
-        ..Default::default()
-    })
-}
-
-fn unsupported(what: &str) -> ttrpc::Error {
-    ttrpc::Error::RpcStatus(get_status(
-        Code::UNIMPLEMENTED,
-        format!("{what} is not supported yet"),
-    ))
 }
 
 /// An error with the code containerd's clients expect.

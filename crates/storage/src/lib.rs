@@ -10,6 +10,7 @@ mod error;
 mod flavor;
 mod rootfs;
 mod staging;
+mod tree;
 mod virtiofs;
 
 pub use error::Error;

@@ -6,6 +6,9 @@
 //! mounts are cloned from that descriptor and made read-only before anybody can
 //! reach them. [`Staging::attach`] then only puts them in place, in the child.
 //! If any of its processes is killed, the kernel takes the mounts down.
+//!
+//! The tmpfs is mounted twice there: as it is, which the supervisor keeps a descriptor of
+//! and makes the names of later volumes in, and read-only over that, which is served.
 
 use std::{
     ffi::{CStr, CString},
@@ -29,6 +32,9 @@ use rustix::{
 
 use crate::{Error, Volume};
 
+/// Most volumes of a sandbox at a time.
+pub(crate) const VOLUMES_MAX: usize = 4096;
+
 /// A tree that is not mounted anywhere yet.
 #[derive(Debug)]
 pub(crate) struct Staging {
@@ -38,28 +44,22 @@ pub(crate) struct Staging {
 }
 
 impl Staging {
+    /// The tmpfs itself, to be written through this descriptor only.
+    pub(crate) fn root(&self) -> io::Result<OwnedFd> {
+        self.root.try_clone()
+    }
+
     /// `mount_point` is an empty directory that the tree will cover.
     pub(crate) fn new(volumes: &[Volume], mount_point: &Path) -> Result<Self, Error> {
         use std::os::unix::ffi::OsStrExt;
         // Sources first: a wrong path is the commonest mistake.
-        let sources: Result<Vec<_>, _> = volumes.iter().map(open_source).collect();
+        let sources: Result<Vec<_>, _> = volumes.iter().map(Detached::open).collect();
         let sources = sources?;
-        let root = tmpfs(volumes.len()).map_err(denied)?;
+        let root = tmpfs().map_err(denied)?;
         let mut mounts = Vec::with_capacity(volumes.len());
-        for (n, (volume, source)) in volumes.iter().zip(sources).enumerate() {
-            let name = n.to_string();
-            make_target(&root, &name, source.is_dir).map_err(denied)?;
-            let tree = clone_tree(&source.fd, volume.read_only).map_err(|source| {
-                if source.kind() == io::ErrorKind::PermissionDenied {
-                    return Error::NotPermitted(source);
-                }
-                Error::Source {
-                    what: "bind",
-                    path: volume.source.clone(),
-                    source,
-                }
-            })?;
-            mounts.push((CString::new(name).unwrap_or_default(), tree));
+        for (n, source) in sources.into_iter().enumerate() {
+            let name = source.name(&root, n).map_err(denied)?;
+            mounts.push((name, source.tree));
         }
         let mount_point = CString::new(mount_point.as_os_str().as_bytes())
             .map_err(|_| Error::VirtioFs("the run directory's name holds a NUL".to_owned()))?;
@@ -84,11 +84,58 @@ impl Staging {
             MountPropagationFlags::DOWNSTREAM | MountPropagationFlags::REC,
         )?;
         attach_at(&self.root, rustix::fs::CWD, &self.mount_point)?;
-        for (name, tree) in &self.volumes {
-            attach_at(tree, self.root.as_fd(), name)?;
-        }
         // The guest must find the volumes, and nothing to write beside them.
-        set_attributes(&self.root, libc::MOUNT_ATTR_RDONLY, 0, false)
+        let served = detached(&self.root)?;
+        set_attributes(&served, libc::MOUNT_ATTR_RDONLY, 0, false)?;
+        attach_at(&served, rustix::fs::CWD, &self.mount_point)?;
+        for (name, tree) in &self.volumes {
+            attach_at(tree, served.as_fd(), name)?;
+        }
+        Ok(())
+    }
+}
+
+/// A volume's mounts, not yet in any place.
+pub(crate) struct Detached {
+    pub(crate) tree: OwnedFd,
+    is_dir: bool,
+}
+
+impl Detached {
+    /// Opens a volume's source and clones what is mounted there.
+    pub(crate) fn open(volume: &Volume) -> Result<Self, Error> {
+        let source = open_source(volume)?;
+        let tree = clone_tree(&source.fd, volume).map_err(|source| {
+            if source.kind() == io::ErrorKind::PermissionDenied {
+                return Error::NotPermitted(source);
+            }
+            Error::Source {
+                what: "bind",
+                path: volume.source.clone(),
+                source,
+            }
+        })?;
+        Ok(Self {
+            tree,
+            is_dir: source.is_dir,
+        })
+    }
+
+    /// Makes the name that volume number `n` has in the served tree.
+    pub(crate) fn name(&self, root: &OwnedFd, n: usize) -> io::Result<CString> {
+        let name = n.to_string();
+        if self.is_dir {
+            rustix::fs::mkdirat(root, &name, Mode::from_raw_mode(0o755))?;
+        } else {
+            let flags = OFlags::CREATE | OFlags::EXCL | OFlags::WRONLY | OFlags::CLOEXEC;
+            rustix::fs::openat(root, &name, flags, Mode::from_raw_mode(0o644))?;
+        }
+        Ok(CString::new(name)?)
+    }
+
+    /// Puts it below the calling thread's root.
+    pub(crate) fn attach(&self, name: &CStr) -> io::Result<()> {
+        attach_at(&self.tree, rustix::fs::CWD, name)
     }
 }
 
@@ -97,7 +144,7 @@ fn attach_at(tree: &OwnedFd, at: BorrowedFd<'_>, name: &CStr) -> io::Result<()> 
     Ok(())
 }
 
-fn denied(source: io::Error) -> Error {
+pub(crate) fn denied(source: io::Error) -> Error {
     if source.kind() == io::ErrorKind::PermissionDenied {
         return Error::NotPermitted(source);
     }
@@ -139,11 +186,11 @@ fn open_source(volume: &Volume) -> Result<Source, Error> {
     })
 }
 
-fn tmpfs(volumes: usize) -> io::Result<OwnedFd> {
+fn tmpfs() -> io::Result<OwnedFd> {
     let fs = fsopen("tmpfs", FsOpenFlags::FSOPEN_CLOEXEC)?;
     fsconfig_set_string(&fs, "mode", "0755")?;
     fsconfig_set_string(&fs, "size", "64k")?;
-    fsconfig_set_string(&fs, "nr_inodes", (volumes + 8).to_string())?;
+    fsconfig_set_string(&fs, "nr_inodes", (VOLUMES_MAX + 8).to_string())?;
     fsconfig_create(&fs)?;
     Ok(fsmount(
         &fs,
@@ -154,33 +201,31 @@ fn tmpfs(volumes: usize) -> io::Result<OwnedFd> {
     )?)
 }
 
-fn make_target(root: &OwnedFd, name: &str, is_dir: bool) -> io::Result<()> {
-    if is_dir {
-        rustix::fs::mkdirat(root, name, Mode::from_raw_mode(0o755))?;
-    } else {
-        let flags = OFlags::CREATE | OFlags::EXCL | OFlags::WRONLY | OFlags::CLOEXEC;
-        rustix::fs::openat(root, name, flags, Mode::from_raw_mode(0o644))?;
-    }
-    Ok(())
-}
-
 /// The mounts at and below `source`, detached. What the host enforces for a
 /// read-only volume, it enforces for every mount below it too.
-fn clone_tree(source: &OwnedFd, read_only: bool) -> io::Result<OwnedFd> {
-    let tree = open_tree(
+fn clone_tree(source: &OwnedFd, volume: &Volume) -> io::Result<OwnedFd> {
+    let tree = detached(source)?;
+    let mut attributes = libc::MOUNT_ATTR_NOSUID | libc::MOUNT_ATTR_NODEV;
+    if volume.read_only {
+        attributes |= libc::MOUNT_ATTR_RDONLY;
+    }
+    let propagation = match volume.follows_host {
+        true => libc::MS_SLAVE,
+        false => libc::MS_PRIVATE,
+    };
+    set_attributes(&tree, attributes, propagation, true)?;
+    Ok(tree)
+}
+
+fn detached(source: &OwnedFd) -> io::Result<OwnedFd> {
+    Ok(open_tree(
         source,
         c"",
         OpenTreeFlags::OPEN_TREE_CLONE
             | OpenTreeFlags::OPEN_TREE_CLOEXEC
             | OpenTreeFlags::AT_EMPTY_PATH
             | OpenTreeFlags::AT_RECURSIVE,
-    )?;
-    let mut attributes = libc::MOUNT_ATTR_NOSUID | libc::MOUNT_ATTR_NODEV;
-    if read_only {
-        attributes |= libc::MOUNT_ATTR_RDONLY;
-    }
-    set_attributes(&tree, attributes, libc::MS_PRIVATE, true)?;
-    Ok(tree)
+    )?)
 }
 
 /// `mount_setattr(2)` (Linux 5.12) on the mount behind `fd`.

@@ -4,6 +4,7 @@ use std::{
     fs, io,
     os::unix::net::UnixListener,
     path::{Path, PathBuf},
+    sync::atomic::{AtomicBool, Ordering},
 };
 
 use walnut_machine::{
@@ -15,7 +16,8 @@ use walnut_protocol::{GUEST_ROOT, agent::Storage};
 use crate::{
     Error,
     flavor::{self, Flavor},
-    staging::Staging,
+    staging::{Staging, denied},
+    tree::Tree,
 };
 
 /// The share's tag and its directory's name in the guest.
@@ -29,9 +31,12 @@ pub struct Volume {
     pub source: PathBuf,
     /// The host refuses writes.
     pub read_only: bool,
+    /// What the host mounts below it later is shared too (mount propagation `rslave`).
+    pub follows_host: bool,
 }
 
-/// A sandbox's volumes, served by one virtiofsd. Dropping it kills virtiofsd.
+/// A sandbox's volumes, served by one virtiofsd. More can come and some can go while it
+/// serves. Dropping it kills virtiofsd.
 ///
 /// Users and groups are the host's: what the guest's root writes, root owns.
 #[derive(Debug)]
@@ -39,6 +44,9 @@ pub struct VirtioFs {
     child: Child,
     socket: PathBuf,
     mount_point: PathBuf,
+    tree: Tree,
+    /// It was told to go.
+    dismissed: AtomicBool,
 }
 
 impl VirtioFs {
@@ -67,6 +75,10 @@ impl VirtioFs {
             )));
         };
         let staging = Staging::new(volumes, &mount_point)?;
+        let tree = staging
+            .root()
+            .and_then(|root| Tree::new(root, volumes.len()));
+        let tree = tree.map_err(denied)?;
         let flavor = Flavor::of(program)?;
         let names = Names {
             socket: run_dir.join("virtiofs.sock"),
@@ -87,7 +99,19 @@ impl VirtioFs {
             child,
             socket,
             mount_point,
+            tree,
+            dismissed: AtomicBool::new(false),
         })
+    }
+
+    /// One more volume, for a machine that runs. Returns its number.
+    pub async fn add(&self, volume: &Volume) -> Result<usize, Error> {
+        self.tree.add(self.pid(), volume).await
+    }
+
+    /// Takes a volume away. What the guest still has open stays until it lets go.
+    pub async fn remove(&self, n: usize) -> Result<(), Error> {
+        self.tree.remove(self.pid(), n).await
     }
 
     /// What the machine attaches.
@@ -98,13 +122,23 @@ impl VirtioFs {
         }
     }
 
-    /// What the agent mounts, once per sandbox.
+    /// What the agent mounts, once per sandbox; containers name it again, and share it.
     pub fn storage(&self) -> Storage {
         Storage {
             driver: "virtio-fs".into(),
             source: NAME.into(),
             fstype: "virtiofs".into(),
             mount_point: format!("{GUEST_ROOT}/{NAME}"),
+            ..Default::default()
+        }
+    }
+
+    /// What takes volume number `n` from the guest's view with the container it is for.
+    pub fn volume_storage(&self, n: usize) -> Storage {
+        Storage {
+            driver: "share".into(),
+            source: NAME.into(),
+            mount_point: self.guest_path(n).display().to_string(),
             ..Default::default()
         }
     }
@@ -133,8 +167,19 @@ impl VirtioFs {
         }
     }
 
+    /// Returns when virtiofsd has ended, as it does when the machine hangs up: the sentence
+    /// if a signal of somebody else's ended it, which then is why the machine went too.
+    pub async fn killed(&self) -> Option<String> {
+        let status = self.child.wait().await;
+        if self.dismissed.load(Ordering::Relaxed) {
+            return None;
+        }
+        matches!(status, Status::Signaled(_)).then(|| format!("virtiofsd {status}"))
+    }
+
     /// Kills virtiofsd and returns when it is gone. Idempotent.
     pub async fn kill(&self) {
+        self.dismissed.store(true, Ordering::Relaxed);
         self.child.kill();
         self.child.wait().await;
     }

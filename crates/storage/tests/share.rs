@@ -17,6 +17,7 @@ async fn a_guest_reads_and_writes_what_it_may() {
     let volume = |dir: &tempfile::TempDir, read_only| Volume {
         source: dir.path().to_owned(),
         read_only,
+        follows_host: false,
     };
     let volumes = [volume(&ro, true), volume(&rw, false)];
     let shared = VirtioFs::start(&volumes, run.path()).await.unwrap();

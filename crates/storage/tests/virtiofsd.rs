@@ -25,6 +25,7 @@ fn volume(source: &Path, read_only: bool) -> Volume {
     Volume {
         source: source.to_owned(),
         read_only,
+        follows_host: false,
     }
 }
 
@@ -128,6 +129,76 @@ async fn mounts_below_a_read_only_volume_are_read_only_too() {
     fs::write(below.join("file"), "the host still may").unwrap();
     drop(unmount);
     drop(vfs);
+}
+
+#[tokio::test]
+async fn volumes_come_and_go_while_it_serves() {
+    let (run, a) = (dir(), dir());
+    fs::write(a.path().join("file"), "a").unwrap();
+    let vfs = VirtioFs::start(&[], run.path()).await.unwrap();
+    let _machine = UnixStream::connect(vfs.share().socket).unwrap();
+    let first = vfs.add(&volume(a.path(), true)).await.unwrap();
+    let second = vfs
+        .add(&volume(&a.path().join("file"), false))
+        .await
+        .unwrap();
+    let server = children(vfs.pid())[0];
+    let root = PathBuf::from(format!("/proc/{server}/root"));
+    let first_file = root.join(first.to_string()).join("file");
+    assert_eq!(fs::read_to_string(&first_file).unwrap(), "a");
+    assert_eq!(errno(fs::write(&first_file, "x")), Some(libc::EROFS));
+    fs::write(root.join(second.to_string()), "b").unwrap();
+    assert_eq!(fs::read_to_string(a.path().join("file")).unwrap(), "b");
+    // Beside the volumes the guest can write nothing, and the host sees no mount.
+    assert_eq!(errno(fs::create_dir(root.join("x"))), Some(libc::EROFS));
+    let mounts = fs::read_to_string("/proc/self/mountinfo").unwrap();
+    assert!(!mounts.contains(run.path().to_str().unwrap()));
+
+    vfs.remove(first).await.unwrap();
+    assert_eq!(fs::read_dir(&root).unwrap().count(), 1);
+    assert!(a.path().join("file").exists());
+    assert!(vfs.remove(first).await.is_err(), "it is gone");
+    let third = vfs.add(&volume(a.path(), false)).await.unwrap();
+    assert!(third > second, "a number is never used again");
+    let error = vfs.add(&volume(Path::new("/no/where"), true)).await;
+    assert!(error.unwrap_err().to_string().contains("/no/where"));
+    assert_eq!(fs::read_dir(&root).unwrap().count(), 2);
+}
+
+#[tokio::test]
+async fn what_the_host_mounts_later_is_shared_if_asked_for() {
+    let (run, top) = (dir(), dir());
+    let script = "mount --bind $0 $0 && mount --make-shared $0";
+    let mut shared = Command::new("sh");
+    shared.args(["-c", script]).arg(top.path());
+    assert!(shared.status().unwrap().success());
+    let vfs = VirtioFs::start(&[], run.path()).await.unwrap();
+    let _machine = UnixStream::connect(vfs.share().socket).unwrap();
+    let mut shown = Vec::new();
+    for follows_host in [false, true] {
+        let volume = Volume {
+            follows_host,
+            ..volume(top.path(), false)
+        };
+        shown.push(vfs.add(&volume).await.unwrap());
+    }
+    let below = top.path().join("below");
+    fs::create_dir(&below).unwrap();
+    let status = Command::new("mount")
+        .args(["-t", "tmpfs", "tmpfs"])
+        .arg(&below)
+        .status();
+    assert!(status.unwrap().success());
+    fs::write(below.join("new"), "x").unwrap();
+    let server = children(vfs.pid())[0];
+    let seen: Vec<bool> = shown
+        .iter()
+        .map(|n| Path::new(&format!("/proc/{server}/root/{n}/below/new")).exists())
+        .collect();
+    for mount in [&below, top.path()] {
+        let _ = Command::new("umount").arg(mount).status();
+    }
+    assert_eq!(seen, [false, true]);
 }
 
 #[tokio::test]

@@ -2,7 +2,7 @@
 
 use std::{
     ops::Range,
-    os::fd::{AsFd, FromRawFd, IntoRawFd, OwnedFd},
+    os::fd::{AsFd, FromRawFd, IntoRawFd},
     sync::{Arc, Mutex, MutexGuard, PoisonError, mpsc::sync_channel},
     time::Duration,
 };
@@ -11,18 +11,20 @@ use kvm_ioctls::{IoEventAddress, NoDatamatch, VmFd};
 use vmm_sys_util::eventfd::EventFd;
 use walnut_devices::{
     pci::{self, Doorbells, Messages, Root},
-    virtio::{self, MemoryCell, Port, Quiesced, Worker},
+    virtio::{Port, Quiesced, Worker},
 };
-use walnut_vmm_api::{Attachment, Device, FdIndex, NAME_MAX};
+use walnut_vmm_api::Attachment;
 
 use crate::{
-    Error, devices,
+    Error,
     irq::{Line, Message, Routes},
     jail::calls::Thread,
     layout,
     machine::Fds,
-    nursery::{Job, Nursery, Queue},
+    nursery::{self, Job, Nursery, Queue},
     ports,
+    post::Ready,
+    prepared::{Place, Prepared, Site, check_name},
     slots::Slots,
     snapshot::state,
     threads::Threads,
@@ -30,8 +32,6 @@ use crate::{
 
 /// virtio 1.3 §5.11.
 const VIRTIO_ID_FS: u32 = 26;
-/// virtio 1.3 §5.15.
-const VIRTIO_ID_MEM: u32 = 24;
 
 /// The bus, and the ports of what sits on it.
 #[derive(Debug)]
@@ -51,11 +51,7 @@ pub(crate) struct Wiring {
     root: Arc<Root>,
     vm: Arc<VmFd>,
     routes: Arc<Routes>,
-    memory: MemoryCell,
-    /// Whether guest memory can be shared with a back end.
-    shared: bool,
-    /// Whether it comes and goes.
-    grows: bool,
+    site: Site,
 }
 
 /// A device in its slot, without a thread.
@@ -83,15 +79,6 @@ impl Member {
         // It is whole whoever panicked.
         self.rest.lock().unwrap_or_else(PoisonError::into_inner)
     }
-}
-
-/// When a device comes.
-#[derive(Debug, Clone, Copy)]
-pub(crate) enum When<'a> {
-    Boot,
-    Running,
-    /// It was there before.
-    Saved(&'a state::Device),
 }
 
 /// The messages of one function.
@@ -163,35 +150,19 @@ fn duplicate(fd: impl AsFd) -> Result<EventFd, Error> {
 }
 
 impl Wiring {
-    /// Makes a device, and puts it in the first free slot.
-    pub(crate) fn fit(
-        &self,
-        attachment: &Attachment,
-        when: When<'_>,
-        take: impl FnMut(FdIndex) -> Result<OwnedFd, Error>,
-    ) -> Result<Fitted, Error> {
-        let name = &attachment.name;
-        let complain = |e: Error| Error::Config(format!("device {name}: {e}"));
-        self.check(&attachment.device, when).map_err(complain)?;
-        let (mut device, thread) =
-            devices::make(&attachment.device, &self.memory, take).map_err(complain)?;
-        if let When::Saved(saved) = when {
-            device.restore(&saved.own).map_err(|_| {
-                let what = "what the snapshot says of it makes no sense";
-                complain(Error::Config(what.to_owned()))
-            })?;
-        }
-        self.install(name, device, thread, when)
+    /// What devices are made for.
+    pub(crate) fn site(&self) -> &Site {
+        &self.site
     }
 
-    /// Puts a device into a slot.
-    fn install(
-        &self,
-        name: &str,
-        device: Box<dyn virtio::Device>,
-        thread: &'static Thread,
-        when: When<'_>,
-    ) -> Result<Fitted, Error> {
+    /// Puts a device into its slot.
+    pub(crate) fn fit(&self, prepared: Prepared) -> Result<Fitted, Error> {
+        let Prepared {
+            name,
+            device,
+            thread,
+            place,
+        } = prepared;
         let (worker, port) = Worker::new(device)?;
         let mut kicks = Vec::new();
         let mut lines = vec![self.routes.line()?];
@@ -206,19 +177,19 @@ impl Wiring {
             kicks,
             at: Mutex::new(None),
         });
-        let (port_too, memory, lines) = (port.clone(), self.memory.clone(), Arc::new(Lines(lines)));
-        let slot = match when {
-            When::Boot => self.root.add(port_too, memory, lines, doorbells),
-            When::Running => self.root.plug(port_too, memory, lines, doorbells),
-            When::Saved(saved) => {
-                let slot = saved.slot;
+        let (port_too, lines) = (port.clone(), Arc::new(Lines(lines)));
+        let memory = self.site.memory.clone();
+        let slot = match place {
+            Place::Next => self.root.add(port_too, memory, lines, doorbells),
+            Place::Plugged => self.root.plug(port_too, memory, lines, doorbells),
+            Place::Slot(slot) => {
                 let inserted = self.root.insert(slot, port_too, memory, lines, doorbells);
                 inserted.map(|()| slot)
             }
         };
         let slot = slot.map_err(|e| Error::Config(e.to_string()))?;
         let member = Member {
-            name: name.to_owned(),
+            name,
             slot,
             port,
             rest: Arc::default(),
@@ -228,23 +199,6 @@ impl Wiring {
             worker,
             thread,
         })
-    }
-
-    fn check(&self, device: &Device, when: When<'_>) -> Result<(), Error> {
-        let complain = |what: &str| Err(Error::Config(what.to_owned()));
-        match device {
-            _ if !self.shared && devices::shares_memory(device) => complain(
-                "its back end needs guest memory that is shared, and this machine's is not",
-            ),
-            _ if self.grows && devices::shares_memory(device) => complain(
-                "its back end would keep memory that the guest gives up; \
-                 a machine whose memory grows has no vhost-user devices",
-            ),
-            Device::Vsock { .. } if matches!(when, When::Running) => {
-                complain("a vsock device is there from the start or not at all")
-            }
-            _ => Ok(()),
-        }
     }
 
     /// Undoes [`Self::fit`].
@@ -259,26 +213,25 @@ impl Wiring {
 }
 
 impl Bus {
+    /// The last bus.
+    pub(crate) const LAST: u8 = 0;
+
     pub(crate) fn new(
         vm: &Arc<VmFd>,
         routes: &Arc<Routes>,
-        memory: &MemoryCell,
+        site: Site,
         window64: Range<u64>,
-        shared: bool,
-        grows: bool,
         acknowledged: &EventFd,
+        queue: Arc<Queue>,
     ) -> Result<Self, Error> {
         let root = Arc::new(Root::new(layout::ECAM, window64));
-        let queue = Arc::new(Queue::new());
         let pin = routes.latch(ports::SLOTS_PIN, acknowledged)?;
         let slots = Slots::new(Arc::clone(&root), pin, Arc::clone(&queue) as Arc<_>);
         let wiring = Wiring {
             root,
             vm: Arc::clone(vm),
             routes: Arc::clone(routes),
-            memory: memory.clone(),
-            shared,
-            grows,
+            site,
         };
         Ok(Self {
             wiring: Arc::new(wiring),
@@ -294,105 +247,39 @@ impl Bus {
         Arc::clone(&self.slots)
     }
 
-    /// Adds a device in the next slot. Its thread starts with [`Self::start`].
-    pub(crate) fn add(
-        &mut self,
-        attachment: &Attachment,
-        take: impl FnMut(FdIndex) -> Result<OwnedFd, Error>,
-    ) -> Result<(), Error> {
-        self.put(attachment, When::Boot, take)
-    }
-
-    /// Adds the devices of a snapshot where they were. Their threads start with
-    /// [`Self::start`], and [`Self::restore`] makes them what they were.
-    pub(crate) fn add_saved(
-        &mut self,
-        attachments: &[Attachment],
-        saved: &[state::Device],
-        mut take: impl FnMut(FdIndex) -> Result<OwnedFd, Error>,
-    ) -> Result<(), Error> {
-        if let Some(stranger) = attachments
-            .iter()
-            .find(|a| !saved.iter().any(|device| device.name == a.name))
-        {
-            return Err(Error::Config(format!(
-                "the snapshot has no device {}: attach it once the guest runs",
-                stranger.name
-            )));
-        }
-        for device in saved {
-            let named = attachments.iter().find(|a| a.name == device.name);
-            let attachment = named.ok_or_else(|| {
-                Error::Config(format!(
-                    "the snapshot has a device {:?}, which is to be given as well",
-                    device.name
-                ))
-            })?;
-            self.put(attachment, When::Saved(device), &mut take)?;
-        }
-        Ok(())
-    }
-
-    fn put(
-        &mut self,
-        attachment: &Attachment,
-        when: When<'_>,
-        take: impl FnMut(FdIndex) -> Result<OwnedFd, Error>,
-    ) -> Result<(), Error> {
-        self.check_name(&attachment.name)?;
-        let fitted = self.wiring.fit(attachment, when, take)?;
-        self.keep(fitted);
-        Ok(())
-    }
-
-    /// Adds a device that no request names, in the next slot.
-    pub(crate) fn place(
-        &mut self,
-        name: &str,
-        device: Box<dyn virtio::Device>,
-        thread: &'static Thread,
-    ) -> Result<(), Error> {
-        self.check_name(name)?;
-        let fitted = self.wiring.install(name, device, thread, When::Boot)?;
-        self.keep(fitted);
-        Ok(())
-    }
-
-    fn keep(&mut self, fitted: Fitted) {
+    /// Puts a device into its slot. Its thread gets it with [`Self::start`]; if it is of
+    /// a snapshot, [`Self::restore`] makes it what it was.
+    pub(crate) fn put(&mut self, prepared: Prepared) -> Result<(), Error> {
+        self.check_name(&prepared.name)?;
+        let fitted = self.wiring.fit(prepared)?;
         self.members().push(fitted.member.clone());
         let all = self.fitted.get_mut();
         all.unwrap_or_else(PoisonError::into_inner).push(fitted);
-    }
-
-    fn check_name(&self, name: &str) -> Result<(), Error> {
-        if name.is_empty() || name.len() > NAME_MAX || name.contains('\0') {
-            return Err(Error::Config(format!(
-                "a device cannot be called {name:?}: a name has 1 to {NAME_MAX} bytes"
-            )));
-        }
-        if self.members().iter().any(|member| member.name == *name) {
-            return Err(Error::Config(format!("two devices are called {name}")));
-        }
         Ok(())
     }
 
-    /// Starts the devices' threads, and the one that will see to those that come
-    /// and go; each behind its own filter if `jailed`. `gone` is rung when there is
-    /// something to hear from [`Self::gone`].
+    fn check_name(&self, name: &str) -> Result<(), Error> {
+        let members = self.members();
+        check_name(name, members.iter().map(|member| member.name.as_str()))
+    }
+
+    /// Gives the devices to their threads, and the one that will see to those that come
+    /// and go its duty. `gone` is rung when there is something to hear from
+    /// [`Self::gone`].
     pub(crate) fn start(
         &mut self,
-        jailed: bool,
-        failed: &Failures,
+        threads: Threads,
+        nursery: &Ready<nursery::Duty>,
         gone: EventFd,
     ) -> Result<(), Error> {
-        let threads = Threads::new(jailed, failed.clone(), Arc::clone(&self.queue));
         let (wiring, slots) = (Arc::clone(&self.wiring), Arc::clone(&self.slots));
-        let mut nursery = Nursery::new(wiring, slots, threads, gone);
+        let mut state = Nursery::new(wiring, slots, threads, gone);
         let fitted = self.fitted.get_mut();
         for fitted in std::mem::take(fitted.unwrap_or_else(PoisonError::into_inner)) {
-            nursery.adopt(fitted)?;
+            state.adopt(fitted)?;
         }
-        nursery.start(jailed, &self.queue)
+        nursery.inbox.put((state, Arc::clone(&self.queue)));
+        Ok(())
     }
 
     /// Adds a device to the running machine, and tells the guest.
@@ -438,11 +325,6 @@ impl Bus {
         self.members.lock().unwrap_or_else(PoisonError::into_inner)
     }
 
-    /// The last bus.
-    pub(crate) fn last(&self) -> u8 {
-        0
-    }
-
     pub(crate) fn resume(&self) {
         for member in self.members().iter() {
             member.port.resume();
@@ -475,13 +357,6 @@ impl Bus {
                     "device {name} cannot be saved: what its guest has open is known to the \
                      process that serves it; detach it first"
                 )));
-            }
-            if member.port.id() == VIRTIO_ID_MEM {
-                return Err(Error::Config(
-                    "a machine whose memory can grow cannot be saved; make it without \
-                     max-memory beyond memory"
-                        .to_owned(),
-                ));
             }
             let rest = member.rest();
             // One that the guest has let go is not there any more.

@@ -154,7 +154,11 @@ fn answer(
             Ok(Reply::Done)
         }
         (Request::Restore(restore), None) => {
-            *machine = Some(Machine::restore(&restore, fds, bells()?)?);
+            let restored = Machine::restore(&restore, fds, bells()?)?;
+            if restore.run {
+                restored.resume();
+            }
+            *machine = Some(restored);
             Ok(Reply::Done)
         }
         (Request::Start(_) | Request::Restore(_), Some(_)) => {

@@ -28,6 +28,9 @@ const CR0_ET: u64 = 1 << 4;
 /// (Documentation/virt/kvm/x86/cpuid.rst).
 const ASYNC_PF: u32 = 1 << 4 | 1 << 10 | 1 << 14;
 
+/// "Always running APIC timer", of leaf 6.
+const ARAT: u32 = 1 << 2;
+
 const MSR_IA32_MISC_ENABLE: u32 = 0x1a0;
 const MISC_ENABLE_FAST_STRING: u64 = 1;
 const MSR_MTRR_DEFAULT_TYPE: u32 = 0x2ff;
@@ -82,8 +85,12 @@ pub(crate) fn cpuid(supported: &CpuId, id: u8, count: u8, tsc_deadline: bool) ->
             // program while the host fetches a page, and forget the one that waits
             // when the machine is saved meanwhile.
             0x4000_0001 => entry.eax &= !ASYNC_PF,
-            // No power management, no performance counters.
-            6 | 0xa => {
+            // No power management, but that the APIC's timer always runs, as KVM's does:
+            // a kernel that thinks it might stop, and finds no other to stand in, keeps its
+            // periodic tick for ever and has no timer finer than that.
+            6 => (entry.eax, entry.ebx, entry.ecx, entry.edx) = (ARAT, 0, 0, 0),
+            // No performance counters.
+            0xa => {
                 (entry.eax, entry.ebx, entry.ecx, entry.edx) = (0, 0, 0, 0);
             }
             // Topology: one thread per core, all cores in one package.

@@ -18,6 +18,8 @@
 //! memory lives any more. Where one outlives its welcome, the guest is asked to try
 //! again later.
 
+mod restore;
+
 use std::{
     fmt::Debug,
     fs::File,
@@ -38,13 +40,15 @@ use walnut_devices::{
     mem::{Blocks, Busy, Mem, Region, Target},
     virtio::{Memory, MemoryCell},
 };
-use walnut_vmm_api::{Backing, Config};
+use walnut_vmm_api::Backing;
 
 use crate::{
     Error,
     jail::calls::{MEM_PRIVATE, MEM_SHARED, Thread},
-    layout, memory,
+    memory,
+    snapshot::Plugged,
 };
+use restore::Page;
 
 /// Bytes of a block.
 const BLOCK: u64 = 2 << 20;
@@ -97,33 +101,50 @@ struct Growth {
     slots: Box<dyn Slots>,
     /// Which blocks are plugged.
     plugged: Vec<bool>,
+    /// What they are made of.
+    pages: Vec<Page>,
 }
 
-/// The memory device of a machine that can grow, how to ask it, and what its thread
-/// calls.
+/// What the thread of a memory device calls.
+pub(crate) fn thread(backing: Backing) -> &'static Thread {
+    match in_file(backing) {
+        true => &MEM_SHARED,
+        false => &MEM_PRIVATE,
+    }
+}
+
+/// A memory device's region at these guest addresses.
+pub(crate) fn region(addresses: &Range<u64>) -> Region {
+    Region {
+        addr: addresses.start,
+        size: addresses.end - addresses.start,
+        block: BLOCK,
+    }
+}
+
+/// The memory device of a machine that can grow, and how to ask it. In a clone it has
+/// what was plugged.
 pub(crate) fn device(
-    config: &Config,
+    addresses: Range<u64>,
+    backing: Backing,
     vm: &Arc<VmFd>,
     cell: &MemoryCell,
-) -> Result<Option<(Mem, Target, &'static Thread)>, Error> {
-    let region = layout::growth(config.memory, config.max_memory);
-    if region.is_empty() {
-        return Ok(None);
-    }
+    plugged: Option<&Plugged>,
+) -> Result<(Mem, Target), Error> {
     let slots = Box::new(Kvm(Arc::clone(vm)));
-    let blocks = Growth::new(region.clone(), config.backing, cell, slots)?;
-    let thread = match blocks.file {
-        Some(_) => &MEM_SHARED,
-        None => &MEM_PRIVATE,
-    };
-    let region = Region {
-        addr: region.start,
-        size: region.end - region.start,
-        block: BLOCK,
-    };
+    let region = region(&addresses);
+    let mut blocks = Growth::new(addresses, backing, cell, slots)?;
+    if let Some(plugged) = plugged {
+        blocks.fill(plugged)?;
+    }
     let device = Mem::new(region, Box::new(blocks)).map_err(|e| Error::Config(e.to_string()))?;
     let target = device.target();
-    Ok(Some((device, target, thread)))
+    Ok((device, target))
+}
+
+/// Whether memory lies in a file of its own.
+fn in_file(backing: Backing) -> bool {
+    backing.shared || backing.huge_pages
 }
 
 impl Growth {
@@ -134,11 +155,12 @@ impl Growth {
         slots: Box<dyn Slots>,
     ) -> Result<Self, Error> {
         let size = region.end - region.start;
-        let file = match backing.shared || backing.huge_pages {
+        let file = match in_file(backing) {
             true => Some(Arc::new(memory::memfd(size, backing.huge_pages)?)),
             false => None,
         };
-        let blocks = usize::try_from(size / BLOCK);
+        let blocks =
+            usize::try_from(size / BLOCK).map_err(|_| Error::Memory("count", Errno::ENOMEM))?;
         let (host, flags) =
             reserve(size, file.as_deref()).map_err(|e| Error::Memory("reserve room for", e))?;
         Ok(Self {
@@ -150,7 +172,8 @@ impl Growth {
             base: Memory::clone(&cell.memory()),
             cell: cell.clone(),
             slots,
-            plugged: vec![false; blocks.map_err(|_| Error::Memory("count", Errno::ENOMEM))?],
+            plugged: vec![false; blocks],
+            pages: vec![Page::Own; blocks],
         })
     }
 
@@ -174,7 +197,7 @@ impl Growth {
         }
     }
 
-    /// Backs a range with zeroed memory, or takes that away and gives it back to the
+    /// Backs a range with memory (zeroed: [`Self::clean`]), or takes that away and gives it back to the
     /// host. The mapping itself stays, so that nothing else can come to lie there.
     fn back(&self, range: &Range<u64>, there: bool) -> Result<(), Errno> {
         let start = self.at(range.start) as *mut libc::c_void;
@@ -232,6 +255,19 @@ impl Growth {
     fn any(&self, range: &Range<u64>) -> bool {
         let blocks = self.plugged.get(self.blocks(range));
         blocks.is_some_and(|blocks| blocks.contains(&true))
+    }
+
+    /// Backs a range, none of which is plugged, and shows it to KVM.
+    fn show(&mut self, range: &Range<u64>) -> Result<(), Errno> {
+        self.back(range, true)?;
+        self.clean(range);
+        for (number, slot) in self.slots(range) {
+            if !self.any(&slot) {
+                let (host, len) = (self.at(slot.start), slot.end - slot.start);
+                self.slots.set(number, slot.start, host, len)?;
+            }
+        }
+        Ok(())
     }
 
     /// Removes the slots of a range that have no plugged block. KVM removes every slot
@@ -316,20 +352,25 @@ impl Growth {
 
 impl Blocks for Growth {
     fn plug(&mut self, range: Range<u64>) -> Result<(), Busy> {
-        self.back(&range, true).map_err(|_| Busy)?;
+        self.plug_all(&[range])
+    }
+
+    fn plug_all(&mut self, ranges: &[Range<u64>]) -> Result<(), Busy> {
         let mut result = Ok(());
-        for (number, slot) in self.slots(&range) {
-            if !self.any(&slot) {
-                let (host, len) = (self.at(slot.start), slot.end - slot.start);
-                result = result.and_then(|()| self.slots.set(number, slot.start, host, len));
-            }
+        for range in ranges {
+            result = result.and_then(|()| self.show(range));
+            self.mark(range, true);
         }
-        self.mark(&range, true);
         if result.is_err() || self.replace(false).is_err() {
-            self.mark(&range, false);
-            // What cannot be removed has not been there.
-            self.drop_slots(&range);
-            let _ = self.back(&range, false);
+            for range in ranges {
+                self.mark(range, false);
+            }
+            for range in ranges {
+                // What cannot be removed has not been there.
+                self.drop_slots(range);
+                self.wear(range);
+                let _ = self.back(range, false);
+            }
             return Err(Busy);
         }
         Ok(())
@@ -346,6 +387,7 @@ impl Blocks for Growth {
             let _ = self.replace(false);
             return Err(Busy);
         }
+        self.wear(&range);
         self.drop_slots(&range);
         Ok(())
     }
@@ -393,8 +435,8 @@ mod tests {
 
     use super::*;
 
-    const START: u64 = 1 << 32;
-    const SIZE: u64 = SLOT + 3 * BLOCK;
+    pub(super) const START: u64 = 1 << 32;
+    pub(super) const SIZE: u64 = SLOT + 3 * BLOCK;
 
     /// Slots by their number, as KVM would have them.
     #[derive(Debug, Clone, Default)]
@@ -415,13 +457,13 @@ mod tests {
         }
     }
 
-    struct Rig {
-        growth: Growth,
-        cell: MemoryCell,
+    pub(super) struct Rig {
+        pub(super) growth: Growth,
+        pub(super) cell: MemoryCell,
         table: Table,
     }
 
-    fn rig(shared: bool) -> Rig {
+    pub(super) fn rig(shared: bool) -> Rig {
         let backing = Backing {
             shared,
             huge_pages: false,
@@ -438,14 +480,14 @@ mod tests {
         }
     }
 
-    fn blocks(range: Range<u64>) -> Range<u64> {
+    pub(super) fn blocks(range: Range<u64>) -> Range<u64> {
         START + range.start * BLOCK..START + range.end * BLOCK
     }
 
     impl Rig {
         /// Whether devices see a block, and whether the kernel could touch it for
         /// anybody: the same, whatever happens.
-        fn reachable(&self, block: u64) -> bool {
+        pub(super) fn reachable(&self, block: u64) -> bool {
             let guest = START + block * BLOCK;
             let memory = self.cell.memory();
             let rights = Permissions::ReadWrite;

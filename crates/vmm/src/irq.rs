@@ -1,6 +1,9 @@
 //! Interrupts: KVM's chips, and messages over irqfds.
 
-use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
+use std::sync::{
+    Arc, Mutex, MutexGuard, PoisonError,
+    atomic::{AtomicBool, Ordering},
+};
 
 use kvm_bindings::{
     KVM_IRQ_ROUTING_IRQCHIP, KVM_IRQ_ROUTING_MSI, KVM_IRQCHIP_IOAPIC, KvmIrqRouting,
@@ -28,10 +31,14 @@ pub(crate) struct Message {
 pub(crate) struct Routes {
     vm: Arc<VmFd>,
     table: Mutex<Table>,
+    /// KVM hears of changes later. Set in [`Self::together`] alone.
+    held: AtomicBool,
 }
 
 #[derive(Debug, Default)]
 struct Table {
+    /// Lines that were to send while messages were held, by number.
+    late: Vec<u32>,
     /// One for each number that there is, from [`PINS`] on.
     numbers: Vec<Number>,
 }
@@ -82,6 +89,7 @@ impl Routes {
         Self {
             vm,
             table: Mutex::default(),
+            held: AtomicBool::new(false),
         }
     }
 
@@ -134,9 +142,30 @@ impl Routes {
             return Ok(());
         };
         let sends = |number| matches!(number, Number::Sends(_));
-        if old == to || !(sends(old) || sends(to)) {
+        let held = self.held.load(Ordering::Acquire);
+        if held || old == to || !(sends(old) || sends(to)) {
             return Ok(());
         }
+        self.tell(&table)
+    }
+
+    /// Does what changes messages, of which KVM hears once, at the end: at each change
+    /// it waits until nobody uses the old routes any more. What is sent meanwhile is
+    /// sent then. No other thread has lines that it uses.
+    pub(crate) fn together(&self, change: impl FnOnce() -> Result<(), Error>) -> Result<(), Error> {
+        self.held.store(true, Ordering::Release);
+        let changed = change();
+        self.held.store(false, Ordering::Release);
+        changed?;
+        let mut table = self.table();
+        self.tell(&table)?;
+        let late = std::mem::take(&mut table.late);
+        late.into_iter()
+            .try_for_each(|number| self.vm.set_irq_line(number, true))
+            .map_err(|e| Error::Kvm("send an interrupt message", e))
+    }
+
+    fn tell(&self, table: &Table) -> Result<(), Error> {
         let mut entries: Vec<_> = (0..PINS).map(pin).collect();
         for (number, to) in (PINS..).zip(&table.numbers) {
             if let Number::Sends(message) = to {
@@ -165,6 +194,10 @@ impl Line {
 
     /// Sends it.
     pub(crate) fn send(&self) {
+        if self.routes.held.load(Ordering::Acquire) {
+            self.routes.table().late.push(self.number);
+            return;
+        }
         // Fails only when the counter is full: then it has been raised.
         let _ = self.event.write(1);
     }

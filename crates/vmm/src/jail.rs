@@ -11,6 +11,7 @@
 pub(crate) mod calls;
 mod filter;
 mod heap;
+mod program;
 
 pub(crate) use filter::Filter;
 pub(crate) use heap::{reserve as reserve_heap, tame as tame_heap};

@@ -3,7 +3,7 @@
 use std::{
     fs::File,
     ops::Range,
-    os::fd::{AsFd, IntoRawFd, OwnedFd},
+    os::fd::{AsFd, OwnedFd},
     sync::{
         Arc, OnceLock,
         atomic::{AtomicBool, Ordering},
@@ -17,10 +17,7 @@ use kvm_bindings::{
 use kvm_ioctls::{Kvm, VcpuFd, VmFd};
 use vm_memory::{Address, GuestAddressSpace, GuestMemoryBackend, GuestMemoryRegion};
 use vmm_sys_util::eventfd::EventFd;
-use walnut_devices::{
-    mem::Target,
-    virtio::{Memory, MemoryCell},
-};
+use walnut_devices::virtio::{Memory, MemoryCell};
 use walnut_vmm_api::{Attachment, Config, Device, End, FdIndex, Jail, Restore, Stats, VERSION};
 
 use crate::{
@@ -28,29 +25,32 @@ use crate::{
     acpi::{Tables, generation},
     boot::Boot,
     bus::{Bus, Failures},
-    cpu, growth,
+    cpu,
+    creation::Creation,
+    crew::Crew,
     irq::Routes,
-    jail::{self, Filter, calls},
+    jail::{
+        self, Filter,
+        calls::{self, Thread},
+    },
     layout, memory,
+    nursery::Queue,
     ports::{self, Ports},
+    prepared::{Prepared, Site},
+    sizes::{self, Sizes},
     slots::Slots,
     snapshot::{
-        self,
+        self, Snapshot,
         scribe::{Processor, Scribe, Subject},
+        state::{self, MEMORY, Room},
     },
     vcpu::Vcpus,
 };
 
 /// vCPUs at most.
 const VCPUS_MAX: u8 = 32;
-/// How much memory may be added, bytes.
-const GROWTH_MAX: u64 = 1 << 40;
-/// What requests call the memory device, which is not theirs to name.
-const MEMORY: &str = "memory";
 /// How long a device may take to finish what is in flight.
 const QUIESCE: Duration = Duration::from_secs(10);
-/// `KVM_CREATE_VM` is interrupted by signals that a busy host's timers send.
-const CREATE_TRIES: u32 = 5;
 
 /// What a machine rings.
 #[derive(Debug)]
@@ -74,18 +74,7 @@ pub(crate) struct Machine {
     scribe: Scribe,
     /// Neither vCPUs nor devices run.
     paused: AtomicBool,
-    /// Memory at boot, bytes.
-    boot_memory: u64,
-    /// How to ask for more, if there may be more.
-    growth: Option<Growth>,
-}
-
-/// Memory that may be added.
-#[derive(Debug, Clone)]
-struct Growth {
-    target: Target,
-    /// What all memory can grow to, bytes.
-    max: u64,
+    sizes: Sizes,
 }
 
 /// The descriptors of a request, each to be taken once.
@@ -126,21 +115,26 @@ fn check(config: &Config) -> Result<(), Error> {
             config.vcpus, config.max_vcpus
         ));
     }
-    let more = config.max_memory.checked_sub(config.memory);
-    if more.is_none_or(|more| !more.is_multiple_of(2 << 20) || more > GROWTH_MAX) {
-        return complain(format!(
-            "memory cannot grow from {} bytes to {}: the difference must be a multiple of 2 MiB, \
-             and 1 TiB at most",
-            config.memory, config.max_memory
-        ));
-    }
-    if config.memory < 32 << 20 || !config.memory.is_multiple_of(1 << 20) {
-        return complain(format!(
-            "{} bytes of memory are not a multiple of 1 MiB, or less than 32 MiB",
-            config.memory
+    sizes::check(&room(config))
+}
+
+/// Whether the host's processor reaches the devices above all memory.
+fn check_window(window64: &Range<u64>, kvm: &Kvm) -> Result<(), Error> {
+    if window64.end > cpu::address_end(&cpu::supported(kvm)?) {
+        return Err(Error::Config(
+            "memory, or room for it, is more than the host's processor can address \
+             beside devices"
+                .to_owned(),
         ));
     }
     Ok(())
+}
+
+fn room(config: &Config) -> Room {
+    Room {
+        memory: config.memory,
+        max_memory: config.max_memory,
+    }
 }
 
 /// KVM's side of a machine, before anything is on it.
@@ -154,10 +148,10 @@ struct Base {
 }
 
 impl Base {
-    fn new(kvm: OwnedFd, memory: Memory) -> Result<Self, Error> {
-        let kvm = open_kvm(kvm)?;
-        let vm = Arc::new(create_vm(&kvm)?);
-        map(&vm, &memory)?;
+    fn new(creation: Creation, memory: &MemoryCell) -> Result<Self, Error> {
+        let (kvm, vm) = creation.finish()?;
+        let vm = Arc::new(vm);
+        map(&vm, &memory.memory())?;
         vm.set_tss_address(layout::KVM_TSS)
             .map_err(|e| Error::Kvm("place the TSS", e))?;
         vm.create_irq_chip()
@@ -165,7 +159,7 @@ impl Base {
         Ok(Self {
             routes: Arc::new(Routes::new(Arc::clone(&vm))),
             msrs: snapshot::cpu::msrs(&kvm)?,
-            memory: MemoryCell::new(memory),
+            memory: memory.clone(),
             kvm,
             vm,
         })
@@ -173,14 +167,13 @@ impl Base {
 
     fn bus(
         &self,
+        site: Site,
         window64: Range<u64>,
-        shared: bool,
-        grows: bool,
         bells: &Bells,
+        queue: &Arc<Queue>,
     ) -> Result<Bus, Error> {
-        let (vm, routes, memory) = (&self.vm, &self.routes, &self.memory);
-        let acknowledged = &bells.acknowledged;
-        Bus::new(vm, routes, memory, window64, shared, grows, acknowledged)
+        let (vm, routes, queue) = (&self.vm, &self.routes, Arc::clone(queue));
+        Bus::new(vm, routes, site, window64, &bells.acknowledged, queue)
     }
 
     fn vcpu(&self, id: u8) -> Result<VcpuFd, Error> {
@@ -202,16 +195,55 @@ impl Base {
     }
 }
 
-/// What is put together before the process is locked in.
+/// What was made of the host, which the process then left.
+struct Aboard {
+    crew: Crew,
+    /// Hears of a device's thread that cannot go on.
+    failure: Arc<OnceLock<String>>,
+    jailed: bool,
+}
+
+/// What is put together before the last filter.
 struct Parts {
     base: Base,
     bus: Bus,
     ports: Ports,
     processors: Vec<Processor>,
-    growth: Option<Growth>,
-    /// The directory of the sockets, which is to become the root.
-    root: Option<OwnedFd>,
-    jail: Jail,
+    sizes: Sizes,
+}
+
+impl Aboard {
+    /// Gives up what is the host's: everything is open that ever will be, but what
+    /// comes of KVM. Then starts the threads of `devices`, of `vcpus` and of the rest.
+    fn enter(
+        jail: Jail,
+        root: Option<OwnedFd>,
+        devices: &[Prepared],
+        memory: Option<(&str, &'static Thread)>,
+        vcpus: u8,
+        ended: &EventFd,
+    ) -> Result<Self, Error> {
+        let jailed = match jail {
+            Jail::Full { user } => {
+                jail::leave_host(root.as_ref().map(AsFd::as_fd), user)?;
+                jail::reserve_heap()?;
+                true
+            }
+            Jail::Off => false,
+        };
+        drop(root);
+        let failure = Arc::new(OnceLock::new());
+        let devices = devices
+            .iter()
+            .map(|it| (it.name.as_str(), it.thread))
+            .chain(memory);
+        let crew = Crew::muster(jailed, devices, vcpus, failures(&failure, ended)?)?;
+        Ok(Self {
+            crew,
+            failure,
+            jailed,
+        })
+    }
 }
 
 impl Machine {
@@ -219,31 +251,21 @@ impl Machine {
     pub(crate) fn build(config: &Config, fds: Vec<OwnedFd>, bells: Bells) -> Result<Self, Error> {
         check(config)?;
         let mut fds = Fds::new(fds);
+        let creation = Creation::start(fds.take(config.kvm)?)?;
         let memory = memory::create(config.memory, config.backing)?;
-        let base = Base::new(fds.take(config.kvm)?, memory.clone())?;
         let window64 = layout::window64(config.memory, config.max_memory);
-        if window64.end > cpu::address_end(&cpu::supported(&base.kvm)?) {
-            return Err(Error::Config(format!(
-                "{} bytes of memory are more than the host's processor can address beside devices",
-                config.max_memory
-            )));
-        }
-        let grows = config.max_memory > config.memory;
-        let mut bus = base.bus(window64.clone(), config.backing.shared, grows, &bells)?;
+        check_window(&window64, creation.kvm())?;
+        let site = Site {
+            memory: MemoryCell::new(memory.clone()),
+            shared: config.backing.shared,
+            grows: config.max_memory > config.memory,
+        };
         let root = sockets(&config.devices, &fds)?;
-        for attachment in &config.devices {
-            bus.add(attachment, |fd| fds.take(fd))?;
-        }
-        let mut growth = None;
-        if let Some((device, target, thread)) = growth::device(config, &base.vm, &base.memory)? {
-            bus.place(MEMORY, Box::new(device), thread)?;
-            let max = config.max_memory;
-            growth = Some(Growth { target, max });
-        }
+        let devices = Prepared::all(&site, &config.devices, |fd| fds.take(fd))?;
         let tables = Tables {
             vcpus: config.max_vcpus,
-            last_bus: bus.last(),
-            window64,
+            last_bus: Bus::LAST,
+            window64: window64.clone(),
         };
         let boot = Boot {
             kernel: fds.take(config.kernel)?.into(),
@@ -258,32 +280,43 @@ impl Machine {
         generation::write(&memory, &random()?)?;
         let entry = boot.load(&memory)?;
         cpu::write_descriptors(&memory)?;
-
         let console = config.console.map(|fd| fds.take(fd)).transpose()?;
+        drop(fds);
+
+        let vcpus = config.max_vcpus;
+        let memory = Sizes::thread(&room(config), config.backing);
+        let aboard = Aboard::enter(config.jail, root, &devices, memory, vcpus, &bells.ended)?;
+        let base = Base::new(creation, &site.memory)?;
+        let mut bus = base.bus(site, window64, &bells, &aboard.crew.queue)?;
+        for device in devices {
+            bus.put(device)?;
+        }
+        let mut sizes = Sizes::fixed(config.memory);
+        if memory.is_some() {
+            let (vm, cell) = (&base.vm, &base.memory);
+            let (growing, device) = Sizes::growing(room(config), config.backing, vm, cell, None)?;
+            bus.put(device)?;
+            sizes = growing;
+        }
         let ports = Ports::new(
             console.map(File::from),
             base.routes.pin(ports::SERIAL_IRQ)?,
             bus.slots(),
         );
         let mut processors = Vec::new();
-        for (id, cpuid) in (0..).zip(base.cpuids(config.max_vcpus)?) {
+        for (id, cpuid) in (0..).zip(base.cpuids(vcpus)?) {
             let vcpu = base.vcpu(id)?;
             cpu::prepare(&vcpu, &cpuid, (id == 0).then_some(entry))?;
             processors.push(Processor::new(vcpu, cpuid));
         }
-        Self::lock_in(
-            Parts {
-                base,
-                bus,
-                ports,
-                processors,
-                growth,
-                root,
-                jail: config.jail,
-            },
-            bells,
-            |_| Ok(()),
-        )
+        let parts = Parts {
+            base,
+            bus,
+            ports,
+            processors,
+            sizes,
+        };
+        Self::lock_in(parts, aboard, bells, |_, _| Ok(()))
     }
 
     /// Builds the machine that a snapshot describes, as [`Self::build`] does. What the
@@ -295,21 +328,53 @@ impl Machine {
     ) -> Result<Self, Error> {
         check_version(restore.version)?;
         let mut fds = Fds::new(fds);
+        let creation = Creation::start(fds.take(restore.kvm)?)?;
         let (state, memory) = (fds.take(restore.state)?, fds.take(restore.memory)?);
-        let (state, memory) = snapshot::read(&state.into(), &memory.into(), restore.backing)?;
+        let Snapshot {
+            state,
+            memory,
+            plugged,
+        } = Snapshot::read(&state.into(), memory.into(), restore.backing)?;
         generation::write(&memory, &random()?)?;
-        let size = memory.iter().map(GuestMemoryRegion::len).sum();
-        let base = Base::new(fds.take(restore.kvm)?, memory)?;
-        let mut bus = base.bus(
-            layout::window64(size, size),
-            restore.backing.shared,
-            false,
-            &bells,
-        )?;
+        let mut sizes = Sizes::fixed(memory.iter().map(GuestMemoryRegion::len).sum());
+        let room = state.room.unwrap_or(sizes.room);
+        let window64 = layout::window64(room.memory, room.max_memory);
+        if state.room.is_some() {
+            check_window(&window64, creation.kvm())?;
+        }
+        let site = Site {
+            memory: MemoryCell::new(memory),
+            shared: restore.backing.shared,
+            grows: state.room.is_some(),
+        };
         let root = sockets(&restore.devices, &fds)?;
-        bus.add_saved(&restore.devices, &state.devices, |fd| fds.take(fd))?;
-
+        let own = |device: &state::Device| state.room.is_some() && device.name == MEMORY;
+        let others = state.devices.iter().filter(|device| !own(device));
+        let others: Vec<_> = others.collect();
+        let devices = Prepared::saved(&site, &restore.devices, &others, |fd| fds.take(fd))?;
         let console = restore.console.map(|fd| fds.take(fd)).transpose()?;
+        drop(fds);
+
+        let vcpus = u8::try_from(state.vcpus.len()).unwrap_or(u8::MAX);
+        let memory = Sizes::thread(&room, restore.backing);
+        let aboard = Aboard::enter(restore.jail, root, &devices, memory, vcpus, &bells.ended)?;
+        let base = Base::new(creation, &site.memory)?;
+        let mut bus = base.bus(site, window64, &bells, &aboard.crew.queue)?;
+        let mut devices = devices.into_iter();
+        // In the snapshot's order, as all that is told of them.
+        for saved in &state.devices {
+            if own(saved) {
+                let (vm, cell) = (&base.vm, &base.memory);
+                let plugged = plugged.as_ref();
+                let (growing, mut device) =
+                    Sizes::growing(room, restore.backing, vm, cell, plugged)?;
+                device.be(saved)?;
+                bus.put(device)?;
+                sizes = growing;
+            } else if let Some(device) = devices.next() {
+                bus.put(device)?;
+            }
+        }
         let irq = base.routes.pin(ports::SERIAL_IRQ)?;
         let ports = Ports::restore(
             console.map(File::from),
@@ -321,9 +386,8 @@ impl Machine {
         for chip in &state.chips {
             base.vm.set_irqchip(chip).map_err(failed)?;
         }
-        let count = u8::try_from(state.vcpus.len()).unwrap_or(u8::MAX);
         let mut processors = Vec::new();
-        for (saved, (id, own)) in state.vcpus.iter().zip((0..).zip(base.cpuids(count)?)) {
+        for (saved, (id, own)) in state.vcpus.iter().zip((0..).zip(base.cpuids(vcpus)?)) {
             let vcpu = base.vcpu(id)?;
             let cpuid = snapshot::cpu::restore(&base.kvm, &vcpu, saved, &own, &base.msrs)?;
             processors.push(Processor::new(vcpu, cpuid));
@@ -340,65 +404,49 @@ impl Machine {
         };
         let failed = |e| Error::Kvm("set the guest's clock", e);
         base.vm.set_clock(&clock).map_err(failed)?;
-        Self::lock_in(
-            Parts {
-                base,
-                bus,
-                ports,
-                processors,
-                growth: None,
-                root,
-                jail: restore.jail,
-            },
-            bells,
-            // After the local APICs, which the interrupts of devices may reach.
-            |bus| {
-                bus.pause(QUIESCE)?;
-                bus.restore(&state.devices)?;
-                bus.slots().restore(state.slots);
-                Ok(())
-            },
-        )
+        let parts = Parts {
+            base,
+            bus,
+            ports,
+            processors,
+            sizes,
+        };
+        // After the local APICs, which the interrupts of devices may reach.
+        Self::lock_in(parts, aboard, bells, |bus, routes| {
+            bus.pause(QUIESCE)?;
+            routes.together(|| bus.restore(&state.devices))?;
+            bus.slots().restore(state.slots);
+            Ok(())
+        })
     }
 
-    /// Starts the threads, and gives up what the running guest does not need.
-    /// Everything is open that ever will be. `settle` is called when the devices'
-    /// threads are there.
+    /// Gives the threads what they are there for, and gives up what the running guest
+    /// does not need. `settle` is called when the devices' threads have their devices.
     fn lock_in(
         parts: Parts,
+        aboard: Aboard,
         Bells { ended, gone, .. }: Bells,
-        settle: impl FnOnce(&Bus) -> Result<(), Error>,
+        settle: impl FnOnce(&Bus, &Routes) -> Result<(), Error>,
     ) -> Result<Self, Error> {
         let Parts {
             base,
             mut bus,
             ports,
             processors,
-            growth,
-            root,
-            jail,
+            sizes,
         } = parts;
+        let Aboard {
+            crew,
+            failure,
+            jailed,
+        } = aboard;
         let seed = random()?;
-        let boot_memory = base.memory.memory().iter().map(|r| r.len()).sum();
-        let jailed = match jail {
-            Jail::Full { user } => {
-                jail::leave_host(root.as_ref().map(AsFd::as_fd), user)?;
-                jail::reserve_heap()?;
-                true
-            }
-            Jail::Off => false,
-        };
-        drop(root);
-        let failure = Arc::new(OnceLock::new());
-        bus.start(jailed, &failures(&failure, &ended)?, gone)?;
-        settle(&bus)?;
+        bus.start(crew.devices, &crew.nursery, gone)?;
+        settle(&bus, &base.routes)?;
         let (bus, ports) = (Arc::new(bus), Arc::new(ports));
         let on_bus: Arc<dyn crate::vcpu::Bus> = bus.clone();
-        let filter = |thread| jailed.then(|| Filter::of(thread)).transpose();
-        let vcpu_filter = filter(&calls::VCPU_THREAD)?.map(Arc::new);
-        let lock_in = move || vcpu_filter.as_ref().map_or(Ok(()), |it| it.install());
         let fds = processors.iter().map(|it| Arc::clone(&it.fd)).collect();
-        let vcpus = Vcpus::new(fds, Arc::clone(&ports), on_bus, ended, lock_in)?;
+        let vcpus = Vcpus::new(&crew.vcpus, fds, Arc::clone(&ports), on_bus, ended)?;
         let subject = Subject {
             vm: base.vm,
             processors,
@@ -406,9 +454,10 @@ impl Machine {
             ports,
             bus: Arc::clone(&bus),
             memory: base.memory.clone(),
+            room: sizes.saved(),
             seed,
         };
-        let scribe = Scribe::start(subject, filter(&calls::SNAPSHOT_THREAD)?)?;
+        let scribe = Scribe::new(&crew.scribe, subject);
         if jailed {
             let filter = Filter::of(&calls::CONTROL_THREAD)?;
             filter.install().map_err(Error::Config)?;
@@ -420,8 +469,7 @@ impl Machine {
             scribe,
             paused: AtomicBool::new(true),
             failure,
-            boot_memory,
-            growth,
+            sizes,
         })
     }
 
@@ -484,32 +532,15 @@ impl Machine {
 
     /// What it has done so far.
     pub(crate) fn stats(&self) -> Stats {
-        let plugged = self.growth.as_ref().map_or(0, |it| it.target.plugged());
         Stats {
             exits: self.vcpus.exits(),
-            memory: self.boot_memory + plugged,
+            memory: self.sizes.now(),
         }
     }
 
     /// Asks the guest to have that much memory.
     pub(crate) fn resize(&self, memory: u64) -> Result<(), Error> {
-        let boot = self.boot_memory;
-        let more = memory.checked_sub(boot).ok_or_else(|| {
-            Error::Config(format!(
-                "{memory} bytes of memory are less than the machine booted with, {boot}"
-            ))
-        })?;
-        let max = self.growth.as_ref().map_or(boot, |it| it.max);
-        match &self.growth {
-            _ if memory > max => Err(Error::Config(format!(
-                "{memory} bytes of memory are more than the machine was made for, {max}"
-            ))),
-            Some(Growth { target, .. }) => {
-                (target.set(more)).map_err(|e| Error::Config(e.to_string()))
-            }
-            // As much as there is.
-            None => Ok(()),
-        }
+        self.sizes.resize(memory)
     }
 }
 
@@ -566,29 +597,6 @@ fn pulse(vm: &VmFd, pin: u32) -> Result<(), Error> {
         .into_iter()
         .try_for_each(|level| vm.set_irq_line(pin, level))
         .map_err(|e| Error::Kvm("raise an interrupt", e))
-}
-
-fn open_kvm(fd: OwnedFd) -> Result<Kvm, Error> {
-    // SAFETY: the descriptor is ours, and Kvm takes it over. If it is not
-    // /dev/kvm, the version below says so.
-    let kvm = unsafe { std::os::fd::FromRawFd::from_raw_fd(fd.into_raw_fd()) };
-    let kvm: Kvm = kvm;
-    match kvm.get_api_version() {
-        12 => Ok(kvm),
-        _ => Err(Error::Config(
-            "the descriptor given as /dev/kvm is not KVM's stable API".to_owned(),
-        )),
-    }
-}
-
-fn create_vm(kvm: &Kvm) -> Result<VmFd, Error> {
-    let mut tries = 0;
-    loop {
-        match kvm.create_vm() {
-            Err(e) if e.errno() == libc::EINTR && tries < CREATE_TRIES => tries += 1,
-            other => return other.map_err(|e| Error::Kvm("create a machine", e)),
-        }
-    }
 }
 
 fn map(vm: &VmFd, memory: &Memory) -> Result<(), Error> {

@@ -7,7 +7,7 @@
 //! or the supervisor ends.
 //!
 //! `machine` puts the parts together; `memory`, `boot`, `acpi` and `cpu` make what
-//! the guest finds at its first instruction, `growth` what comes later; `vcpu`, `irq`,
+//! the guest finds at its first instruction, `growth` what comes later, within `sizes`; `vcpu`, `irq`,
 //! `ports` and `bus` run it; `slots`, `nursery` and `threads` let devices come and go;
 //! `snapshot` saves it; `jail` locks the process in. The devices, and the PCI bus they sit on, come
 //! from `walnut-devices` and know nothing of KVM.
@@ -19,6 +19,8 @@ mod boot;
 mod bus;
 mod control;
 mod cpu;
+mod creation;
+mod crew;
 mod devices;
 mod error;
 mod growth;
@@ -29,6 +31,9 @@ mod machine;
 mod memory;
 mod nursery;
 mod ports;
+mod post;
+mod prepared;
+mod sizes;
 mod slots;
 mod snapshot;
 mod threads;

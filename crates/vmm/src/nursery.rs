@@ -13,10 +13,7 @@
 use std::{
     collections::VecDeque,
     mem,
-    sync::{
-        Arc, Condvar, Mutex, MutexGuard, PoisonError,
-        mpsc::{SyncSender, sync_channel},
-    },
+    sync::{Arc, Condvar, Mutex, MutexGuard, PoisonError, mpsc::SyncSender},
 };
 
 use vmm_sys_util::eventfd::EventFd;
@@ -25,9 +22,11 @@ use walnut_vmm_api::Attachment;
 
 use crate::{
     Error,
-    bus::{Fitted, Member, When, Wiring},
-    jail::{Filter, calls},
+    bus::{Fitted, Member, Wiring},
+    jail::calls,
     machine::Fds,
+    post::{Inbox, Post},
+    prepared::{Prepared, When},
     slots::{Ejected, Slots},
     threads::{Seat, Threads},
 };
@@ -109,7 +108,11 @@ struct Resident {
     function: Option<Box<VirtioPci>>,
 }
 
+/// What the thread is given, once.
+pub(crate) type Duty = (Nursery, Arc<Queue>);
+
 /// The thread's state.
+#[derive(Debug)]
 pub(crate) struct Nursery {
     wiring: Arc<Wiring>,
     slots: Arc<Slots>,
@@ -158,32 +161,16 @@ impl Nursery {
         Ok(fitted.member)
     }
 
-    /// Starts the thread that does the jobs of `queue`, behind its filter if `jailed`.
-    pub(crate) fn start(mut self, jailed: bool, queue: &Arc<Queue>) -> Result<(), Error> {
-        let filter = match jailed {
-            true => Some(Filter::of(&calls::NURSERY_THREAD)?),
-            false => None,
-        };
-        let queue = Arc::clone(queue);
-        let (locked_in, hears) = sync_channel(1);
-        let run = move || {
-            let result = filter.map_or(Ok(()), |filter| filter.install());
-            let ready = result.is_ok();
-            // The other end waits for it.
-            let _ = locked_in.send(result);
-            while ready && let Some(job) = queue.next() {
-                self.work(&queue, job);
+    /// Starts the thread, behind its filter if `jailed`: it does the jobs of the queue
+    /// that it gets.
+    pub(crate) fn post(jailed: bool) -> Result<Post<Duty>, Error> {
+        let serve = |inbox: &Inbox<Duty>| {
+            let (mut nursery, queue) = inbox.take();
+            while let Some(job) = queue.next() {
+                nursery.work(&queue, job);
             }
         };
-        std::thread::Builder::new()
-            .name("nursery".to_owned())
-            .stack_size(crate::STACK)
-            .spawn(run)
-            .map_err(|e| Error::Host("start a thread", crate::vcpu::errno(&e)))?;
-        match hears.recv() {
-            Ok(result) => result.map_err(Error::Config),
-            Err(_) => Err(Error::Config("a thread died at its start".to_owned())),
-        }
+        Post::open("nursery".to_owned(), &calls::NURSERY_THREAD, jailed, serve)
     }
 
     fn work(&mut self, queue: &Queue, job: Job) {
@@ -208,9 +195,9 @@ impl Nursery {
     }
 
     fn attach(&mut self, attachment: &Attachment, mut fds: Fds) -> Result<Member, Error> {
-        let fitted = self
-            .wiring
-            .fit(attachment, When::Running, |fd| fds.take(fd))?;
+        let take = |fd| fds.take(fd);
+        let prepared = Prepared::new(self.wiring.site(), attachment, When::Running, take)?;
+        let fitted = self.wiring.fit(prepared)?;
         let member = self.adopt(fitted)?;
         self.slots.came(member.slot);
         Ok(member)

@@ -2,18 +2,16 @@
 //! and never ends: when its device is gone it waits for another that makes the same
 //! system calls. So there are at most as many of a kind as slots.
 
-use std::sync::{
-    Arc, Condvar, Mutex, PoisonError,
-    mpsc::{SyncSender, sync_channel},
-};
+use std::{fmt, sync::Arc};
 
 use walnut_devices::virtio::Worker;
 
 use crate::{
     Error,
     bus::Failures,
-    jail::{Filter, calls::Thread},
+    jail::calls::Thread,
     nursery::{Job, Queue},
+    post::{Inbox, Post},
 };
 
 /// A thread, as its tasks reach it.
@@ -21,7 +19,7 @@ use crate::{
 pub(crate) struct Seat {
     /// What its filter admits.
     kind: &'static Thread,
-    inbox: Arc<Inbox>,
+    inbox: Arc<Inbox<Task>>,
 }
 
 /// A device to serve.
@@ -33,35 +31,20 @@ struct Task {
     worker: Worker,
 }
 
-#[derive(Debug, Default)]
-struct Inbox {
-    task: Mutex<Option<Task>>,
-    filled: Condvar,
-}
-
-impl Inbox {
-    fn put(&self, task: Task) {
-        let mut place = self.task.lock().unwrap_or_else(PoisonError::into_inner);
-        *place = Some(task);
-        drop(place);
-        self.filled.notify_one();
-    }
-
-    fn take(&self) -> Option<Task> {
-        let place = self.task.lock().unwrap_or_else(PoisonError::into_inner);
-        self.filled
-            .wait_while(place, |task| task.is_none())
-            .unwrap_or_else(PoisonError::into_inner)
-            .take()
-    }
-}
-
 /// All threads of devices.
 pub(crate) struct Threads {
     idle: Vec<Seat>,
     jailed: bool,
     failed: Failures,
     queue: Arc<Queue>,
+}
+
+impl fmt::Debug for Threads {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.debug_struct("Threads")
+            .field("idle", &self.idle)
+            .finish_non_exhaustive()
+    }
 }
 
 impl Threads {
@@ -74,31 +57,36 @@ impl Threads {
         }
     }
 
-    /// A thread of a kind, behind its filter: one that has nothing to do, or a new
-    /// one.
+    /// Starts a thread for each of `devices`, names and kinds, that will have one.
+    pub(crate) fn fill<'a>(
+        &mut self,
+        devices: impl Iterator<Item = (&'a str, &'static Thread)>,
+    ) -> Result<(), Error> {
+        let posts: Result<Vec<_>, Error> = devices
+            .map(|(name, kind)| Ok((kind, self.open(name, kind)?)))
+            .collect();
+        for (kind, post) in posts? {
+            let inbox = post.ready()?.inbox;
+            self.idle.push(Seat { kind, inbox });
+        }
+        Ok(())
+    }
+
+    /// A thread of a kind, behind its filter: the first that has nothing to do, or a
+    /// new one.
     pub(crate) fn seat(&mut self, name: &str, kind: &'static Thread) -> Result<Seat, Error> {
         let same = |seat: &Seat| std::ptr::eq(seat.kind, kind);
         if let Some(at) = self.idle.iter().position(same) {
-            return Ok(self.idle.swap_remove(at));
+            return Ok(self.idle.remove(at));
         }
-        let filter = match self.jailed {
-            true => Some(Filter::of(kind)?),
-            false => None,
-        };
-        let inbox = Arc::<Inbox>::default();
-        let (locked_in, hears) = sync_channel(1);
-        let (its_inbox, queue) = (Arc::clone(&inbox), Arc::clone(&self.queue));
-        let failed = self.failed.clone();
-        std::thread::Builder::new()
-            .name(name.to_owned())
-            .stack_size(crate::STACK)
-            .spawn(move || serve(&its_inbox, filter.as_ref(), &locked_in, &queue, &failed))
-            .map_err(|e| Error::Host("start a device's thread", crate::vcpu::errno(&e)))?;
-        match hears.recv() {
-            Ok(Ok(())) => Ok(Seat { kind, inbox }),
-            Ok(Err(e)) => Err(Error::Config(e)),
-            Err(_) => Err(Error::Config("a device's thread died".to_owned())),
-        }
+        let inbox = self.open(name, kind)?.ready()?.inbox;
+        Ok(Seat { kind, inbox })
+    }
+
+    fn open(&self, name: &str, kind: &'static Thread) -> Result<Post<Task>, Error> {
+        let (queue, failed) = (Arc::clone(&self.queue), self.failed.clone());
+        let serve = move |inbox: &Inbox<Task>| serve(inbox, &queue, &failed);
+        Post::open(name.to_owned(), kind, self.jailed, serve)
     }
 
     /// Takes a thread back that has nothing to do any more.
@@ -120,18 +108,9 @@ impl Seat {
 }
 
 /// A device's thread.
-fn serve(
-    inbox: &Inbox,
-    filter: Option<&Filter>,
-    locked_in: &SyncSender<Result<(), String>>,
-    queue: &Queue,
-    failed: &Failures,
-) {
-    let result = filter.map_or(Ok(()), Filter::install);
-    let mut ready = result.is_ok();
-    // The other end waits for it.
-    let _ = locked_in.send(result);
-    while ready && let Some(mut task) = inbox.take() {
+fn serve(inbox: &Inbox<Task>, queue: &Queue, failed: &Failures) {
+    loop {
+        let mut task = inbox.take();
         match task.worker.serve() {
             Ok(()) => queue.push(Job::Returned {
                 id: task.id,
@@ -141,12 +120,8 @@ fn serve(
                 failed(format!("{}: {e}", task.name));
                 // To drop it takes system calls that this thread has not.
                 std::mem::forget(task);
-                ready = false;
+                return;
             }
         }
-    }
-    // To end a thread takes system calls that it need not have.
-    loop {
-        std::thread::park();
     }
 }

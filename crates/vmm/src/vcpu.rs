@@ -2,9 +2,10 @@
 
 use std::{
     fmt,
+    mem::ManuallyDrop,
     sync::{
         Arc, Condvar, Mutex, MutexGuard, PoisonError,
-        atomic::{AtomicI32, AtomicU8, AtomicU64, Ordering},
+        atomic::{AtomicU8, AtomicU64, Ordering},
     },
 };
 
@@ -15,7 +16,9 @@ use walnut_vmm_api::End;
 
 use crate::{
     Error,
+    jail::calls,
     ports::{Ports, Wish},
+    post::{Inbox, Post, Ready},
 };
 
 /// What a vCPU's accesses reach. No method may wait.
@@ -37,8 +40,6 @@ enum Order {
 #[derive(Debug)]
 struct Muster {
     order: Order,
-    /// Threads that have come to the first wait.
-    arrived: usize,
     /// vCPUs inside of, or on the way to, the guest. Each counts itself.
     running: usize,
     end: Option<End>,
@@ -75,8 +76,8 @@ impl Shared {
 /// A thread, and the byte by which its vCPU is called out of the guest.
 #[derive(Debug)]
 struct Thread {
-    /// The kernel's number for it, once it has arrived.
-    tid: Arc<AtomicI32>,
+    /// The kernel's number for it.
+    tid: i32,
     immediate_exit: ImmediateExit,
 }
 
@@ -118,20 +119,29 @@ pub(crate) fn kick_signal() -> i32 {
 extern "C" fn on_kick(_: i32) {}
 
 impl Vcpus {
-    /// Starts a thread for each vCPU; each calls `lock_in` and then waits for
-    /// [`Self::run`]. `ended` is rung when the guest has ended.
+    /// Starts the thread of vCPU `n`, behind its filter if `jailed`.
+    pub(crate) fn post(n: u8, jailed: bool) -> Result<Post<Vcpu>, Error> {
+        let serve = |inbox: &Inbox<Vcpu>| {
+            // It stays for good: its mapping holds the byte that others may still set.
+            let mut vcpu = ManuallyDrop::new(inbox.take());
+            vcpu.serve();
+        };
+        Post::open(format!("vcpu{n}"), &calls::VCPU_THREAD, jailed, serve)
+    }
+
+    /// Gives each vCPU to its thread, where it waits for [`Self::run`]. `ended` is rung
+    /// when the guest has ended.
     pub(crate) fn new(
+        posts: &[Ready<Vcpu>],
         vcpus: Vec<Arc<Mutex<VcpuFd>>>,
         ports: Arc<Ports>,
         bus: Arc<dyn Bus>,
         ended: EventFd,
-        lock_in: impl Fn() -> Result<(), String> + Send + Sync + Clone + 'static,
     ) -> Result<Self, Error> {
         install_kick()?;
         let shared = Arc::new(Shared {
             muster: Mutex::new(Muster {
                 order: Order::Wait,
-                arrived: 0,
                 running: 0,
                 end: None,
             }),
@@ -142,50 +152,24 @@ impl Vcpus {
             bus,
         });
         let mut threads = Vec::new();
-        for (n, vcpu) in vcpus.into_iter().enumerate() {
-            let immediate_exit = ImmediateExit::of(&mut lock(&vcpu));
-            let (shared, lock_in) = (Arc::clone(&shared), lock_in.clone());
-            let tid = Arc::new(AtomicI32::new(0));
-            let its_tid = Arc::clone(&tid);
-            std::thread::Builder::new()
-                .name(format!("vcpu{n}"))
-                .stack_size(crate::STACK)
-                .spawn(move || {
-                    let mut vcpu = Vcpu {
-                        fd: vcpu,
-                        immediate_exit,
-                        shared,
-                        inside: false,
-                    };
-                    its_tid.store(nix::unistd::gettid().as_raw(), Ordering::Release);
-                    let locked = lock_in();
-                    vcpu.shared.muster().arrived += 1;
-                    vcpu.shared.changed.notify_all();
-                    match locked {
-                        Ok(()) => vcpu.serve(),
-                        Err(e) => vcpu.shared.end(End::Failed(e)),
-                    }
-                    // It does not end before the process: its mapping holds the
-                    // byte that others may still set, and to end a thread takes
-                    // system calls that it need not have.
-                    loop {
-                        std::thread::park();
-                    }
-                })
-                .map_err(|e| Error::Host("start a vCPU's thread", errno(&e)))?;
+        for (post, fd) in posts.iter().zip(vcpus) {
+            let immediate_exit = ImmediateExit::of(&mut lock(&fd));
+            post.inbox.put(Vcpu {
+                fd,
+                immediate_exit,
+                shared: Arc::clone(&shared),
+                inside: false,
+            });
             threads.push(Thread {
-                tid,
+                tid: post.tid,
                 immediate_exit,
             });
         }
-        let vcpus = Self {
+        Ok(Self {
             shared,
             threads,
             pid: std::process::id(),
-        };
-        let all = vcpus.threads.len();
-        vcpus.wait_for(|muster| muster.arrived == all);
-        Ok(vcpus)
+        })
     }
 
     /// Lets the guest run.
@@ -231,9 +215,8 @@ impl Vcpus {
             // First the byte, for a vCPU on its way in; then the signal, for one
             // that is inside.
             thread.immediate_exit.set(1);
-            let tid = thread.tid.load(Ordering::Acquire);
             // SAFETY: takes numbers; the thread is one of ours and never ends.
-            unsafe { libc::syscall(libc::SYS_tgkill, self.pid, tid, kick_signal()) };
+            unsafe { libc::syscall(libc::SYS_tgkill, self.pid, thread.tid, kick_signal()) };
         }
     }
 
@@ -277,7 +260,7 @@ fn install_kick() -> Result<(), Error> {
 
 /// One vCPU, on its own thread.
 #[derive(Debug)]
-struct Vcpu {
+pub(crate) struct Vcpu {
     fd: Arc<Mutex<VcpuFd>>,
     immediate_exit: ImmediateExit,
     shared: Arc<Shared>,

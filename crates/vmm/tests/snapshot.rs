@@ -71,6 +71,7 @@ fn restore(vmm: &mut Vmm, files: &Files, disk: &File, backing: Backing) -> Resul
             },
         }],
         jail: Jail::Full { user: None },
+        run: false,
     };
     let fds = [
         kvm.as_fd(),

@@ -184,6 +184,11 @@ fn check_agrees_with_itself() {
         (auto == "vmm") == usable && !report["auto"]["reason"].as_str().unwrap().is_empty(),
         "{report:#}"
     );
+    for name in ["settings", "containerd", "podman"] {
+        let items = report["items"].as_array().unwrap();
+        let item = items.iter().find(|item| item["name"] == name);
+        assert!(!item.unwrap()["detail"].as_str().unwrap().is_empty());
+    }
     let table = walnut(&["check"]).exits(0);
     assert!(
         table.text().contains(&format!("auto: {auto}: ")),

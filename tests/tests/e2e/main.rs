@@ -2,10 +2,14 @@
 
 #![allow(clippy::unwrap_used, reason = "a test fails by panicking")]
 
+mod checkpoint;
 mod commands;
+mod density;
 mod failures;
 mod image;
+mod install;
 mod isolation;
+mod pools;
 mod programs;
 mod races;
 mod streams;

@@ -1,13 +1,13 @@
 //! Machines that begin where another stood: quicker, and each itself.
 
 use std::{
-    collections::HashSet,
+    collections::{HashMap, HashSet},
     fs,
     path::{Path, PathBuf},
 };
 
 use serde_json::Value;
-use walnut_tests::{Detached, command, host, run, run_with, spawn_run, until, walnut};
+use walnut_tests::{Detached, command, driver, host, run, run_with, spawn_run, until, walnut};
 
 /// `walnut template ls`, one object each.
 fn templates() -> Vec<Value> {
@@ -58,45 +58,66 @@ fn a_container_begins_from_a_template_unless_told_not_to() {
     walnut(&["template", "inspect", "zz"]).fails(125, "no such template");
 }
 
+/// What a program can see that should be its own, as JSON. Addresses are those of which two
+/// in 200 alike are less likely than one in a thousand.
+const MINE: &str = r#"
+import ctypes, json, os, socket, ssl, uuid
+c = ctypes.CDLL(None)
+c.getauxval.restype = ctypes.c_ulong
+c.getauxval.argtypes = [ctypes.c_ulong]
+AT_RANDOM = 25  # its bytes become the stack canary and the pointer guard
+crypto = ctypes.CDLL("libcrypto.so.3")
+crypto.EVP_PKEY_Q_keygen.restype = ctypes.c_void_p
+key = crypto.EVP_PKEY_Q_keygen(None, None, b"ED25519")
+public = ctypes.create_string_buffer(32)
+length = ctypes.c_size_t(32)
+crypto.EVP_PKEY_get_raw_public_key(ctypes.c_void_p(key), public, ctypes.byref(length))
+maps = open("/proc/self/maps").read().splitlines()
+base = lambda name: next(line.split("-")[0] for line in maps if name in line)
+kernel = lambda name: open("/proc/sys/kernel/random/" + name).read().strip()
+print(json.dumps({
+    "boot ID": kernel("boot_id"),
+    "UUID of the kernel": kernel("uuid"),
+    "UUID": str(uuid.uuid4()),
+    "getrandom": os.getrandom(16).hex(),
+    "urandom": open("/dev/urandom", "rb").read(16).hex(),
+    "OpenSSL's random bytes": ssl.RAND_bytes(16).hex(),
+    "TLS key": public.raw.hex(),
+    "canary": ctypes.string_at(c.getauxval(AT_RANDOM), 16).hex(),
+    "stack": hex(c.getauxval(AT_RANDOM)),
+    "libraries": base("libc.so"),
+    "host name": socket.gethostname(),
+}))
+"#;
+
+/// How many clones are compared.
+fn clones() -> usize {
+    std::env::var("WALNUT_TEST_CLONES").map_or(200, |n| n.parse().unwrap())
+}
+
 #[test]
 fn clones_have_nothing_of_each_other() {
+    const AT_ONCE: usize = 8;
     walnut(&["template", "create"]).exits(0);
-    // What a program can see that should be its own.
-    let script = "
-        cat /proc/sys/kernel/random/boot_id /proc/sys/kernel/random/uuid
-        head -c 16 /dev/urandom | od -An -tx8
-        python3 -c 'import os, uuid, ssl; print(os.getrandom(16).hex(), uuid.uuid4(), ssl.RAND_bytes(16).hex())'
-        grep -m1 -e '\\[stack\\]' /proc/self/maps
-        od -An -tx8 -j0 /proc/self/auxv | md5sum
-        hostname";
-    let clones: Vec<_> = (0..8)
-        .map(|_| spawn_run(&["--rm", "IMAGE", "sh", "-c", script], |_| {}))
-        .collect();
-    let said: Vec<Vec<String>> = clones
-        .into_iter()
-        .map(|clone| {
+    let mut seen: HashMap<String, HashSet<String>> = HashMap::new();
+    let all: Vec<usize> = (0..clones()).collect();
+    for some in all.chunks(AT_ONCE) {
+        let clones: Vec<_> = some
+            .iter()
+            .map(|_| spawn_run(&["--rm", "IMAGE", "python3", "-c", MINE], |_| {}))
+            .collect();
+        for clone in clones {
             let done = clone.wait().exits(0);
-            done.text().split_whitespace().map(str::to_owned).collect()
-        })
-        .collect();
-    let lines = said[0].len();
-    assert!(lines >= 14, "{said:#?}");
-    // Constant words: the permissions and name of the stack's mapping, and `-`.
-    let constant: HashSet<_> = ["rw-p", "00000000", "00:00", "0", "[stack]", "-"].into();
-    let own = |words: &[String]| -> HashSet<String> {
-        let long = words.iter().filter(|w| w.len() > 4);
-        long.filter(|w| !constant.contains(w.as_str()))
-            .cloned()
-            .collect()
-    };
-    for (n, one) in said.iter().enumerate() {
-        assert_eq!(one.len(), lines, "{one:?}");
-        let one = own(one);
-        for other in &said[n + 1..] {
-            let both: Vec<_> = one.intersection(&own(other)).cloned().collect();
-            assert!(both.is_empty(), "two clones have {both:?}");
+            let own: HashMap<String, String> = serde_json::from_str(done.text()).unwrap();
+            assert_eq!(own.len(), 11, "{own:?}");
+            for (what, value) in own {
+                assert!(value.len() >= 8, "{what}: {value}");
+                let first = seen.entry(what.clone()).or_default().insert(value.clone());
+                assert!(first, "two clones have the {what} {value}");
+            }
         }
     }
+    assert!(seen.values().all(|values| values.len() == clones()));
 }
 
 #[test]
@@ -161,6 +182,73 @@ fn a_template_that_is_damaged_is_replaced_by_itself() {
     walnut(&["template", "rm", &id]).exits(0);
     assert!(!directory(&id).exists());
     walnut(&["template", "rm", &id]).fails(125, "no such template");
+}
+
+/// A figure of the guest's `/proc/meminfo`, in KiB.
+fn meminfo(box_: &Detached, name: &str) -> u64 {
+    let script = format!("awk '/^{name}:/{{print $2}}' /proc/meminfo");
+    box_.exec(&["sh", "-c", &script])
+        .exits(0)
+        .text()
+        .parse()
+        .unwrap()
+}
+
+#[test]
+fn one_template_serves_larger_sizes_where_machines_grow() {
+    const LARGE: [&str; 4] = ["-m", "700m", "--cpus", "2"];
+    let id = walnut(&["template", "create"]).exits(0).text().to_owned();
+    let large = || Detached::start(&[&LARGE[..], &["IMAGE", "sleep", "infinity"]].concat());
+    let right = |box_: &Detached| {
+        assert_eq!(box_.exec(&["nproc"]).exits(0).text(), "2");
+        let total = meminfo(box_, "MemTotal");
+        assert!((700..800).contains(&(total >> 10)), "{total} KiB");
+        let limit = box_.exec(&["cat", "/sys/fs/cgroup/memory.max"]).exits(0);
+        assert_eq!(limit.text(), (700u64 << 20).to_string());
+        let quota = box_.exec(&["cat", "/sys/fs/cgroup/cpu.max"]).exits(0);
+        assert_eq!(quota.text(), "200000 100000");
+    };
+    if driver() != "vmm" {
+        println!("machines of {} keep their size: another template", driver());
+        let own = walnut(&[&["template", "create"][..], &LARGE].concat()).exits(0);
+        assert_ne!(own.text(), id);
+        let box_ = large();
+        assert_eq!(box_.record().unwrap()["template"], own.text());
+        right(&box_);
+        walnut(&["template", "rm", own.text()]).exits(0);
+        return;
+    }
+    // What is made for a larger one is the same.
+    let again = walnut(&[&["template", "create"][..], &LARGE].concat()).exits(0);
+    assert_eq!(again.text(), id);
+    let box_ = large();
+    assert_eq!(box_.record().unwrap()["template"], id.as_str());
+    right(&box_);
+    // All of it can be used: more than the template's guest has.
+    let use_it = "b = bytearray(b'x') * (560 << 20); print(b.count(b'x') >> 20)";
+    assert_eq!(box_.exec(&["python3", "-c", use_it]).exits(0).text(), "560");
+    // What is written to the root file system may have half of that.
+    let room = "import os; s = os.statvfs('/'); print(s.f_blocks * s.f_frsize >> 20)";
+    let room = box_.exec(&["python3", "-c", room]).exits(0);
+    assert!(room.text().parse::<u64>().unwrap() >= 350, "{room:?}");
+    // So can both vCPUs, at once.
+    let both = "import os; print(*sorted(os.sched_getaffinity(0)))";
+    assert_eq!(box_.exec(&["python3", "-c", both]).exits(0).text(), "0 1");
+    // What has grown goes on elsewhere as large as it is.
+    let fork = format!("{}-fork", box_.name);
+    walnut(&["fork", "-d", "--name", &fork, &box_.name]).exits(0);
+    let total = |name: &str| {
+        let script = "nproc; awk '/^MemTotal:/{print $2}' /proc/meminfo";
+        let said = walnut(&["exec", name, "sh", "-c", script]).exits(0);
+        said.text().to_owned()
+    };
+    assert_eq!(total(&fork), total(&box_.name));
+    walnut(&["rm", "-f", &fork]).exits(0);
+    drop(box_);
+    // A smaller one is none that the default could become.
+    let smaller = walnut(&["template", "create", "-m", "64m"]).exits(0);
+    assert_ne!(smaller.text(), id);
+    walnut(&["template", "rm", smaller.text()]).exits(0);
 }
 
 #[test]

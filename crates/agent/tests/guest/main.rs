@@ -15,6 +15,7 @@
     reason = "a test says so by panicking"
 )]
 
+mod adopt;
 mod vm;
 
 use std::collections::HashMap;
@@ -632,4 +633,62 @@ async fn figures() {
     vm.agent.shutdown(context(), &Empty::new()).await.unwrap();
     vm.gone().await;
     println!("shutdown {:?}", t2.elapsed());
+}
+
+/// What wakes in a guest that has nothing to do: the agent must not.
+#[tokio::test]
+async fn an_idle_guest_sleeps() {
+    let mut vm = Vm::boot().await;
+    vm.configure(HashMap::new()).await.unwrap();
+    let watch = json!({
+        "linux": {"namespaces": [{"type": "mount"}, {"type": "ipc"}, {"type": "uts"}], "maskedPaths": [], "readonlyPaths": []},
+    });
+    let look = "grep -E '^(Name|voluntary)' /proc/[0-9]*/status; cat /proc/sys/vm/stat_interval; grep timer /proc/interrupts";
+    // What it prints wakes the agent, so it prints when all is over.
+    let script = format!(
+        "sleep 3; before=$({look}); sleep 10; after=$({look}); echo \"$before\"; echo later; echo \"$after\""
+    );
+    let mut request = Vm::request("c", sh(&script), &watch);
+    let (stdio, [_in, mut stdout, _err]) = vm.stdio().await;
+    request.stdio = Some(stdio).into();
+    let (agent, c) = (&vm.agent, container("c"));
+    agent.create_container(context(), &request).await.unwrap();
+    agent.start_container(context(), &c).await.unwrap();
+    let mut text = String::new();
+    stdout.read_to_string(&mut text).await.unwrap();
+    let (before, after) = text.split_once("later").unwrap();
+    let (before, after) = (switches(before), switches(after));
+    for (file, (name, count)) in &after {
+        let (_, then) = before.get(file).cloned().unwrap_or_default();
+        if *count > then {
+            println!("{name}: {} in 10 s", count - then);
+        }
+    }
+    println!(
+        "{}",
+        text.lines()
+            .filter(|l| l.contains("timer"))
+            .collect::<Vec<_>>()
+            .join("\n")
+    );
+    let init = "/proc/1/status";
+    assert_eq!(before[init], after[init]);
+}
+
+/// Each process by its file: its name, and how often it has gone to sleep.
+fn switches(text: &str) -> HashMap<String, (String, u64)> {
+    let mut all: HashMap<String, (String, u64)> = HashMap::new();
+    for line in text.lines() {
+        let Some((file, rest)) = line.split_once(':').filter(|(f, _)| f.starts_with("/proc"))
+        else {
+            continue;
+        };
+        let entry = all.entry(file.to_owned()).or_default();
+        match rest.split_once(":\t") {
+            Some(("Name", name)) => entry.0 = name.to_owned(),
+            Some((_, count)) => entry.1 = count.parse().unwrap(),
+            None => {}
+        }
+    }
+    all
 }

@@ -21,8 +21,9 @@ use virtio_queue::{DescriptorChain, Queue, QueueOwnedT, QueueT};
 use vm_memory::{Address, Bytes, GuestAddress, GuestAddressSpace};
 
 use super::{
-    Blocks, Busy, Error, Region,
+    Blocks, Busy, Error, Region, Saved,
     request::{ANSWER, Answer, REQUEST, Request, State},
+    saved,
 };
 use crate::virtio::{
     Activation, Broken, ConfigSpace, Device, Event, Interrupt, Memory, MemoryCell,
@@ -44,8 +45,6 @@ const MAX_DESCRIPTORS: usize = 16;
 const PLUGGED: usize = 40;
 const REQUESTED: usize = 48;
 const CONFIG: usize = 56;
-/// Version of what is saved.
-const STATE_VERSION: u8 = 1;
 
 /// How much memory the guest is to have plugged. Any thread may say.
 #[derive(Debug, Clone)]
@@ -236,7 +235,7 @@ impl Mem {
             Request::Unplug(blocks) if self.count(&blocks) < blocks.len() => Answer::Error,
             Request::Unplug(blocks) => self.unplug(blocks),
             Request::UnplugAll => {
-                for blocks in runs(&self.plugged) {
+                for blocks in saved::runs(&self.plugged) {
                     if self.unplug(blocks) == Answer::Busy {
                         return Answer::Busy;
                     }
@@ -275,18 +274,6 @@ impl Mem {
         self.config.set(PLUGGED, &now.to_le_bytes());
         Answer::Ack
     }
-}
-
-/// The plugged blocks, as ranges.
-fn runs(plugged: &[bool]) -> Vec<Range<usize>> {
-    let mut out: Vec<Range<usize>> = Vec::new();
-    for (at, _) in plugged.iter().enumerate().filter(|(_, plugged)| **plugged) {
-        match out.last_mut() {
-            Some(last) if last.end == at => last.end += 1,
-            _ => out.push(at..at + 1),
-        }
-    }
-    out
 }
 
 /// Where an answer goes.
@@ -391,56 +378,29 @@ impl Device for Mem {
         self.active.take().map(|it| it.queue).into_iter().collect()
     }
 
-    /// Version, region, size asked for, a byte of eight blocks each.
     fn save(&self) -> Vec<u8> {
-        let mut state = vec![STATE_VERSION];
-        let Region { addr, size, block } = self.region;
-        for word in [addr, size, block, self.target.requested()] {
-            state.extend(word.to_le_bytes());
-        }
-        state.extend(self.plugged.chunks(8).map(|eight| {
-            let bits = eight.iter().enumerate();
-            bits.fold(0, |byte, (n, plugged)| byte | u8::from(*plugged) << n)
-        }));
-        state
+        let saved = Saved {
+            region: self.region,
+            requested: self.target.requested(),
+            plugged: self.plugged.clone(),
+        };
+        saved.bytes()
     }
 
-    /// Plugs what was plugged, empty; its contents are whoever's who saved them.
+    /// Plugs what was plugged; what is in it is the affair of who owns memory.
     fn restore(&mut self, state: &[u8]) -> Result<(), Broken> {
-        let (&version, rest) = state.split_first().ok_or(Broken)?;
-        let (words, bits) = rest.split_at_checked(32).ok_or(Broken)?;
-        let word = |n: usize| {
-            let bytes = words
-                .get(n * 8..n * 8 + 8)
-                .and_then(|raw| raw.try_into().ok());
-            bytes.map_or(0, u64::from_le_bytes)
-        };
-        let region = Region {
-            addr: word(0),
-            size: word(1),
-            block: word(2),
-        };
-        let right = version == STATE_VERSION
-            && region == self.region
-            && bits.len() == self.plugged.len().div_ceil(8)
-            && self.target.plugged() == 0;
-        if !right {
+        let saved = Saved::parse(state).ok_or(Broken)?;
+        if saved.region != self.region || self.target.plugged() != 0 {
             return Err(Broken);
         }
-        self.target.set(word(3)).map_err(|_| Broken)?;
-        let plugged: Vec<bool> = (0..bits.len() * 8)
-            .map(|n| bits.get(n / 8).is_some_and(|byte| byte & 1 << (n % 8) != 0))
-            .collect();
-        if plugged
+        self.target.set(saved.requested).map_err(|_| Broken)?;
+        let runs = saved.runs();
+        let addresses: Vec<_> = runs
             .iter()
-            .skip(self.plugged.len())
-            .any(|plugged| *plugged)
-        {
-            return Err(Broken);
-        }
-        for blocks in runs(&plugged) {
-            let addresses = self.region.addresses(&blocks);
-            self.blocks.plug(addresses).map_err(|Busy| Broken)?;
+            .map(|blocks| self.region.addresses(blocks))
+            .collect();
+        self.blocks.plug_all(&addresses).map_err(|Busy| Broken)?;
+        for blocks in runs {
             self.mark(blocks, true);
         }
         Ok(())

@@ -7,6 +7,7 @@
 //!
 //! - [`request`]: from bytes to a request, and is it one for this region? No I/O.
 //! - [`device`]: the queue, and the size that is asked for.
+//! - [`saved`]: what a snapshot says of it, which is hostile. No I/O.
 //!
 //! System calls once the guest runs, beside those of [`crate::virtio::Worker`] and
 //! of [`Blocks`]: none.
@@ -16,8 +17,10 @@ mod device;
 #[doc(hidden)]
 pub mod fuzz;
 mod request;
+mod saved;
 
 pub use device::{Mem, Target};
+pub use saved::Saved;
 
 use std::{fmt::Debug, ops::Range};
 
@@ -32,6 +35,12 @@ pub trait Blocks: Send + Debug {
     /// Backs a range of guest addresses with memory, zeroed, and lets guest and
     /// devices reach it.
     fn plug(&mut self, range: Range<u64>) -> Result<(), Busy>;
+
+    /// Plugs ranges that do not touch each other, none of which is plugged. If one
+    /// cannot be, some may stay.
+    fn plug_all(&mut self, ranges: &[Range<u64>]) -> Result<(), Busy> {
+        ranges.iter().try_for_each(|range| self.plug(range.clone()))
+    }
 
     /// Takes a range away, from the guest and from
     /// [`crate::virtio::MemoryCell`] first, then gives its memory back to the host.

@@ -27,6 +27,13 @@ pub struct FunctionState {
     pub(super) positions: Option<Vec<(u16, u16)>>,
 }
 
+impl FunctionState {
+    /// Queues that the device has.
+    pub fn queues(&self) -> usize {
+        self.queues.len()
+    }
+}
+
 /// Why a function's state cannot be one.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, thiserror::Error)]
 #[non_exhaustive]

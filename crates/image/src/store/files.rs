@@ -60,6 +60,14 @@ impl Layout {
         self.rootfs_dir().join(format!("{}.erofs", key.hex()))
     }
 
+    pub(crate) fn checkpoints(&self) -> PathBuf {
+        self.root.join("checkpoints")
+    }
+
+    pub(crate) fn checkpoint(&self, id: &Digest) -> PathBuf {
+        self.checkpoints().join(id.hex())
+    }
+
     pub(crate) fn tmp(&self) -> PathBuf {
         self.root.join("tmp")
     }

@@ -12,6 +12,7 @@ use crate::{
     erofs::format::{BLOCK_USIZE, Superblock},
     manifest::MAX_CONFIG,
     store::{
+        checkpoint,
         files::{Layout, read_blob},
         refs::{Record, Refs},
     },
@@ -123,6 +124,9 @@ pub(crate) fn to_images(layout: &Layout, refs: &Refs) -> Vec<Image> {
 }
 
 fn build(layout: &Layout, refs: &Refs, record: &Record) -> Result<Image, Error> {
+    if let Some(kept) = &record.checkpoint {
+        return checkpoint::build(layout, refs, record, kept);
+    }
     let damaged = |reason: &str| Error::Damaged {
         path: layout.blob(&record.config),
         reason: reason.to_owned(),
@@ -138,16 +142,13 @@ fn build(layout: &Layout, refs: &Refs, record: &Record) -> Result<Image, Error> 
     })?;
     Ok(Image {
         id: record.config,
-        names: refs
-            .keys_of(&record.config)
-            .iter()
-            .filter_map(|key| key.parse().ok())
-            .collect(),
+        names: refs.names_of(&record.config),
         digest: record.digest,
         created: config.created().clone(),
         size,
         config,
         rootfs,
+        checkpoint: None,
     })
 }
 

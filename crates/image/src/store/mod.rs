@@ -3,11 +3,13 @@
 //! ```text
 //! blobs/sha256/<hex>   manifests, configurations and layers, as fetched
 //! rootfs/<hex>.erofs   one per sequence of layers, named by its chain key
+//! checkpoints/<hex>/   saved containers, named by the digest of their records
 //! refs.json            names to images, written atomically under refs.lock
 //! gc.lock              shared while something is added, exclusive to sweep
 //! locks/, tmp/         per-digest locks; files that are not yet complete
 //! ```
 
+mod checkpoint;
 mod files;
 mod image;
 mod pull;
@@ -55,6 +57,9 @@ pub struct Image {
     pub config: ImageConfiguration,
     /// The EROFS file, read-only, a multiple of 4096 bytes.
     pub rootfs: PathBuf,
+    /// The directory of the saved container that this is, if it is one. Then `size` is what
+    /// that takes on disk, and the configuration is empty.
+    pub checkpoint: Option<PathBuf>,
 }
 
 /// Keeps an image's root file system from being removed while it is held, by
@@ -162,18 +167,40 @@ impl Store {
     /// refers to. What is leased, or being pulled by others, stays until a
     /// later command sweeps.
     pub fn remove(&self, name: &str) -> Result<Removed, Error> {
-        let names = Refs::update(&self.layout, |refs| {
+        let (names, gone) = Refs::update(&self.layout, |refs| {
             let keys = match find(refs, name)? {
                 Found::Name(key) => vec![key],
                 Found::Id(id) => refs.keys_of(&id),
             };
-            for key in &keys {
-                refs.images.remove(key);
-            }
-            Ok(keys)
+            let gone = keys.iter().filter_map(|key| refs.images.remove(key));
+            let gone: Vec<_> = gone.collect();
+            Ok((keys, checkpoint::without_names(refs, gone)))
         })?;
-        let freed = sweep::sweep(&self.layout)?;
+        let freed = checkpoint::remove(&self.layout, &gone)? + sweep::sweep(&self.layout)?;
         Ok(Removed { names, freed })
+    }
+
+    /// Takes a checkpoint in: the directory `dir`, which is moved here, is whole and on
+    /// disk, with a `checkpoint.json` whose digest becomes the image's ID. `rootfs` is the
+    /// root file system that it needs, of this store, and `created` RFC 3339. A name that
+    /// another image has is taken from it. Must be called within a tokio runtime with time
+    /// enabled.
+    pub async fn add_checkpoint(
+        &self,
+        name: &Reference,
+        dir: &Path,
+        rootfs: &Path,
+        created: String,
+    ) -> Result<Image, Error> {
+        checkpoint::add(&self.layout, name, dir, rootfs, created).await
+    }
+
+    /// As [`Image::lease`], of a root file system of this store whose image may have lost
+    /// its names.
+    pub fn lease(&self, rootfs: &Path) -> Result<Lease, Error> {
+        let gone = || Error::NoSuchImage(rootfs.display().to_string());
+        checkpoint::rootfs_key(&self.layout, rootfs).map_err(|_| gone())?;
+        lease(rootfs, gone)
     }
 
     /// The directory of this store.
@@ -187,23 +214,26 @@ impl Image {
     /// Opens the root file system and locks it against removal. Fails if it
     /// was removed meanwhile.
     pub fn lease(&self) -> Result<Lease, Error> {
-        let gone = || Error::NoSuchImage(self.id.to_string());
-        let file = match File::open(&self.rootfs) {
-            Err(e) if e.kind() == std::io::ErrorKind::NotFound => return Err(gone()),
-            other => other.at("open", &self.rootfs)?,
-        };
-        // A sweep holds the lock for a moment before it removes the file.
-        if !lock_shared_now(&file, &self.rootfs)? {
-            return Err(gone());
-        }
-        let held = file.metadata().at("examine", &self.rootfs)?;
-        match std::fs::symlink_metadata(&self.rootfs) {
-            Ok(now) if (now.dev(), now.ino()) == (held.dev(), held.ino()) => Ok(Lease {
-                file,
-                path: self.rootfs.clone(),
-            }),
-            _ => Err(gone()),
-        }
+        lease(&self.rootfs, || Error::NoSuchImage(self.id.to_string()))
+    }
+}
+
+fn lease(rootfs: &Path, gone: impl Fn() -> Error) -> Result<Lease, Error> {
+    let file = match File::open(rootfs) {
+        Err(e) if e.kind() == std::io::ErrorKind::NotFound => return Err(gone()),
+        other => other.at("open", rootfs)?,
+    };
+    // A sweep holds the lock for a moment before it removes the file.
+    if !lock_shared_now(&file, rootfs)? {
+        return Err(gone());
+    }
+    let held = file.metadata().at("examine", rootfs)?;
+    match std::fs::symlink_metadata(rootfs) {
+        Ok(now) if (now.dev(), now.ino()) == (held.dev(), held.ino()) => Ok(Lease {
+            file,
+            path: rootfs.to_owned(),
+        }),
+        _ => Err(gone()),
     }
 }
 

@@ -74,7 +74,7 @@ pub(crate) async fn pull(
 
 /// Takes the shared lock of everyone who adds; sweeps first if no one else is
 /// at it.
-async fn begin_adding(layout: &Layout) -> Result<File, Error> {
+pub(super) async fn begin_adding(layout: &Layout) -> Result<File, Error> {
     let path = layout.root().join("gc.lock");
     let lock = layout.lock_file("gc.lock")?;
     if files::lock_exclusive_now(&lock, &path)? {
@@ -118,6 +118,7 @@ impl Pull<'_> {
             config: image.config.digest,
             rootfs,
             pulled,
+            checkpoint: None,
         })
     }
 

@@ -5,9 +5,12 @@ use std::collections::BTreeMap;
 use serde::{Deserialize, Serialize};
 
 use crate::{
-    Digest, Error,
+    Digest, Error, Reference,
     error::IoAt,
-    store::files::{Layout, lock_exclusive, write_whole},
+    store::{
+        checkpoint::Kept,
+        files::{Layout, lock_exclusive, write_whole},
+    },
 };
 
 const VERSION: u32 = 1;
@@ -26,6 +29,9 @@ pub(crate) struct Record {
     pub(crate) rootfs: Digest,
     /// When it was pulled, nanoseconds since 1970.
     pub(crate) pulled: u64,
+    /// It is a checkpoint; its digests are that of the checkpoint's record.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub(crate) checkpoint: Option<Kept>,
 }
 
 /// The whole index, by canonical name.
@@ -76,7 +82,13 @@ impl Refs {
         Ok(result)
     }
 
-    /// Names of the image with this ID.
+    /// Names of the image with this ID, as people write them.
+    pub(crate) fn names_of(&self, id: &Digest) -> Vec<Reference> {
+        let keys = self.keys_of(id);
+        keys.iter().filter_map(|key| key.parse().ok()).collect()
+    }
+
+    /// Names of the image with this ID, as they are kept.
     pub(crate) fn keys_of(&self, id: &Digest) -> Vec<String> {
         self.images
             .iter()

@@ -14,6 +14,7 @@ use crate::{
     manifest::{self, Document, MAX_MANIFEST},
     store::{
         Platform,
+        checkpoint::disk_use,
         files::{Layout, lock_exclusive_now, read_blob},
         refs::Refs,
     },
@@ -49,6 +50,21 @@ pub(crate) fn sweep_locked(layout: &Layout) -> Result<u64, Error> {
             freed += remove_unleased(&path)?;
         }
     }
+    let kept: BTreeSet<OsString> = refs
+        .images
+        .values()
+        .filter(|record| record.checkpoint.is_some())
+        .map(|record| record.config.hex().into())
+        .collect();
+    if layout.checkpoints().exists() {
+        for (name, path) in files_of(&layout.checkpoints())? {
+            if !kept.contains(&name) {
+                // Machines that began from it hold what they use.
+                freed += disk_use(&path);
+                std::fs::remove_dir_all(&path).at("remove", &path)?;
+            }
+        }
+    }
     if let Some(blobs) = referenced_blobs(layout, &refs) {
         for (name, path) in files_of(&layout.blobs())? {
             if !blobs.contains(&name) {
@@ -63,7 +79,8 @@ pub(crate) fn sweep_locked(layout: &Layout) -> Result<u64, Error> {
 /// read, so that nothing is removed by mistake.
 fn referenced_blobs(layout: &Layout, refs: &Refs) -> Option<BTreeSet<OsString>> {
     let mut names = BTreeSet::new();
-    for (key, record) in &refs.images {
+    let pulled = refs.images.iter().filter(|(_, r)| r.checkpoint.is_none());
+    for (key, record) in pulled {
         for digest in [&record.digest, &record.manifest, &record.config] {
             names.insert(digest.hex().into());
         }

@@ -82,6 +82,9 @@ fn bases(mountinfo: &str, own: &str) -> Vec<PathBuf> {
     found
 }
 
+/// The files of a limit on memory, of both versions.
+const MEMORY: [&str; 2] = ["memory.max", "memory.limit_in_bytes"];
+
 fn write(path: &Path, text: &str) -> io::Result<()> {
     OpenOptions::new()
         .write(true)
@@ -101,13 +104,14 @@ fn make(dir: &Path, limits: Limits) -> io::Result<bool> {
         }
     }
     fs::create_dir(dir)?;
+    let memory = set(dir, &MEMORY, limits.memory)?;
+    Ok(set(dir, &["pids.max"], limits.pids)? || memory)
+}
+
+/// Sets those limits of a cgroup that its hierarchy has. False if it has none.
+fn set(dir: &Path, files: &[&str], value: u64) -> io::Result<bool> {
     let mut set = false;
-    for (file, value) in [
-        ("memory.max", limits.memory),
-        ("memory.limit_in_bytes", limits.memory),
-        ("pids.max", limits.pids),
-    ] {
-        let file = dir.join(file);
+    for file in files.iter().map(|file| dir.join(file)) {
         if file.exists() {
             write(&file, &value.to_string())?;
             set = true;
@@ -152,6 +156,13 @@ impl Cgroup {
             ));
         }
         Ok(made)
+    }
+
+    /// Lets its processes have so much memory, bytes.
+    pub fn limit_memory(&self, bytes: u64) -> io::Result<()> {
+        self.dirs
+            .iter()
+            .try_for_each(|dir| set(dir, &MEMORY, bytes).map(drop))
     }
 
     /// What a process writes to, to be in it.

@@ -20,7 +20,7 @@ use super::{
     registers::Registers,
 };
 use crate::{
-    Driver, Error, Exit, Machine, MachineSpec, Pause, Snapshot,
+    Disk, Driver, Error, Exit, Machine, MachineSpec, Pause, Snapshot, SpareDisks,
     agent::{self, CONSOLE_MAX, Door, GUEST_CID, host, or_end},
     console,
     files::{self, Devices, Files},
@@ -58,10 +58,12 @@ pub(super) struct Shared {
     vsock: Child,
     qmp: OnceLock<Qmp>,
     /// The registers of its devices. Held while the machine is saved, which must not
-    /// run before it is whole again.
+    /// run before it is whole again, and while a disk comes.
     pub(super) registers: tokio::sync::Mutex<Registers>,
     /// As long as it lives.
     memory: Mutex<Option<Arc<Memory>>>,
+    /// Disks that came later.
+    plugged: Mutex<Vec<Disk>>,
     /// When it last began to run again.
     resumed: Mutex<Option<Instant>>,
     /// The end was asked for.
@@ -130,6 +132,7 @@ impl QemuMachine {
             qmp: OnceLock::new(),
             registers: tokio::sync::Mutex::new(Registers::new(watched(registers)?)),
             memory: Mutex::new(Some(memory)),
+            plugged: Mutex::default(),
             resumed: Mutex::default(),
             stopping: AtomicBool::new(false),
             exit: watch::Sender::new(None),
@@ -339,6 +342,22 @@ impl Shared {
         lock(&self.memory).take()
     }
 
+    /// All disks that it has.
+    pub(super) fn disks(&self) -> Vec<Disk> {
+        let mut disks = self.spec.disks.clone();
+        disks.extend(lock(&self.plugged).iter().cloned());
+        disks
+    }
+
+    pub(super) fn plugged(&self, disk: Disk) {
+        lock(&self.plugged).push(disk);
+    }
+
+    /// The guest has just begun to run again.
+    pub(super) fn runs_again(&self) {
+        *lock(&self.resumed) = Some(Instant::now());
+    }
+
     /// Whether the guest has just begun to run again.
     fn wakes(&self) -> bool {
         lock(&self.resumed).is_some_and(|when| when.elapsed() < WAKING)
@@ -363,7 +382,7 @@ impl Shared {
         }
     }
 
-    fn kill(&self) {
+    pub(super) fn kill(&self) {
         self.stopping.store(true, Ordering::Relaxed);
         self.qemu.kill();
         self.vsock.kill();
@@ -435,6 +454,10 @@ impl Machine for QemuMachine {
         Some(self)
     }
 
+    fn as_spare_disks(&self) -> Option<&dyn SpareDisks> {
+        Some(self)
+    }
+
     fn as_snapshot(&self) -> Option<&dyn Snapshot> {
         // QEMU does not save virtio-fs, whose state another process has.
         match self.shared.spec.shares.is_empty() {
@@ -452,8 +475,7 @@ impl Pause for QemuMachine {
 
     async fn resume(&self) -> Result<(), Error> {
         self.order("resume the guest", "cont").await?;
-        let mut resumed = lock(&self.shared.resumed);
-        *resumed = Some(Instant::now());
+        self.shared.runs_again();
         Ok(())
     }
 }

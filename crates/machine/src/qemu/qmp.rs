@@ -91,6 +91,13 @@ impl Qmp {
         self.exchange(COMMAND, line, Some(fd)).await.map(drop)
     }
 
+    /// Adds a descriptor to the set of that number, which files can be opened from.
+    pub(super) async fn add_fd(&self, set: usize, fd: OwnedFd) -> Result<(), Error> {
+        const COMMAND: &str = "add-fd";
+        let line = json!({ "execute": COMMAND, "arguments": { "fdset-id": set } });
+        self.exchange(COMMAND, line, Some(fd)).await.map(drop)
+    }
+
     async fn exchange(
         &self,
         command: &str,

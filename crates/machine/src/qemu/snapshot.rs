@@ -166,7 +166,14 @@ async fn save(shared: &Shared, state: File, memory: File) -> Result<(), Error> {
     let stream = outcome?;
     back?;
     copied.map_err(host("write the snapshot's memory"))?;
-    let header = Header::new(shared.driver, qmp.version(), &shared.spec, sockets);
+    let disks = shared.disks();
+    let came = u32::try_from(disks.len() - shared.spec.disks.len()).unwrap_or(u32::MAX);
+    let spec = MachineSpec {
+        spare_disks: shared.spec.spare_disks.saturating_sub(came),
+        disks,
+        ..shared.spec.clone()
+    };
+    let header = Header::new(shared.driver, qmp.version(), &spec, sockets);
     blocking(move || header.write(&state, &stream))
         .await
         .map_err(host("write the snapshot's state"))

@@ -94,6 +94,12 @@ impl Header {
                 "its first disks must be the saved machine's, {serials:?}, read-only where they were"
             ));
         }
+        if let Some(disk) = spec.disks[had..].iter().find(|disk| !disk.read_only) {
+            return Err(format!(
+                "its spare disks are read-only, and {:?} is not",
+                disk.serial
+            ));
+        }
         let more = u32::try_from(has - had).unwrap_or(u32::MAX);
         let Some(spare_disks) = self.spare_disks.checked_sub(more) else {
             return Err(format!(
@@ -241,8 +247,10 @@ mod tests {
         let of = |disks: &[(&str, bool)]| header().clone_of("qemu-tcg", spec(disks));
         let spare = |disks| of(disks).unwrap().spare_disks;
         assert_eq!(spare(&[("a", true)]), 2);
-        assert_eq!(spare(&[("a", true), ("b", false)]), 1);
-        assert_eq!(spare(&[("a", true), ("b", false), ("c", true)]), 0);
+        assert_eq!(spare(&[("a", true), ("b", true)]), 1);
+        assert_eq!(spare(&[("a", true), ("b", true), ("c", true)]), 0);
+        let writable = of(&[("a", true), ("b", false)]).unwrap_err();
+        assert!(writable.contains("read-only, and \"b\" is not"));
         for wrong in [&[][..], &[("b", true)], &[("a", false)]] {
             assert!(of(wrong).unwrap_err().contains("must be the saved"));
         }

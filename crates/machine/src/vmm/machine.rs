@@ -23,7 +23,7 @@ use walnut_vmm_api::{
 use super::{Vmm, control::Control};
 use crate::{
     Disk, Error, Exit, HotPlug, Machine, MachineSpec, Pause, Pluggable, Resize, Share, Snapshot,
-    SnapshotFiles,
+    SnapshotFiles, SpareDisks,
     agent::{self, CONSOLE_MAX, Door, GUEST_CID, host, or_end},
     console,
     files::{self, Files},
@@ -361,11 +361,15 @@ impl VmmMachine {
             console: Some(fds.add(console)),
             devices: devices(&spec, files, dir, &mut fds),
             jail: api::Jail::Full { user },
+            run: more.is_empty(),
         };
         let request = Request::Restore(Box::new(restore));
         machine
             .first("restore the machine", "restore", &request, &fds)
             .await?;
+        if more.is_empty() {
+            return Ok(machine);
+        }
         for disk in more {
             machine.attach(&Pluggable::Disk(disk)).await?;
         }
@@ -549,6 +553,10 @@ impl Machine for VmmMachine {
     }
 
     fn as_hot_plug(&self) -> Option<&dyn HotPlug> {
+        Some(self)
+    }
+
+    fn as_spare_disks(&self) -> Option<&dyn SpareDisks> {
         Some(self)
     }
 

@@ -37,6 +37,10 @@ impl Driver for Vmm {
         Ok(Box::new(machine::VmmMachine::start(self, spec).await?))
     }
 
+    fn grows(&self) -> bool {
+        true
+    }
+
     fn as_restore(&self) -> Option<&dyn Restore> {
         Some(self)
     }

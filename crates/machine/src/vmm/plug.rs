@@ -9,7 +9,7 @@ use async_trait::async_trait;
 use walnut_vmm_api::{FdIndex, Request};
 
 use super::machine::{VmmMachine, block, block_name, fs, fs_name};
-use crate::{Error, HotPlug, Pluggable, files, spec};
+use crate::{Disk, Error, HotPlug, Pluggable, SpareDisks, files, spec};
 
 /// The request's only descriptor.
 const ONLY: FdIndex = FdIndex(0);
@@ -32,6 +32,13 @@ fn open(device: &Pluggable) -> Result<OwnedFd, Error> {
     match device {
         Pluggable::Disk(disk) => files::open_disk(disk),
         Pluggable::Share(share) => files::connect_share(share),
+    }
+}
+
+#[async_trait]
+impl SpareDisks for VmmMachine {
+    async fn attach_disk(&self, disk: &Disk) -> Result<(), Error> {
+        self.attach(&Pluggable::Disk(disk.clone())).await
     }
 }
 

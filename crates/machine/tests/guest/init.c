@@ -3,6 +3,7 @@
  * environment. */
 #include <errno.h>
 #include <fcntl.h>
+#include <glob.h>
 #include <linux/reboot.h>
 #include <linux/vm_sockets.h>
 #include <stdio.h>
@@ -45,9 +46,16 @@ static void disks(int out) {
 			break;
 		(void)!fread(serial, 1, sizeof serial - 1, f);
 		fclose(f);
+		if (!*serial)
+			continue;
 		snprintf(path, sizeof path, "/dev/vd%c", c);
 		/* A read-only disk opens for writing, and refuses to. */
 		int fd = open(path, O_RDWR);
+		/* Its node comes after what sysfs says of it. */
+		for (int n = 0; fd < 0 && errno == ENOENT && n < 5000; n++) {
+			usleep(1000);
+			fd = open(path, O_RDWR);
+		}
 		char first = '?';
 		(void)!pread(fd, &first, 1, 0);
 		int written = pwrite(fd, "W", 1, 0) == 1 && fsync(fd) == 0;
@@ -56,15 +64,32 @@ static void disks(int out) {
 	}
 }
 
-/* Looks again at the transports that had no device. */
+static void put(const char *path, const char *text) {
+	int fd = open(path, O_WRONLY);
+	(void)!write(fd, text, strlen(text));
+	close(fd);
+}
+
+/* Lets go of the disks that have no size, and takes them again. */
 static void probe(void) {
-	for (int n = 0; n < 8; n++) {
-		char name[32];
-		int length = snprintf(name, sizeof name, "virtio-mmio.%d", n);
-		int fd = open("/sys/bus/platform/drivers_probe", O_WRONLY);
-		(void)!write(fd, name, length);
-		close(fd);
+	glob_t found;
+	if (glob("/sys/block/vd*", 0, NULL, &found))
+		return;
+	for (size_t n = 0; n < found.gl_pathc; n++) {
+		char path[256], size[32] = "", device[256] = "";
+		snprintf(path, sizeof path, "%s/size", found.gl_pathv[n]);
+		FILE *f = fopen(path, "r");
+		if (f) {
+			(void)!fgets(size, sizeof size, f);
+			fclose(f);
+		}
+		snprintf(path, sizeof path, "%s/device", found.gl_pathv[n]);
+		if (strcmp(size, "0\n") || readlink(path, device, sizeof device - 1) < 0)
+			continue;
+		put("/sys/bus/virtio/drivers/virtio_blk/unbind", strrchr(device, '/') + 1);
+		put("/sys/bus/virtio/drivers/virtio_blk/bind", strrchr(device, '/') + 1);
 	}
+	globfree(&found);
 }
 
 /* Writes into the shared directory, and reads from it. */

@@ -3,19 +3,21 @@
 use std::{
     fs,
     os::unix::fs::DirBuilderExt,
-    path::PathBuf,
+    path::{Path, PathBuf},
     time::{Duration, Instant},
 };
 
 use oci_spec::runtime::Spec;
 use tracing::{debug, info};
-use walnut_machine::{DriverChoice, MachineSpec, Programs, SnapshotFiles};
+use walnut_machine::{Driver, DriverChoice, MachineSpec, Programs, SnapshotFiles};
 
 use super::{META, RUN_DIR, SPARE_DISKS, Shape, Template, Templates, UNFINISHED, shape::Stamp};
 use crate::{
-    Assets, Error, Lock, Result, agent,
-    record::{now_ns, remove_dir, write_atomic},
-    sizing::{self, Size},
+    Assets, Error, Lock, Result, Settings, agent,
+    file::write_json,
+    growth,
+    record::{now_ns, remove_dir},
+    sizing::{self, Size, Span},
 };
 
 /// How long the guest gets to finish what its agent starts once it has told the host
@@ -38,11 +40,29 @@ pub struct Wanted {
 }
 
 impl Wanted {
+    /// The machine of the template that serves it, which may be smaller.
+    pub(super) fn machine(
+        &self,
+        driver: &dyn Driver,
+        run_dir: &Path,
+        assets: &Assets,
+    ) -> MachineSpec {
+        let size = Size {
+            vcpus: self.vcpus,
+            memory: self.memory,
+        };
+        machine(
+            run_dir,
+            assets,
+            Span::template(size, growth::ceiling(driver)),
+        )
+    }
+
     /// For the machine that a container of this spec is given.
-    pub fn for_container(driver: DriverChoice, spec: &Spec) -> Self {
-        let Size { memory, vcpus } = sizing::size(spec);
+    pub fn for_container(settings: &Settings, spec: &Spec) -> Self {
+        let Size { memory, vcpus } = sizing::size(spec, settings);
         Self {
-            driver,
+            driver: settings.machine.driver,
             memory,
             vcpus,
         }
@@ -71,7 +91,7 @@ impl Templates {
         };
         let driver = walnut_machine::driver(wanted.driver, &programs)?;
         let run_dir = self.run.join(RUN_DIR);
-        let spec = machine(&run_dir, assets, wanted.memory, wanted.vcpus);
+        let spec = wanted.machine(driver.as_ref(), &run_dir, assets);
         let Some(shape) = Shape::of(driver.as_ref(), &spec)? else {
             return Err(Error::Invalid(format!(
                 "make a template: the driver {} cannot restore machines",
@@ -102,9 +122,7 @@ impl Templates {
                 shape,
                 id: id.clone(),
             };
-            let json = serde_json::to_vec_pretty(&template)
-                .map_err(|e| Error::Invalid(format!("write the template's record: {e}")))?;
-            write_atomic(&new.join(META), &json)?;
+            write_json(&new.join(META), &template)?;
             self.remove_stale()?;
             self.evict()?;
             // One that is not good, or it would have been found.
@@ -136,22 +154,18 @@ impl Templates {
 }
 
 /// The machine of a template, and of what is started from it before it has disks.
-pub(crate) fn machine(
-    run_dir: &std::path::Path,
-    assets: &Assets,
-    memory: u64,
-    vcpus: u32,
-) -> MachineSpec {
+pub(crate) fn machine(run_dir: &Path, assets: &Assets, span: Span) -> MachineSpec {
+    let Span { boot, max } = span;
     MachineSpec {
         id: RUN_DIR.to_owned(),
         run_dir: run_dir.to_owned(),
         kernel: assets.kernel(),
         initramfs: assets.initramfs(),
         cmdline: Vec::new(),
-        vcpus,
-        max_vcpus: vcpus,
-        memory,
-        max_memory: memory,
+        vcpus: boot.vcpus,
+        max_vcpus: max.vcpus,
+        memory: boot.memory,
+        max_memory: max.memory,
         disks: Vec::new(),
         spare_disks: SPARE_DISKS,
         shares: Vec::new(),
@@ -160,7 +174,7 @@ pub(crate) fn machine(
 
 /// Boots a machine and saves it when its agent serves.
 async fn save(
-    driver: &dyn walnut_machine::Driver,
+    driver: &dyn Driver,
     spec: MachineSpec,
     files: &SnapshotFiles,
     boot_deadline: Duration,

@@ -18,17 +18,20 @@ use std::{
 
 use serde::{Deserialize, Serialize};
 use tracing::warn;
-use walnut_machine::{Driver, MachineSpec, SnapshotFiles};
+use walnut_machine::{Driver, MachineSpec, Programs, SnapshotFiles};
 
 pub use make::Wanted;
 pub(crate) use make::machine;
 pub use shape::Shape;
-use shape::Stamp;
+pub(crate) use shape::Stamp;
 
-use crate::{Error, Lock, Result, layout::private_dir, record::remove_dir};
+use crate::{
+    Assets, Error, Lock, Result, file::read_json, layout::private_dir, record::remove_dir,
+};
 
-/// Disks that a clone may have: the root file system's.
-pub(crate) const SPARE_DISKS: u32 = 1;
+/// Disks that a clone may have: the root file system's, and that of the container which a
+/// machine that stands by has built before.
+pub(crate) const SPARE_DISKS: u32 = 2;
 /// Templates that are kept. The one not used for longest goes first.
 const TEMPLATES_MAX: usize = 8;
 /// Largest `template.json` that is read.
@@ -114,20 +117,29 @@ impl Templates {
         }
     }
 
+    /// Name of the template that a machine of `wanted` would begin from now.
+    pub fn current(
+        &self,
+        wanted: &Wanted,
+        assets: &Assets,
+        cache: &Path,
+    ) -> Result<Option<String>> {
+        let programs = Programs {
+            cache: Some(cache.to_owned()),
+            ..Programs::new(&assets.dir)
+        };
+        let driver = walnut_machine::driver(wanted.driver, &programs)?;
+        let run_dir = self.run.join(RUN_DIR);
+        let spec = wanted.machine(driver.as_ref(), &run_dir, assets);
+        let found = self.find(driver.as_ref(), &spec)?;
+        Ok(found.map(|template| template.id))
+    }
+
     /// Reads a template, and sees that its files are those it was made with.
     fn load(&self, id: &str) -> Result<Template> {
         let dir = self.path(id);
         let path = dir.join(META);
-        let size = fs::metadata(&path).map_err(Error::io("read", &path))?.len();
-        if size > META_MAX {
-            return Err(Error::Invalid(format!(
-                "read {}: larger than {META_MAX} bytes",
-                path.display()
-            )));
-        }
-        let bytes = fs::read(&path).map_err(Error::io("read", &path))?;
-        let template: Template = serde_json::from_slice(&bytes)
-            .map_err(|e| Error::Invalid(format!("read {}: {e}", path.display())))?;
+        let template: Template = read_json(&path, META_MAX)?;
         let files = self.files(id);
         for (path, then) in [
             (&files.state, &template.state),
@@ -149,7 +161,8 @@ impl Templates {
         Ok(template)
     }
 
-    pub(crate) fn files(&self, id: &str) -> SnapshotFiles {
+    /// The files of a template, whether or not it is there.
+    pub fn files(&self, id: &str) -> SnapshotFiles {
         let dir = self.path(id);
         SnapshotFiles {
             state: dir.join("state"),
@@ -262,7 +275,7 @@ impl Templates {
 }
 
 /// Bytes of the blocks that a directory's files take.
-fn disk_use(dir: &Path) -> u64 {
+pub(crate) fn disk_use(dir: &Path) -> u64 {
     use std::os::unix::fs::MetadataExt;
     let entries = fs::read_dir(dir).into_iter().flatten();
     entries

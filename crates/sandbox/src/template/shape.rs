@@ -6,10 +6,13 @@ use serde::{Deserialize, Serialize};
 use sha2::{Digest, Sha256};
 use walnut_machine::{Driver, MachineSpec};
 
-use crate::{Error, Result};
+use crate::{
+    Error, Result,
+    sizing::{Size, Span},
+};
 
 /// Of this module's files, and of what a template's guest has done when it is saved.
-const FORMAT: u32 = 1;
+const FORMAT: u32 = 3;
 
 /// Everything that a template depends on: a machine that differs in any of it is not
 /// started from the template.
@@ -24,6 +27,10 @@ pub struct Shape {
     pub memory: u64,
     /// vCPUs.
     pub vcpus: u32,
+    /// What memory can grow to.
+    max_memory: u64,
+    /// vCPUs that can be brought online.
+    max_vcpus: u32,
     /// Disks that a clone may have.
     spare_disks: u32,
     /// Added to the kernel's command line.
@@ -35,17 +42,17 @@ pub struct Shape {
 
 /// A file as it was. A change shows in it without the file being read.
 #[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
-pub(super) struct Stamp {
-    path: String,
+pub(crate) struct Stamp {
+    pub(crate) path: String,
     device: u64,
     inode: u64,
-    size: u64,
+    pub(crate) size: u64,
     /// Nanoseconds since the epoch.
     modified: i128,
 }
 
 impl Stamp {
-    pub(super) fn of(path: &Path) -> Result<Self> {
+    pub(crate) fn of(path: &Path) -> Result<Self> {
         let meta = fs::metadata(path).map_err(Error::io("examine", path))?;
         let modified = i128::from(meta.mtime()) * 1_000_000_000 + i128::from(meta.mtime_nsec());
         Ok(Self {
@@ -58,7 +65,7 @@ impl Stamp {
     }
 
     /// The file is what it was, wherever it has been moved.
-    pub(super) fn same_content(&self, other: &Self) -> bool {
+    pub(crate) fn same_content(&self, other: &Self) -> bool {
         self.inode == other.inode
             && self.device == other.device
             && self.size == other.size
@@ -124,7 +131,7 @@ fn hex(text: &str) -> String {
 
 impl Shape {
     /// Of a machine that `driver` would start from `spec` on this host now.
-    pub(super) fn of(driver: &dyn Driver, spec: &MachineSpec) -> Result<Option<Self>> {
+    pub(crate) fn of(driver: &dyn Driver, spec: &MachineSpec) -> Result<Option<Self>> {
         let Some(restore) = driver.as_restore() else {
             return Ok(None);
         };
@@ -140,11 +147,34 @@ impl Shape {
             driver: driver.name().to_owned(),
             memory: spec.memory,
             vcpus: spec.vcpus,
+            max_memory: spec.max_memory,
+            max_vcpus: spec.max_vcpus,
             spare_disks: spec.spare_disks,
             cmdline: spec.cmdline.clone(),
             files: files?,
             host: Host::this(),
         }))
+    }
+
+    /// The same of a machine that has all its disks.
+    pub(crate) fn of_whole(mut self) -> Self {
+        self.spare_disks = 0;
+        self
+    }
+
+    /// The same of a machine that has grown to `size`.
+    pub(crate) fn of_size(mut self, size: Size) -> Self {
+        (self.memory, self.vcpus) = (size.memory, size.vcpus);
+        self
+    }
+
+    /// How large the machine is, and what it can grow to.
+    pub(crate) fn span(&self) -> Span {
+        let size = |memory, vcpus| Size { vcpus, memory };
+        Span {
+            boot: size(self.memory, self.vcpus),
+            max: size(self.max_memory, self.max_vcpus),
+        }
     }
 
     /// The template's name: a digest of the shape.
@@ -153,7 +183,7 @@ impl Shape {
     }
 
     /// Why no machine of this host has this shape any more, if that is so.
-    pub(super) fn stale(&self) -> Option<String> {
+    pub(crate) fn stale(&self) -> Option<String> {
         if self.format != FORMAT || self.walnut != env!("CARGO_PKG_VERSION") {
             return Some(format!("made by walnut {}", self.walnut));
         }

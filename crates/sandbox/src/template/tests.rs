@@ -12,8 +12,8 @@ fn store(dir: &tempfile::TempDir) -> Templates {
 /// A template of a driver's shape, with files of its own.
 fn put(templates: &Templates, driver: &str) -> String {
     let mut shape: Shape = serde_json::from_value(serde_json::json!({
-        "format": 1, "walnut": env!("CARGO_PKG_VERSION"), "driver": driver, "memory": 1,
-        "vcpus": 1, "spare_disks": 1, "cmdline": [], "files": [],
+        "format": 3, "walnut": env!("CARGO_PKG_VERSION"), "driver": driver, "memory": 1,
+        "vcpus": 1, "max_memory": 2, "max_vcpus": 2, "spare_disks": 1, "cmdline": [], "files": [],
         "host": { "id": "", "kernel": "", "processor": "" },
     }))
     .unwrap();

@@ -18,7 +18,7 @@ pub use socket::{Channel, ChannelError, FDS_MAX, MESSAGE_MAX, Received, pair};
 use serde::{Deserialize, Serialize};
 
 /// The version of this contract.
-pub const VERSION: u32 = 2;
+pub const VERSION: u32 = 3;
 
 /// Longest name of a device, bytes.
 pub const NAME_MAX: usize = 64;
@@ -35,8 +35,8 @@ pub enum Request {
     /// Builds the machine, locks the process in, and lets the guest run. The first
     /// request (or [`Self::Restore`] is), and only once.
     Start(Box<Config>),
-    /// Builds the machine that a snapshot describes and locks the process in. The
-    /// guest waits for [`Self::Resume`].
+    /// Builds the machine that a snapshot describes and locks the process in. Unless it
+    /// says that the guest is to run, that waits for [`Self::Resume`].
     Restore(Box<Restore>),
     /// Stops all vCPUs and lets the devices rest.
     Pause,
@@ -181,10 +181,13 @@ pub struct Restore {
     pub backing: Backing,
     /// Where the guest's serial console is written to; dropped if nowhere.
     pub console: Option<FdIndex>,
-    /// The devices that the snapshot has, by their names.
+    /// The devices that the snapshot has, by their names. A disk has the queues that
+    /// it had. The one called `memory` is not named here.
     pub devices: Vec<Attachment>,
     /// What the process gives up before the guest runs.
     pub jail: Jail,
+    /// Whether the guest runs on at once. Else it is paused.
+    pub run: bool,
 }
 
 /// A device with its name.

@@ -19,7 +19,7 @@ use sha2::{Digest, Sha256};
 use super::Error;
 
 /// The format written and read.
-pub(super) const FORMAT: u32 = 1;
+pub(super) const FORMAT: u32 = 2;
 /// Bytes of a body at most: some ten times what 32 vCPUs have.
 pub(super) const BODY_MAX: u32 = 4 << 20;
 const MAGIC: [u8; 8] = *b"WALNUTSS";
@@ -185,7 +185,7 @@ mod tests {
         bytes[12..16].copy_from_slice(&u32::MAX.to_le_bytes());
         assert!(matches!(read(&bytes), Err(Error::TooLong { .. })));
         let (_, mut bytes) = sample();
-        bytes[8] = 2;
-        assert!(matches!(read(&bytes), Err(Error::Format { found: 2 })));
+        bytes[8] = 1;
+        assert!(matches!(read(&bytes), Err(Error::Format { found: 1 })));
     }
 }

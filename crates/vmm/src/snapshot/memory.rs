@@ -76,25 +76,39 @@ pub(crate) fn map(file: &File, size: u64, backing: Backing) -> Result<Memory, cr
         return crate::memory::map_private(size, file);
     }
     let memory = crate::memory::create(size, backing)?;
-    let mut chunk = vec![0; CHUNK];
     let mut offset = 0;
     for region in memory.iter() {
         let start = region.start_addr();
-        for at in (0..region.len()).step_by(CHUNK) {
-            let len = usize::try_from(region.len() - at).map_or(CHUNK, |len| len.min(CHUNK));
-            let chunk = chunk.get_mut(..len).unwrap_or_default();
-            file.read_exact_at(chunk, offset + at)
-                .map_err(|e| Error::Io("read the memory file", e))?;
-            for (from, bytes) in used(chunk) {
-                let address = start.unchecked_add(at + from);
-                memory
-                    .write_slice(bytes, address)
-                    .map_err(|_| Error::Memory(address.raw_value()))?;
-            }
-        }
+        copy(file, offset, region.len(), |at, bytes| {
+            let address = start.unchecked_add(at);
+            memory
+                .write_slice(bytes, address)
+                .map_err(|_| Error::Memory(address.raw_value()))
+        })?;
         offset += region.len();
     }
     Ok(memory)
+}
+
+/// Reads a piece of the file, and gives `put` what is not zero with its place in the
+/// piece.
+pub(crate) fn copy(
+    file: &File,
+    offset: u64,
+    len: u64,
+    mut put: impl FnMut(u64, &[u8]) -> Result<(), Error>,
+) -> Result<(), Error> {
+    let mut chunk = vec![0; CHUNK];
+    for at in (0..len).step_by(CHUNK) {
+        let part = usize::try_from(len - at).map_or(CHUNK, |len| len.min(CHUNK));
+        let chunk = chunk.get_mut(..part).unwrap_or_default();
+        file.read_exact_at(chunk, offset + at)
+            .map_err(|e| Error::Io("read the memory file", e))?;
+        for (from, bytes) in used(chunk) {
+            put(at + from, bytes)?;
+        }
+    }
+    Ok(())
 }
 
 /// Whether a file has `size` bytes of memory of the snapshot `identity`.

@@ -9,29 +9,82 @@
 
 pub(crate) mod cpu;
 mod envelope;
-mod memory;
+pub(crate) mod memory;
 pub(crate) mod scribe;
 pub(crate) mod state;
 
 use std::fs::File;
 
-use walnut_devices::virtio::Memory;
+use walnut_devices::{mem::Saved, virtio::Memory};
 use walnut_vmm_api::Backing;
 
-use state::State;
+use crate::{layout, sizes};
+use state::{MEMORY, Room, State};
 
-/// The state and the memory of a snapshot, checked against each other.
-pub(crate) fn read(
-    state: &File,
-    memory: &File,
-    backing: Backing,
-) -> Result<(State, Memory), crate::Error> {
-    let envelope = envelope::Envelope::read(state)?;
-    let size = envelope.memory;
-    let state = State::decode(&envelope.body)?;
-    memory::check(memory, &envelope.identity, size)?;
-    let memory = memory::map(memory, size, backing)?;
-    Ok((state, memory))
+/// A snapshot whose parts were checked against each other.
+#[derive(Debug)]
+pub(crate) struct Snapshot {
+    pub(crate) state: State,
+    /// What the machine booted with.
+    pub(crate) memory: Memory,
+    /// What it had besides, if its memory can grow.
+    pub(crate) plugged: Option<Plugged>,
+}
+
+/// Memory that was plugged: the blocks lie in the file one after the other.
+#[derive(Debug)]
+pub(crate) struct Plugged {
+    pub(crate) saved: Saved,
+    pub(crate) file: File,
+    /// Where the first block lies.
+    pub(crate) offset: u64,
+}
+
+impl Snapshot {
+    /// Reads the two files.
+    pub(crate) fn read(state: &File, file: File, backing: Backing) -> Result<Self, crate::Error> {
+        let envelope = envelope::Envelope::read(state)?;
+        let state = State::decode(&envelope.body)?;
+        let saved = state.room.map(|room| saved(&state, room)).transpose()?;
+        let (boot, plugged) = match (&state.room, &saved) {
+            (Some(room), Some(saved)) => (room.memory, saved.bytes_plugged()),
+            _ => (envelope.memory, 0),
+        };
+        if boot.checked_add(plugged) != Some(envelope.memory) {
+            return Err(Error::State(format!(
+                "{boot} bytes of memory and {plugged} that were plugged are not {}",
+                envelope.memory
+            ))
+            .into());
+        }
+        memory::check(&file, &envelope.identity, envelope.memory)?;
+        let memory = memory::map(&file, boot, backing)?;
+        let plugged = saved.map(|saved| Plugged {
+            saved,
+            file,
+            offset: boot,
+        });
+        Ok(Self {
+            state,
+            memory,
+            plugged,
+        })
+    }
+}
+
+/// What a snapshot says of the memory device, whose place follows from `room`.
+fn saved(state: &State, room: Room) -> Result<Saved, crate::Error> {
+    sizes::check(&room)?;
+    let device = state.devices.iter().find(|device| device.name == MEMORY);
+    let saved = device.and_then(|device| Saved::parse(&device.own));
+    let place = layout::growth(room.memory, room.max_memory);
+    match saved {
+        Some(saved) if saved.region == crate::growth::region(&place) => Ok(saved),
+        _ => {
+            let what = "what it says of memory that was plugged cannot be";
+            Err(Error::State(what.to_owned()).into())
+        }
+    }
 }
 
 /// Why a snapshot's file could not be written or must not be used.

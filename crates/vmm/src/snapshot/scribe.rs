@@ -5,6 +5,7 @@
 
 use std::{
     fs::File,
+    mem::ManuallyDrop,
     sync::{
         Arc, Mutex, PoisonError,
         mpsc::{Receiver, SyncSender, sync_channel},
@@ -23,9 +24,15 @@ use super::{
     cpu,
     envelope::{Envelope, Identity},
     memory,
-    state::{Serial, State},
+    state::{Room, Serial, State},
 };
-use crate::{Error, bus::Bus, jail::Filter, ports::Ports};
+use crate::{
+    Error,
+    bus::Bus,
+    jail::calls,
+    ports::Ports,
+    post::{Inbox, Post, Ready},
+};
 
 /// A vCPU, and the CPUID that it was given. Its thread holds the lock while it is in
 /// the guest.
@@ -53,14 +60,19 @@ pub(crate) struct Subject {
     pub(crate) ports: Arc<Ports>,
     pub(crate) bus: Arc<Bus>,
     pub(crate) memory: MemoryCell,
+    /// If memory can grow.
+    pub(crate) room: Option<Room>,
     /// Random: of which the identities of this machine's snapshots are made, so that
     /// no call is needed for them.
     pub(crate) seed: [u8; 16],
 }
 
+/// What the thread is given, once.
+pub(crate) type Duty = (Subject, Receiver<Order>);
+
 /// One snapshot, asked for.
 #[derive(Debug)]
-struct Order {
+pub(crate) struct Order {
     state: File,
     memory: File,
     done: SyncSender<Result<(), Error>>,
@@ -71,28 +83,27 @@ struct Order {
 pub(crate) struct Scribe(SyncSender<Order>);
 
 impl Scribe {
-    /// Starts the thread, behind `filter` if there is one.
-    pub(crate) fn start(subject: Subject, filter: Option<Filter>) -> Result<Self, Error> {
+    /// Starts the thread, behind its filter if `jailed`.
+    pub(crate) fn post(jailed: bool) -> Result<Post<Duty>, Error> {
+        let serve = |inbox: &Inbox<Duty>| {
+            // To drop it takes more system calls than to keep it.
+            let duty = ManuallyDrop::new(inbox.take());
+            let (subject, orders) = &*duty;
+            serve(subject, orders);
+        };
+        Post::open(
+            "snapshot".to_owned(),
+            &calls::SNAPSHOT_THREAD,
+            jailed,
+            serve,
+        )
+    }
+
+    /// The way to a thread that saves `subject`.
+    pub(crate) fn new(thread: &Ready<Duty>, subject: Subject) -> Self {
         let (sender, orders) = sync_channel::<Order>(1);
-        let (locked_in, hears) = sync_channel(1);
-        std::thread::Builder::new()
-            .name("snapshot".to_owned())
-            .stack_size(crate::STACK)
-            .spawn(move || {
-                let installed = filter.map_or(Ok(()), |filter| filter.install());
-                let _ = locked_in.send(installed);
-                serve(&subject, &orders);
-                // To end takes more system calls than to stay.
-                loop {
-                    std::thread::park();
-                }
-            })
-            .map_err(|e| Error::Host("start the snapshot's thread", crate::vcpu::errno(&e)))?;
-        match hears.recv() {
-            Ok(Ok(())) => Ok(Self(sender)),
-            Ok(Err(e)) => Err(Error::Config(e)),
-            Err(_) => Err(Error::Config("the snapshot's thread died".to_owned())),
-        }
+        thread.inbox.put((subject, orders));
+        Self(sender)
     }
 
     /// Saves the machine, none of which may run, to two empty files.
@@ -174,6 +185,7 @@ fn gather(subject: &Subject) -> Result<State, Error> {
         clock: (subject.vm.get_clock()).map_err(|e| Error::Kvm("read the guest's clock", e))?,
         serial: Serial::from(&subject.ports.state()),
         slots: subject.bus.slots().save(),
+        room: subject.room,
         devices: subject.bus.save()?,
     })
 }

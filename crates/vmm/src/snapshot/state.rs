@@ -23,6 +23,8 @@ const LEAVES_MAX: usize = kvm_bindings::KVM_MAX_CPUID_ENTRIES;
 const MSRS_MAX: usize = kvm_bindings::KVM_MAX_MSR_ENTRIES;
 /// Devices: slots of the bus but the bridge's.
 const DEVICES_MAX: usize = 31;
+/// What the device is called that has the memory of a machine that grows.
+pub(crate) const MEMORY: &str = "memory";
 /// Bytes of what a device says of itself: the largest is a bit for each block of
 /// pluggable memory.
 const DEVICE_MAX: usize = 256 << 10;
@@ -38,7 +40,18 @@ pub(crate) struct State {
     pub(crate) serial: Serial,
     /// Slots whose device came, goes, and may be let go: a bit each.
     pub(crate) slots: [u32; 3],
+    /// If its memory can grow: then one of the devices is called [`MEMORY`].
+    pub(crate) room: Option<Room>,
     pub(crate) devices: Vec<Device>,
+}
+
+/// How far a machine's memory grows, bytes.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, Deserialize)]
+pub(crate) struct Room {
+    /// What it booted with.
+    pub(crate) memory: u64,
+    /// What it can have.
+    pub(crate) max_memory: u64,
 }
 
 /// A vCPU between two instructions.
@@ -158,6 +171,12 @@ impl State {
         for device in &self.devices {
             within("bytes of a device's name", device.name.len(), NAME_MAX)?;
             within("bytes of a device's own", device.own.len(), DEVICE_MAX)?;
+        }
+        let memory = self.devices.iter().filter(|device| device.name == MEMORY);
+        if self.room.is_some() && memory.count() != 1 {
+            return Err(Error::State(
+                "its memory can grow, and it has no device for that, or several".to_owned(),
+            ));
         }
         for (expected, chip) in (0u32..).zip(&self.chips) {
             if chip.chip_id != expected {

@@ -24,6 +24,21 @@ use walnut_vmm_api::{
     Reply, Request, VERSION, pair,
 };
 
+/// Longest a word is waited for, in milliseconds: a test that would never end says where.
+const PATIENCE: i32 = 600_000;
+
+/// Waits until there is something to read.
+fn patiently(whom: &str, from: &impl AsFd) {
+    let mut fds = [libc::pollfd {
+        fd: from.as_fd().as_raw_fd(),
+        events: libc::POLLIN,
+        revents: 0,
+    }];
+    // SAFETY: `fds` is one entry, and the descriptor is open.
+    let ready = unsafe { libc::poll(fds.as_mut_ptr(), 1, PATIENCE) };
+    assert!(ready != 0, "{whom} says nothing");
+}
+
 pub(crate) fn repository() -> PathBuf {
     Path::new(env!("CARGO_MANIFEST_DIR"))
         .join("../..")
@@ -162,6 +177,7 @@ impl Vmm {
     }
 
     pub(crate) fn hear(&self) -> Option<Message> {
+        patiently("the monitor", &self.control);
         let received: Option<Received<Message>> = self.control.receive().unwrap();
         received.map(|r| r.message)
     }
@@ -207,6 +223,7 @@ impl Vmm {
             if found(&said) {
                 return said.into_owned();
             }
+            patiently(&format!("the guest after {said:?}"), &self.console);
             let n = self.console.read(&mut chunk).unwrap();
             assert!(n > 0, "the console ended: {said}");
             print!("{}", String::from_utf8_lossy(&chunk[..n]));

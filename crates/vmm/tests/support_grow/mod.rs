@@ -20,7 +20,7 @@ use std::{
 
 use walnut_vmm_api::{
     Attachment, Backing, Config, Device, End, Event, FdIndex, Jail, Limits, Message, Reply,
-    Request, Stats, VERSION,
+    Request, Restore, Stats, VERSION,
 };
 
 use crate::support::{Vmm, repository};
@@ -145,6 +145,42 @@ impl Spec {
     pub(crate) fn start(self) -> Guest {
         self.try_start().unwrap()
     }
+
+    /// Goes on from a snapshot, which says all but what the devices are.
+    pub(crate) fn try_restore(mut self, from: &Files) -> Result<Guest, String> {
+        let mut vmm = Vmm::spawn();
+        let kvm = File::options().read(true).write(true).open("/dev/kvm");
+        let kvm = self.fd(kvm.unwrap());
+        let [state, memory] = [&from.state, &from.memory].map(|file| file.try_clone().unwrap());
+        let (state, memory) = (self.fd(state), self.fd(memory));
+        let (console, to_console) = std::io::pipe().unwrap();
+        vmm.console = OwnedFd::from(console).into();
+        let console = Some(self.fd(to_console));
+        let request = Restore {
+            version: VERSION,
+            kvm,
+            state,
+            memory,
+            backing: self.backing,
+            console,
+            devices: self.devices,
+            jail: Jail::Full { user: None },
+            run: true,
+        };
+        let fds: Vec<BorrowedFd<'_>> = self.fds.iter().map(AsFd::as_fd).collect();
+        vmm.ask(&Request::Restore(Box::new(request)), &fds)?;
+        Ok(Guest {
+            vmm,
+            said: String::new(),
+            read: 0,
+        })
+    }
+}
+
+/// The two files of a snapshot.
+pub(crate) struct Files {
+    pub(crate) state: File,
+    pub(crate) memory: File,
 }
 
 /// How the host tells the guest to go on.
@@ -226,6 +262,20 @@ impl Guest {
 
     pub(crate) fn resize(&self, memory: u64) -> Result<Reply, String> {
         self.vmm.ask(&Request::Resize { memory }, &[])
+    }
+
+    /// Saves it as it is now, and lets it go on.
+    pub(crate) fn save(&self) -> Files {
+        let [state, memory] = [(); 2].map(|()| tempfile::tempfile().unwrap());
+        let request = Request::Snapshot {
+            state: FdIndex(0),
+            memory: FdIndex(1),
+        };
+        assert_eq!(self.vmm.ask(&Request::Pause, &[]), Ok(Reply::Done));
+        let saved = self.vmm.ask(&request, &[state.as_fd(), memory.as_fd()]);
+        assert_eq!(saved, Ok(Reply::Done));
+        assert_eq!(self.vmm.ask(&Request::Resume, &[]), Ok(Reply::Done));
+        Files { state, memory }
     }
 
     /// Ends it.

@@ -109,6 +109,18 @@ impl Container {
         inner.execs.get(exec_id).cloned().flatten()
     }
 
+    /// Every process that the host knows.
+    pub(crate) fn processes(&self) -> Vec<Arc<Process>> {
+        let inner = self.inner();
+        let execs = inner.execs.values().flatten();
+        inner.first.iter().chain(execs).cloned().collect()
+    }
+
+    /// Forgets all execs; those that run go on.
+    pub(crate) fn forget_execs(&self) {
+        self.inner().execs.clear();
+    }
+
     /// Keeps a place for an exec.
     pub(crate) fn reserve_exec(&self, exec_id: &str) -> Result<(), ExecRefused> {
         let mut inner = self.inner();

@@ -21,6 +21,7 @@ use walnut_agent::wire::{
     ACK, Ends, FDS_MAX, PAYLOAD_MAX, REPLY_HEAD, Reply, Request, Status, Verb,
 };
 
+use crate::emulated;
 use crate::reaper::{Code, Reaper};
 
 /// How long a helper may take: longer than a device may take to appear.
@@ -88,8 +89,11 @@ impl Helpers {
         self.ready.lock().unwrap_or_else(PoisonError::into_inner)
     }
 
-    /// Starts a helper for the next request.
+    /// Starts a helper for the next request, unless there is one.
     pub(crate) fn prepare(&self) {
+        if self.ready().is_some() {
+            return;
+        }
         if let Ok(helper) = self.spawn() {
             *self.ready() = Some(helper);
         }
@@ -98,10 +102,11 @@ impl Helpers {
     fn spawn(&self) -> io::Result<Helper> {
         let (ours, theirs) = StdStream::pair()?;
         ours.set_nonblocking(true)?;
-        let child = Command::new(HELPER)
+        let mut command = Command::new(HELPER);
+        command
             .env_clear()
-            .stdin(Stdio::from(OwnedFd::from(theirs)))
-            .spawn()?;
+            .stdin(Stdio::from(OwnedFd::from(theirs)));
+        let child = emulated::at_fixed_addresses(|| command.spawn())?;
         // Its status goes to the reaper, like everybody's.
         let pid = child.id();
         Ok(Helper {

@@ -13,6 +13,7 @@ use walnut_agent::names::ContainerPaths;
 use walnut_protocol::GUEST_ROOT;
 
 use crate::power::Fatal;
+use crate::scale;
 
 const NOTHING: MsFlags = MsFlags::empty();
 
@@ -31,14 +32,30 @@ pub(crate) fn set_up() -> Result<(), Fatal> {
     // Namespaces and mounts come and go with containers; few CPUs make an
     // expedited grace period cheap. Missing in a kernel without the knob.
     let _ = fs::write("/sys/kernel/rcu_expedited", "1");
+    let_it_sleep();
     enable_controllers(Path::new(ContainerPaths::CGROUP_ROOT))?;
     let parent = Path::new(ContainerPaths::CGROUP_ROOT).join("walnut");
     make_dir(&parent)?;
     enable_controllers(&parent)?;
-    bound_memory(&parent)?;
+    scale::bound(&parent).map_err(|e| Fatal::new("bound the containers' memory", e))?;
     bring_up_loopback().map_err(|e| Fatal::new("bring up the loopback interface", e))?;
     make_dir(GUEST_ROOT)?;
     make_dir(ContainerPaths::STATE_ROOT)
+}
+
+/// Ends the kernel's periodic work that an idle guest would wake up for: a thousand of
+/// them share a host. A kernel may lack a knob.
+fn let_it_sleep() {
+    for (knob, value) in [
+        // Compaction ahead of need looks around twice a second. Who needs a large page
+        // still gets one: it compacts by itself.
+        ("compaction_proactiveness", "0"),
+        // Each second, counters that are kept for each processor are folded into the
+        // totals, which they may be off by 125 pages from.
+        ("stat_interval", "600"),
+    ] {
+        let _ = fs::write(Path::new("/proc/sys/vm").join(knob), value);
+    }
 }
 
 fn make_dir(path: impl AsRef<Path>) -> Result<(), Fatal> {
@@ -126,35 +143,6 @@ fn enable_controllers(cgroup: &Path) -> Result<(), Fatal> {
         .map_err(|e| Fatal::new(what(), e))
 }
 
-/// Keeps the containers together from using up the guest: what they want beyond
-/// this meets an OOM killer that knows them, where the guest's own would find
-/// the kernel without a page to work with, and grind.
-fn bound_memory(parent: &Path) -> Result<(), Fatal> {
-    let what = "bound the containers' memory";
-    let text = fs::read_to_string("/proc/meminfo").map_err(|e| Fatal::new(what, e))?;
-    let Some(limit) = containers_share(&text) else {
-        return Ok(());
-    };
-    fs::write(parent.join("memory.max"), limit.to_string()).map_err(|e| Fatal::new(what, e))
-}
-
-/// Bytes for all containers: what is available now, but for a margin of the
-/// guest's own; `None` if that cannot be told.
-fn containers_share(meminfo: &str) -> Option<u64> {
-    const MARGIN_KIB: u64 = 20 << 10;
-    let available: u64 = meminfo
-        .lines()
-        .find_map(|line| line.strip_prefix("MemAvailable:"))?
-        .trim()
-        .strip_suffix(" kB")?
-        .parse()
-        .ok()?;
-    available
-        .checked_sub(MARGIN_KIB)
-        .filter(|&kib| kib > 0)?
-        .checked_mul(1024)
-}
-
 /// Sets IFF_UP on `lo`; the kernel adds 127.0.0.1 and ::1 itself.
 fn bring_up_loopback() -> io::Result<()> {
     use nix::sys::socket::{AddressFamily, SockFlag, SockType, socket};
@@ -182,17 +170,4 @@ fn bring_up_loopback() -> io::Result<()> {
         return Err(io::Error::last_os_error());
     }
     Ok(())
-}
-
-#[cfg(test)]
-mod tests {
-    use super::containers_share;
-
-    #[test]
-    fn the_guest_keeps_a_margin() {
-        let text = "MemTotal: 99999 kB\nMemAvailable:   102400 kB\n";
-        assert_eq!(containers_share(text), Some(80 << 20));
-        assert_eq!(containers_share("MemAvailable: 100 kB"), None);
-        assert_eq!(containers_share("MemAvailable: many"), None);
-    }
 }

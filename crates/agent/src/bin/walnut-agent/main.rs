@@ -2,22 +2,28 @@
 //!
 //! Sets the guest up ([`init`]), then serves `proto/agent.proto` over vsock on
 //! one thread: containers are built by a helper process ([`helper`]), their
-//! streams are connections of their own ([`streams`], [`pump`]), and one
+//! streams are connections of their own ([`streams`], [`pump`]; [`gate`] holds
+//! them while the machine is saved), and one
 //! reaper ([`reaper`]) collects every process of the guest. As PID 1 it may
 //! neither return nor panic: see [`power`].
 
+mod adopt;
 mod cgroup;
 mod container;
 mod cpus;
+mod emulated;
 mod events;
+mod gate;
 mod helper;
 mod init;
+mod memory;
 mod power;
 mod pressure;
 mod process;
 mod pump;
 mod reaper;
 mod remove;
+mod scale;
 mod service;
 mod stats;
 mod streams;

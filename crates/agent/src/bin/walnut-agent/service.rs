@@ -15,16 +15,18 @@ use ttrpc::{Code, Error, Result, get_status};
 use walnut_agent::names::{ContainerPaths, below_guest_root, check_id};
 use walnut_agent::wire::{Status, Verb};
 use walnut_protocol::agent::{
-    ConfigureSandboxRequest, ContainerRequest, ContainerStatsResponse, CreateContainerRequest,
-    CreateContainerResponse, Empty, Event, ExecProcessRequest, ExecProcessResponse, HelloRequest,
-    HelloResponse, ListProcessesResponse, OnlineCpusRequest, OnlineCpusResponse, ProcessRequest,
-    ResizeTerminalRequest, SetClockRequest, SignalProcessRequest, Stdio, UpdateContainerRequest,
-    WaitProcessResponse,
+    AdoptContainerRequest, AdoptContainerResponse, ConfigureSandboxRequest, ContainerRequest,
+    ContainerStatsResponse, CreateContainerRequest, CreateContainerResponse, Empty, Event,
+    ExecProcessRequest, ExecProcessResponse, GuestMemoryResponse, HelloRequest, HelloResponse,
+    ListProcessesResponse, OnlineCpusRequest, OnlineCpusResponse, ProcessRequest,
+    ReclaimMemoryRequest, ReclaimMemoryResponse, ResizeTerminalRequest, SetClockRequest,
+    SignalProcessRequest, Stdio, UpdateContainerRequest, WaitProcessResponse,
 };
 use walnut_protocol::agent_ttrpc::Agent;
 
 use crate::container::{Container, EXECS_MAX, ExecRefused, State};
 use crate::events::{Events, OomWatch};
+use crate::gate::Gate;
 use crate::helper::{Answer, Helpers, Refusal};
 use crate::power::{self, Fatal};
 use crate::process::{Process, Streams};
@@ -32,7 +34,7 @@ use crate::reaper::Reaper;
 use crate::remove::remove;
 use crate::streams::Pending;
 use crate::table::{CONTAINERS_MAX, Refused, Table};
-use crate::{cpus, pressure, stats, system};
+use crate::{adopt, cpus, memory, pressure, scale, stats, system};
 
 /// How long freezing may take.
 const FREEZE_WITHIN: Duration = Duration::from_secs(10);
@@ -48,6 +50,7 @@ pub(crate) struct Service {
     helpers: Helpers,
     events: Arc<Events>,
     oom: Arc<OomWatch>,
+    gate: Arc<Gate>,
 }
 
 fn status(code: Code, text: impl Into<String>) -> Error {
@@ -86,6 +89,7 @@ impl Service {
             helpers,
             oom: OomWatch::start(Arc::clone(&events))?,
             events,
+            gate: Arc::default(),
         })
     }
 
@@ -158,10 +162,10 @@ impl Service {
         streams: Streams,
         size: Option<&walnut_protocol::agent::TerminalSize>,
     ) -> io::Result<Arc<Process>> {
-        let (mut process, ended) =
-            Process::adopt(&self.reaper, answer.pid, container.cgroup.clone());
+        let (cgroup, gate) = (container.cgroup.clone(), Arc::clone(&self.gate));
+        let mut process = Process::adopt(&self.reaper, answer.pid, cgroup, gate);
         let ends = answer.acknowledge();
-        process.connect(ends, streams, &ended)?;
+        process.connect(ends, streams)?;
         if let Some(size) = size.filter(|s| s.rows > 0 && s.columns > 0) {
             process.resize(size)?;
         }
@@ -174,7 +178,10 @@ impl Service {
         let mut mounts = Vec::with_capacity(request.storages.len());
         for storage in &request.storages {
             below_guest_root(&storage.mount_point).map_err(invalid)?;
-            mounts.push(storage.mount_point.clone());
+            // What the whole sandbox has stays.
+            if storage.driver != "virtio-fs" {
+                mounts.push(storage.mount_point.clone());
+            }
         }
         let container = Arc::new(Container::new(paths, mounts));
         self.table.insert(&container).map_err(|why| match why {
@@ -301,6 +308,40 @@ impl Service {
             .map_err(|e| internal("connect stdio", e))
     }
 
+    async fn adopt_clone(self, request: AdoptContainerRequest) -> Result<AdoptContainerResponse> {
+        let id = request.container_id.as_str();
+        let container = self.container_in(id, "adopt", &[State::Running])?;
+        let Some(first) = container.process("") else {
+            return Err(status(
+                Code::NOT_FOUND,
+                format!("container {id} has no process"),
+            ));
+        };
+        if request.stdio.stdin != 0 && !first.takes_input() {
+            self.discard(&request.stdio);
+            let text = format!("adopt container {id}: its standard input is not open");
+            return Err(status(Code::FAILED_PRECONDITION, text));
+        }
+        let result = adopt::rename(&container, first.pid, &request).map_err(|e| match e.kind() {
+            io::ErrorKind::InvalidInput => invalid(format!("adopt container {id}: {e}")),
+            _ => internal(&format!("adopt container {id}"), e),
+        });
+        let streams = match result {
+            Ok(()) => self.claim(&request.stdio).await,
+            Err(e) => Err(e),
+        };
+        let streams = streams.inspect_err(|_| self.discard(&request.stdio))?;
+        for process in container.processes() {
+            process.reconnect(Streams::default());
+        }
+        container.forget_execs();
+        first.reconnect(streams);
+        Ok(AdoptContainerResponse {
+            pid: first.pid,
+            ..AdoptContainerResponse::default()
+        })
+    }
+
     async fn remove(self, id: String) -> Result<Empty> {
         let container = self.container(&id)?;
         if !container.begin_removal() {
@@ -419,6 +460,8 @@ impl Agent for Service {
         for (key, value) in &request.sysctls {
             system::set_sysctl(key, value).map_err(|e| refused(format!("set sysctl {key}"), e))?;
         }
+        // A container comes next; after the first one nobody has seen to this.
+        self.helpers.prepare();
         Ok(Empty::new())
     }
 
@@ -591,6 +634,46 @@ impl Agent for Service {
             online,
             ..OnlineCpusResponse::default()
         })
+    }
+
+    async fn adjust_memory(&self, _: &TtrpcContext, _: Empty) -> Result<GuestMemoryResponse> {
+        scale::adjust().map_err(|e| internal("let containers have the guest's memory", e))
+    }
+
+    async fn guest_memory(&self, _: &TtrpcContext, _: Empty) -> Result<GuestMemoryResponse> {
+        memory::read().map_err(|e| internal("read the guest's memory", e))
+    }
+
+    async fn reclaim_memory(
+        &self,
+        _: &TtrpcContext,
+        request: ReclaimMemoryRequest,
+    ) -> Result<ReclaimMemoryResponse> {
+        let freed = memory::reclaim(request.bytes)
+            .await
+            .map_err(|e| internal("reclaim memory", e))?;
+        Ok(ReclaimMemoryResponse {
+            freed,
+            ..ReclaimMemoryResponse::default()
+        })
+    }
+
+    async fn hold_streams(&self, _: &TtrpcContext, _: Empty) -> Result<Empty> {
+        adopt::hold(&self.table, &self.gate).await;
+        Ok(Empty::new())
+    }
+
+    async fn adopt_container(
+        &self,
+        _: &TtrpcContext,
+        request: AdoptContainerRequest,
+    ) -> Result<AdoptContainerResponse> {
+        to_the_end(self.clone().adopt_clone(request)).await
+    }
+
+    async fn release_streams(&self, _: &TtrpcContext, _: Empty) -> Result<Empty> {
+        self.gate.open();
+        Ok(Empty::new())
     }
 
     async fn set_clock(&self, _: &TtrpcContext, request: SetClockRequest) -> Result<Empty> {

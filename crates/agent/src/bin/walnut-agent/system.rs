@@ -63,6 +63,22 @@ pub(crate) fn add_entropy(bytes: &[u8]) -> io::Result<()> {
     Ok(())
 }
 
+/// Sets the host name that the process `pid` sees.
+pub(crate) fn set_hostname_of(pid: u32, name: &str) -> io::Result<()> {
+    let namespace = File::open(format!("/proc/{pid}/ns/uts"))?;
+    let name = name.to_owned();
+    // A thread of its own, for the change of namespace stays with it.
+    let work = move || {
+        nix::sched::setns(&namespace, nix::sched::CloneFlags::CLONE_NEWUTS)?;
+        set_hostname(&name)
+    };
+    let thread = std::thread::Builder::new()
+        .stack_size(64 << 10)
+        .spawn(work)?;
+    let done = thread.join();
+    done.unwrap_or_else(|_| Err(io::Error::other("its thread died")))
+}
+
 /// Sets the guest's host name: 1-64 bytes of a DNS name.
 pub(crate) fn set_hostname(name: &str) -> io::Result<()> {
     let good = !name.is_empty()

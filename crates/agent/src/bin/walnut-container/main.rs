@@ -53,6 +53,10 @@ fn prepare() -> Result<(), Failure> {
     // The agent is exempt from the OOM killer; nothing else is.
     std::fs::write("/proc/self/oom_score_adj", "0")
         .map_err(|e| Failure::internal("reset oom_score_adj", e))?;
+    // Where the processor is emulated, the agent starts this program at fixed addresses;
+    // that is not the container's to inherit.
+    // SAFETY: personality takes any value, and changes no memory.
+    unsafe { libc::personality(0) };
     // SAFETY: umask takes any value and cannot fail.
     unsafe { libc::umask(0o022) };
     // A soft limit of 1024 keeps programs that walk their whole table quick;

@@ -30,7 +30,9 @@ static EXIT: Call = Call {
 };
 
 fn filter(thread: &Thread) -> Filter {
-    Filter::compile(thread.calls().chain([&EXIT])).unwrap()
+    let exits = thread.calls().any(|call| call.number == EXIT.number);
+    let exit = (!exits).then_some(&EXIT);
+    Filter::compile(thread.calls().chain(exit)).unwrap()
 }
 
 /// Whether a process survives a call behind a filter.

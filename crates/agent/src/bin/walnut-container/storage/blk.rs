@@ -3,6 +3,8 @@
 use std::fs;
 use std::io;
 use std::os::fd::AsFd;
+use std::os::unix::ffi::OsStrExt;
+use std::path::Path;
 use std::time::{Duration, Instant};
 
 use nix::poll::{PollFd, PollFlags, PollTimeout, poll};
@@ -69,36 +71,38 @@ fn wait_for(serial: &str) -> Result<String, Failure> {
     }
 }
 
-/// Lets the kernel look again at the virtio-mmio transports on which it found no device.
-/// A machine with such transports has no hot-plug; but one that was restored from a
-/// snapshot may have a disk where the saved one had none, and nothing says so.
+/// Lets the driver take the disks of no size again: a machine without hot-plug has spare
+/// ones, and nothing says so when one of them has become a disk (see `SpareDisks` of the
+/// machine drivers).
 fn look_again() {
-    const BUS: &str = "/sys/bus/platform";
-    let devices = fs::read_dir(format!("{BUS}/devices"));
-    let names = devices
-        .into_iter()
-        .flatten()
-        .flatten()
-        .map(|entry| entry.file_name());
-    for name in names {
-        let Some(name) = name.to_str().filter(|name| is_transport(name)) else {
+    const DRIVER: &str = "/sys/bus/virtio/drivers/virtio_blk";
+    for disk in fs::read_dir("/sys/block").into_iter().flatten().flatten() {
+        let disk = disk.path();
+        // Only a virtio disk's device is one of that driver's.
+        let device = fs::canonicalize(disk.join("device"));
+        let Some(name) = device.as_deref().ok().and_then(Path::file_name) else {
             continue;
         };
-        if !fs::exists(format!("{BUS}/devices/{name}/driver")).unwrap_or(true) {
-            // Where there is still none it fails, which is no news.
-            let _ = fs::write(format!("{BUS}/drivers_probe"), name);
+        if is_empty(&disk) && fs::exists(Path::new(DRIVER).join(name)).unwrap_or(false) {
+            for step in ["unbind", "bind"] {
+                let _ = fs::write(Path::new(DRIVER).join(step), name.as_bytes());
+            }
         }
     }
 }
 
-/// Whether a platform device is a virtio-mmio transport.
-fn is_transport(name: &str) -> bool {
-    name.starts_with("virtio-mmio.")
+/// Whether a disk has no size.
+fn is_empty(disk: &Path) -> bool {
+    fs::read_to_string(disk.join("size")).is_ok_and(|size| size.trim() == "0")
 }
 
 fn find(serial: &str) -> io::Result<Option<String>> {
     for entry in fs::read_dir("/sys/block")? {
         let entry = entry?;
+        // One of no size may be a spare one, whose driver waits for ever for a serial.
+        if is_empty(&entry.path()) {
+            continue;
+        }
         let Ok(found) = fs::read_to_string(entry.path().join("serial")) else {
             continue;
         };

@@ -26,7 +26,12 @@ use walnut_protocol::agent::Storage;
 use crate::failure::Failure;
 
 /// Most storages of one container.
-const STORAGES_MAX: usize = 64;
+const STORAGES_MAX: usize = 256;
+
+/// Mounted by the kernel when it is first looked at; the agent unmounts it.
+const SHARE: &str = "share";
+/// Mounted with the first container that names it, and kept for the next.
+const SANDBOX_WIDE: &str = "virtio-fs";
 
 /// Mounts one storage on `target`, a path that cannot be moved away.
 type Handler = fn(&Storage, &Target) -> Result<(), Failure>;
@@ -82,6 +87,13 @@ pub(crate) fn mount_all(storages: &[Storage]) -> Result<Mounted, Failure> {
     }
     let mut mounted = Mounted::default();
     for storage in storages {
+        if storage.driver == SHARE {
+            below_guest_root(&storage.mount_point).map_err(|e| Failure::invalid(e.to_string()))?;
+            continue;
+        }
+        if storage.driver == SANDBOX_WIDE && virtio_fs::is_mounted(storage) {
+            continue;
+        }
         let (_, handler) = HANDLERS
             .iter()
             .find(|(driver, _)| *driver == storage.driver)
@@ -90,7 +102,9 @@ pub(crate) fn mount_all(storages: &[Storage]) -> Result<Mounted, Failure> {
             })?;
         let target = target(storage)?;
         handler(storage, &target)?;
-        mounted.0.push(target.path);
+        if storage.driver != SANDBOX_WIDE {
+            mounted.0.push(target.path);
+        }
     }
     Ok(mounted)
 }
@@ -236,6 +250,6 @@ mod tests {
         s.driver = "tmpfs".into();
         s.mount_point = "/run/walnut/../../etc".into();
         assert_eq!(mount_all(&[s.clone()]).unwrap_err().status, Status::Invalid);
-        assert!(mount_all(&vec![s; 65]).is_err());
+        assert!(mount_all(&vec![s; STORAGES_MAX + 1]).is_err());
     }
 }

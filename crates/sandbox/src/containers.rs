@@ -1,0 +1,358 @@
+//! Containers of a sandbox: built, found, taken away.
+
+use std::{
+    collections::HashMap,
+    path::PathBuf,
+    sync::{Arc, Mutex as StdMutex},
+};
+
+use tokio::{sync::Mutex, time::timeout};
+use tracing::{debug, warn};
+use walnut_protocol::agent::{
+    ContainerRequest as AgentContainer, CreateContainerRequest, ProcessRequest, Storage,
+};
+use walnut_storage::{VirtioFs, Volume};
+
+use crate::{
+    ContainerRequest, Error, ExitInfo, ProcessState, Result, Sandbox, SandboxConfig,
+    agent::{self, fault, soon},
+    cgroup,
+    checkpoint::Attached,
+    guest_spec,
+    plan::{FIRST_DISK, Plan, Root},
+    pod::{self, First, Role},
+    process::Process,
+    record::now_ns,
+    sandbox::{FAREWELL, lock, open_log},
+    sizing::{self, Limits},
+    start::{self, Steps},
+    stdio::ClientEnds,
+};
+
+#[derive(Debug)]
+pub(crate) struct Container {
+    pub(crate) bundle: PathBuf,
+    /// What the agent knows it by: in a clone, the name that it had before.
+    pub(crate) guest_id: String,
+    /// Goes on where it stood, instead of being started.
+    pub(crate) restored: bool,
+    /// Serial of the disk that its root file system is on, if it is on one.
+    pub(crate) disk: Option<String>,
+    /// Its part in its pod.
+    pub(crate) role: Role,
+    pub(crate) limits: Limits,
+    /// Numbers of its volumes.
+    pub(crate) volumes: Vec<usize>,
+    pub(crate) init: Arc<Process>,
+    pub(crate) execs: StdMutex<HashMap<String, Exec>>,
+}
+
+impl Container {
+    pub(crate) fn request(&self) -> AgentContainer {
+        AgentContainer {
+            container_id: self.guest_id.clone(),
+            ..Default::default()
+        }
+    }
+
+    pub(crate) fn process_request(&self, exec_id: &str) -> ProcessRequest {
+        ProcessRequest {
+            container_id: self.guest_id.clone(),
+            exec_id: exec_id.into(),
+            ..Default::default()
+        }
+    }
+
+    pub(crate) fn exec(&self, id: &str, exec_id: &str) -> Result<Exec> {
+        lock(&self.execs)
+            .get(exec_id)
+            .cloned()
+            .ok_or_else(|| Error::NotFound(format!("no process {exec_id} in container {id}")))
+    }
+}
+
+#[derive(Debug, Clone)]
+pub(crate) struct Exec {
+    pub(crate) process: Arc<Process>,
+    /// Taken when it is started.
+    pub(crate) request: Arc<Mutex<Option<Vec<u8>>>>,
+}
+
+impl Sandbox {
+    /// Starts a machine sized for the first container, and builds the container
+    /// in it. On failure nothing is left.
+    pub async fn create(mut config: SandboxConfig, first: &ContainerRequest) -> Result<Self> {
+        let steps = Steps::new();
+        let plan = Plan::new(first, FIRST_DISK)?;
+        config.settings = config.settings.asked_by(&plan.spec, first.own)?;
+        let size = sizing::size(&plan.spec, &config.settings);
+        let ends = ClientEnds::open(&first.stdio)?;
+        let cgroup = cgroup::enter(&config, size.memory);
+        let volumes = plan.volumes();
+        let shared = match plan.needs_sharing() {
+            true => Some(VirtioFs::start(&volumes, &config.run_dir).await?),
+            false => None,
+        };
+        let parts = start::Parts {
+            size,
+            disks: plan.image().iter().map(|root| root.disk.clone()).collect(),
+            shares: shared.iter().map(VirtioFs::share).collect(),
+        };
+        let started = start::start(&config, parts, steps).await?;
+        steps.done("agent greeted");
+        let sandbox = Self::new(config, started, shared, size, cgroup);
+        sandbox.configure(&plan.spec).await?;
+        steps.done("sandbox configured");
+        let volumes = (0..volumes.len()).collect();
+        sandbox.build(first, plan, ends, volumes).await?;
+        steps.done("container created");
+        Ok(sandbox)
+    }
+
+    /// Builds another container. On failure nothing of it is left.
+    pub async fn add(&self, request: &ContainerRequest) -> Result<()> {
+        let steps = Steps::new();
+        if lock(&self.containers).contains_key(&request.id) {
+            return Err(Error::AlreadyExists(format!(
+                "create container {}: there is one of this name in the sandbox",
+                request.id
+            )));
+        }
+        let plan = Plan::new(request, self.next_disk())?;
+        let ends = ClientEnds::open(&request.stdio)?;
+        self.make_room(&request.id, Limits::of(&plan.spec)).await;
+        // No machine is saved between what it is given and what is known of it.
+        let _whole = self.saving.read().await;
+        if let Some(root) = plan.image() {
+            self.attach(&root.disk).await?;
+        }
+        let volumes = self.share(&request.id, &plan.volumes()).await?;
+        let built = self.build(request, plan, ends, volumes.clone()).await;
+        if built.is_err() {
+            self.unshare(&volumes).await;
+        }
+        steps.done("container created");
+        built
+    }
+
+    /// Gives the machine a disk that it keeps.
+    pub(crate) async fn attach(&self, disk: &walnut_machine::Disk) -> Result<()> {
+        let spare = self.machine.as_spare_disks().ok_or_else(|| {
+            Error::Invalid(format!(
+                "give the machine a disk: the driver {} cannot",
+                self.driver()
+            ))
+        })?;
+        let attached = Attached::new(disk.clone());
+        spare.attach_disk(disk).await?;
+        lock(&self.disks).push(attached);
+        Ok(())
+    }
+
+    /// Shows the guest directories and files of the host. On failure, none.
+    async fn share(&self, id: &str, volumes: &[Volume]) -> Result<Vec<usize>> {
+        let mut numbers = Vec::with_capacity(volumes.len());
+        if volumes.is_empty() {
+            return Ok(numbers);
+        }
+        let Some(shared) = &self.shared else {
+            return Err(Error::Invalid(format!(
+                "create container {id}: it needs directories of the host, and its machine was started without a way to share them"
+            )));
+        };
+        for volume in volumes {
+            match shared.add(volume).await {
+                Ok(number) => numbers.push(number),
+                Err(e) => {
+                    self.unshare(&numbers).await;
+                    return Err(e.into());
+                }
+            }
+        }
+        Ok(numbers)
+    }
+
+    async fn unshare(&self, volumes: &[usize]) {
+        let Some(shared) = &self.shared else { return };
+        for &number in volumes {
+            if let Err(e) = shared.remove(number).await {
+                warn!("{e}");
+            }
+        }
+    }
+
+    /// Builds a container whose disk the machine has, and whose volumes it sees under
+    /// these numbers, in the order of [`Plan::volumes`].
+    pub(crate) async fn build(
+        &self,
+        request: &ContainerRequest,
+        plan: Plan,
+        ends: ClientEnds,
+        volumes: Vec<usize>,
+    ) -> Result<()> {
+        let id = &request.id;
+        let mut paths = Vec::new();
+        let mut storages: Vec<Storage> = Vec::new();
+        if let Some(shared) = &self.shared {
+            storages.push(shared.storage());
+            for &number in &volumes {
+                storages.push(shared.volume_storage(number));
+                paths.push(shared.guest_path(number));
+            }
+        }
+        let mut paths = paths.into_iter();
+        let (root, disk) = match &plan.root {
+            Root::Image(rootfs) => {
+                storages.extend(rootfs.storages.iter().cloned());
+                (rootfs.guest_path.clone(), Some(rootfs.disk.serial.clone()))
+            }
+            Root::Directory(_) => {
+                let root = paths.next().unwrap_or_default();
+                (root.display().to_string(), None)
+            }
+        };
+        let mut binds: Vec<_> = plan.binds.iter().map(|b| b.mount).zip(paths).collect();
+        let first = self.first();
+        if let Some(shm) = &plan.shm {
+            let owner = match plan.role {
+                Role::First => Some(id),
+                _ => first.as_ref().map(|first| &first.guest_id),
+            };
+            if plan.role == Role::First {
+                storages.push(pod::shm_storage(id, &shm.source)?);
+            }
+            if let Some(owner) = owner {
+                binds.push((shm.mount, pod::shm_path(owner)));
+            }
+        }
+        let log = match request.own {
+            true => open_log(&plan.spec)?,
+            false => None,
+        };
+        let files = match plan.role {
+            Role::First => Vec::new(),
+            _ => guest_spec::files(&plan.spec, id),
+        };
+        let place = guest_spec::Place {
+            root: &root,
+            binds: &binds,
+            files: &files,
+            role: plan.role,
+            first: first.as_ref(),
+        };
+        let limits = Limits::of(&plan.spec);
+        let spec = guest_spec::translate(plan.spec, id, &place)?;
+        let process = Arc::new(Process::new(request.stdio.clone()));
+        let stdio = self.open_streams(&process, ends, log).await?;
+        let create = CreateContainerRequest {
+            container_id: id.clone(),
+            spec,
+            storages,
+            stdio: Some(stdio).into(),
+            files: files.into_iter().map(|(file, _)| file).collect(),
+            ..Default::default()
+        };
+        let reply = self
+            .call(
+                "create the container",
+                self.agent.create_container(soon(), &create).await,
+            )
+            .await?;
+        process.set_pid(reply.pid);
+        let container = Container {
+            bundle: request.bundle.clone(),
+            guest_id: id.clone(),
+            restored: false,
+            disk,
+            role: plan.role,
+            limits,
+            volumes,
+            init: process,
+            execs: StdMutex::default(),
+        };
+        lock(&self.containers).insert(id.clone(), Arc::new(container));
+        Ok(())
+    }
+
+    /// The pod's first container, while it runs.
+    fn first(&self) -> Option<First> {
+        let containers = lock(&self.containers);
+        let first = containers.values().find(|c| c.role == Role::First)?;
+        let there = !matches!(first.init.state(), ProcessState::Stopped(_));
+        there.then(|| First {
+            guest_id: first.guest_id.clone(),
+            pid: first.init.pid(),
+        })
+    }
+
+    /// Removes an ended container, or forgets an ended exec. Returns its PID and
+    /// its end.
+    pub async fn delete(&self, id: &str, exec_id: &str) -> Result<(u32, ExitInfo)> {
+        let process = self.process(id, exec_id)?;
+        let exit = match process.state() {
+            ProcessState::Stopped(exit) => exit,
+            // Never started: deleting it is how it ends.
+            ProcessState::Created => ExitInfo {
+                code: 0,
+                at: now_ns(),
+                oom_killed: false,
+                error: None,
+            },
+            _ => {
+                return Err(Error::WrongState(format!(
+                    "delete {id}: it is running; kill it first"
+                )));
+            }
+        };
+        let pid = process.pid();
+        let _whole = self.saving.read().await;
+        let container = self.container(id)?;
+        if !exec_id.is_empty() {
+            lock(&container.execs).remove(exec_id);
+            let request = container.process_request(exec_id);
+            if let Err(e) = self.agent.remove_process(soon(), &request).await {
+                debug!(exec_id, "forget the process: {e}");
+            }
+            return Ok((pid, exit));
+        }
+        let removed = self.remove(&container).await;
+        // The guest may have failed; what it had of the host's goes all the same.
+        self.unshare(&container.volumes).await;
+        removed.map(|()| (pid, exit))
+    }
+
+    async fn remove(&self, container: &Container) -> Result<()> {
+        lock(&self.containers).retain(|_, other| !std::ptr::eq(&**other, container));
+        let request = container.request();
+        let removed = timeout(FAREWELL, self.agent.remove_container(soon(), &request)).await;
+        match removed {
+            Ok(Err(e)) if !agent::is_broken(&e) => Err(fault("remove the container", e)),
+            _ => Ok(()),
+        }
+    }
+
+    /// Knows nothing of a container any more.
+    pub(crate) fn forget(&self, id: &str) {
+        lock(&self.containers).remove(id);
+    }
+
+    pub(crate) fn container(&self, id: &str) -> Result<Arc<Container>> {
+        lock(&self.containers)
+            .get(id)
+            .cloned()
+            .ok_or_else(|| Error::NotFound(format!("no container {id} in this sandbox")))
+    }
+
+    /// Names of its containers.
+    pub fn container_ids(&self) -> Vec<String> {
+        lock(&self.containers).keys().cloned().collect()
+    }
+
+    pub(crate) fn process(&self, id: &str, exec_id: &str) -> Result<Arc<Process>> {
+        let container = self.container(id)?;
+        if exec_id.is_empty() {
+            return Ok(container.init.clone());
+        }
+        Ok(container.exec(id, exec_id)?.process)
+    }
+}

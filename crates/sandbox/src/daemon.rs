@@ -1,0 +1,246 @@
+//! Where the sandboxes of a daemon (containerd) lie: one directory each, below
+//! the run directory, with a lock that the sandbox's supervisor holds for as long
+//! as it lives.
+//!
+//! The daemon keeps the bundles and the records of its containers. Here lies only
+//! what goes with the supervisor: sockets, and the names of what a killed one
+//! leaves behind (cgroups, mounts), for whoever comes next to remove.
+
+use std::{
+    fs, io,
+    os::unix::{ffi::OsStrExt, fs::MetadataExt},
+    path::{Path, PathBuf},
+};
+
+use nix::mount::{MntFlags, umount2};
+use sha2::{Digest, Sha256};
+use tracing::{debug, warn};
+
+use crate::{
+    Error, Lock, Result, cgroup,
+    layout::private_dir,
+    record::{read_dir, remove_dir},
+};
+
+/// Directory in the run directory.
+pub(crate) const RUN_DIR: &str = "containerd";
+/// The same for sandboxes of the OCI command line, which has no daemon.
+pub(crate) const BUNDLES_DIR: &str = "oci";
+/// Bytes of a name's digest that become a directory's name: sockets' addresses are
+/// short, and identifiers of containerd's are not.
+const NAME_BYTES: usize = 10;
+/// Held by the supervisor.
+const LOCK: &str = "lock";
+/// Mount points of the sandbox's, one after the other, each closed by a NUL.
+const MOUNTS: &str = "mounts";
+
+/// The sandboxes of the daemons of this host.
+#[derive(Debug, Clone)]
+pub struct DaemonDirs(PathBuf);
+
+/// The directory of one sandbox, and its lock.
+#[derive(Debug)]
+pub struct SandboxDir {
+    path: PathBuf,
+    lock: Lock,
+}
+
+impl DaemonDirs {
+    /// Below the run directory `run`.
+    pub fn new(run: &Path) -> Result<Self> {
+        let dir = run.join(RUN_DIR);
+        private_dir(&dir)?;
+        Ok(Self(dir))
+    }
+
+    /// Those of the OCI command line.
+    pub(crate) fn of_bundles(run: &Path) -> Result<Self> {
+        let dir = run.join(BUNDLES_DIR);
+        private_dir(&dir)?;
+        Ok(Self(dir))
+    }
+
+    /// The directory of the sandbox with these names, whether or not there is one.
+    pub fn path(&self, names: &[&str]) -> PathBuf {
+        let mut digest = Sha256::new();
+        for name in names {
+            digest.update(name.as_bytes());
+            digest.update([0]);
+        }
+        let name: String = digest.finalize()[..NAME_BYTES]
+            .iter()
+            .map(|byte| format!("{byte:02x}"))
+            .collect();
+        self.0.join(name)
+    }
+
+    /// Takes the directory `path`, made empty; `None` if a supervisor has it.
+    pub fn take(&self, path: &Path) -> Result<Option<SandboxDir>> {
+        loop {
+            private_dir(path)?;
+            let file = path.join(LOCK);
+            let lock = match Lock::try_take(&file) {
+                Ok(Some(lock)) => lock,
+                Ok(None) => return Ok(None),
+                // Whoever had it has just moved it away.
+                Err(Error::Io { source, .. }) if source.kind() == io::ErrorKind::NotFound => {
+                    continue;
+                }
+                Err(e) => return Err(e),
+            };
+            if !is_at(&lock, &file)? {
+                continue;
+            }
+            let dir = SandboxDir {
+                path: path.to_owned(),
+                lock,
+            };
+            dir.sweep()?;
+            return Ok(Some(dir));
+        }
+    }
+
+    /// Removes what killed supervisors left.
+    pub fn sweep(&self) -> Result<()> {
+        for name in read_dir(&self.0)? {
+            let path = self.0.join(&name);
+            let file = path.join(LOCK);
+            match Lock::try_take(&file) {
+                Ok(Some(lock)) if is_at(&lock, &file)? => {
+                    SandboxDir { path, lock }.remove()?;
+                }
+                Ok(_) => {}
+                Err(e) => debug!("look into {}: {e}", path.display()),
+            }
+        }
+        Ok(())
+    }
+}
+
+/// Whether `file` is still the file that was locked.
+fn is_at(lock: &Lock, file: &Path) -> Result<bool> {
+    let held = lock.inode()?;
+    match fs::symlink_metadata(file) {
+        Ok(meta) => Ok((meta.dev(), meta.ino()) == held),
+        Err(e) if e.kind() == io::ErrorKind::NotFound => Ok(false),
+        Err(e) => Err(Error::io("examine", file)(e)),
+    }
+}
+
+impl SandboxDir {
+    /// One that an ancestor took, whose lock this process inherited.
+    pub fn inherited(path: PathBuf, lock: Lock) -> Self {
+        Self { path, lock }
+    }
+
+    /// The directory.
+    pub fn path(&self) -> &Path {
+        &self.path
+    }
+
+    /// Its lock.
+    pub fn lock(&self) -> &Lock {
+        &self.lock
+    }
+
+    /// Keeps the names of all mount points, before there are any.
+    pub fn keep_mounts<'a>(&self, points: impl Iterator<Item = &'a Path>) -> Result<()> {
+        let mut text = Vec::new();
+        for point in points {
+            text.extend_from_slice(point.as_os_str().as_bytes());
+            text.push(0);
+        }
+        let (file, new) = (self.path.join(MOUNTS), self.path.join(".mounts"));
+        fs::write(&new, text).map_err(Error::io("write", &new))?;
+        fs::rename(&new, &file).map_err(Error::io("write", &file))
+    }
+
+    /// Ends what the directory tells of.
+    fn release(&self) {
+        cgroup::sweep(&self.path);
+        let text = fs::read(self.path.join(MOUNTS)).unwrap_or_default();
+        for point in text.split(|byte| *byte == 0).filter(|p| !p.is_empty()) {
+            unmount_dead(Path::new(std::ffi::OsStr::from_bytes(point)));
+        }
+    }
+
+    /// Ends what is left of the sandbox before, but for the directory and its lock.
+    fn sweep(&self) -> Result<()> {
+        self.release();
+        for entry in fs::read_dir(&self.path).map_err(Error::io("list", &self.path))? {
+            let entry = entry.map_err(Error::io("list", &self.path))?;
+            let path = entry.path();
+            if entry.file_name() == LOCK {
+                continue;
+            }
+            if entry.file_type().is_ok_and(|t| t.is_dir()) {
+                remove_dir(&path)?;
+            } else {
+                fs::remove_file(&path).map_err(Error::io("remove", &path))?;
+            }
+        }
+        Ok(())
+    }
+
+    /// Removes everything, the directory and what it tells of; the lock stays held.
+    pub fn remove(&self) -> Result<()> {
+        self.release();
+        // Under its own name it might be somebody's again before it is gone.
+        let gone = self.path.with_extension("gone");
+        match fs::rename(&self.path, &gone) {
+            Ok(()) => remove_dir(&gone),
+            // One that could not be removed is in the way.
+            Err(_) => remove_dir(&self.path),
+        }
+    }
+}
+
+/// Unmounts what a dead process mounted; nothing happens where nothing is mounted.
+fn unmount_dead(point: &Path) {
+    while let Ok(()) = umount2(point, MntFlags::MNT_DETACH | MntFlags::UMOUNT_NOFOLLOW) {
+        warn!("unmounted {}, which was left behind", point.display());
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn one_supervisor_at_a_time_and_what_it_left_goes() {
+        let run = tempfile::tempdir().unwrap();
+        let dirs = DaemonDirs::new(run.path()).unwrap();
+        let path = dirs.path(&["k8s.io", "pod"]);
+        let dir = dirs.take(&path).unwrap().unwrap();
+        assert!(dirs.take(&path).unwrap().is_none());
+        fs::write(path.join("task.sock"), "").unwrap();
+        fs::create_dir_all(path.join("fs/deep")).unwrap();
+        dirs.sweep().unwrap();
+        assert!(path.join("task.sock").exists(), "it has a supervisor");
+        drop(dir);
+        let dir = dirs.take(&path).unwrap().unwrap();
+        assert!(!path.join("task.sock").exists() && !path.join("fs").exists());
+        dir.remove().unwrap();
+        assert!(!path.exists());
+    }
+
+    #[test]
+    fn a_sweep_removes_what_nobody_holds() {
+        let run = tempfile::tempdir().unwrap();
+        let dirs = DaemonDirs::new(run.path()).unwrap();
+        let (dead, alive) = (dirs.path(&["a"]), dirs.path(&["b"]));
+        drop(dirs.take(&dead).unwrap().unwrap());
+        let held = dirs.take(&alive).unwrap().unwrap();
+        held.keep_mounts([Path::new("/nowhere")].into_iter())
+            .unwrap();
+        dirs.sweep().unwrap();
+        assert!(!dead.exists() && alive.exists());
+    }
+
+    #[test]
+    fn names_do_not_run_into_each_other() {
+        let dirs = DaemonDirs(PathBuf::from("/r"));
+        assert_ne!(dirs.path(&["ab", "c"]), dirs.path(&["a", "bc"]));
+        assert_eq!(dirs.path(&["a"]).as_os_str().len(), "/r/".len() + 20);
+    }
+}

@@ -1,0 +1,154 @@
+//! Machines that wait for their container: a clone of a template that runs, and has built
+//! and run a container of ours, so that it has done everything once.
+
+use std::{
+    fs,
+    os::unix::fs::DirBuilderExt,
+    path::{Path, PathBuf},
+    sync::Arc,
+};
+
+use oci_spec::runtime::Spec;
+
+use crate::{
+    ANNOTATION_LOG, ContainerRequest, Error, Result, RootfsMount, Sandbox, SandboxConfig,
+    StdioTargets, Wanted, cgroup,
+    plan::{FIRST_DISK, Plan},
+    sizing::{self, Size},
+    start::{self, Parts, Steps},
+    stdio::ClientEnds,
+};
+
+/// The container of the rehearsal: what most containers have, as Docker has it.
+const SPEC: &str = include_str!("rehearsal.json");
+const REHEARSAL: &str = "rehearsal";
+/// Longest output of it that is quoted.
+const QUOTE_MAX: usize = 512;
+
+impl Sandbox {
+    /// A machine without a container, for [`Sandbox::adopt`]. There must be a template
+    /// for it, for only a clone has room for a disk that comes later on every driver.
+    pub async fn standby(config: SandboxConfig, wanted: &Wanted) -> Result<Self> {
+        let steps = Steps::new();
+        let size = Size {
+            memory: wanted.memory,
+            vcpus: wanted.vcpus,
+        };
+        let cgroup = cgroup::enter(&config, size.memory);
+        let parts = Parts {
+            size,
+            disks: Vec::new(),
+            shares: Vec::new(),
+        };
+        let started = start::start(&config, parts, steps).await?;
+        let sandbox = Self::new(config, started, None, size, cgroup);
+        if sandbox.template().is_none() {
+            sandbox.kill_machine().await;
+            return Err(Error::NotFound(
+                "keep a machine ready: there is no template of its size that works".into(),
+            ));
+        }
+        steps.done("machine stands by");
+        Ok(sandbox)
+    }
+
+    /// Builds a container from `image` (EROFS, with the program `/rehearsal`), and sees it
+    /// to its end. `dir` is a directory for what that needs on the host.
+    ///
+    /// The guest keeps what it built. Were it removed, the pages of its code would become
+    /// somebody's data: an emulator that has translated code in a page does every write
+    /// to that page by hand, which made half of the time of the start that was to come.
+    pub async fn rehearse(self: &Arc<Self>, image: &Path, dir: &Path) -> Result<()> {
+        let bundle = dir.join(REHEARSAL);
+        fs::DirBuilder::new()
+            .mode(0o700)
+            .create(&bundle)
+            .map_err(Error::io("create directory", &bundle))?;
+        let log = bundle.join("log");
+        write_bundle(&bundle, &log)?;
+        let request = ContainerRequest {
+            own: true,
+            id: REHEARSAL.into(),
+            bundle: bundle.clone(),
+            rootfs: vec![RootfsMount {
+                kind: "erofs".into(),
+                source: image.to_owned(),
+            }],
+            stdio: StdioTargets::default(),
+        };
+        self.furnish(&request, FIRST_DISK + 1).await?;
+        self.start(REHEARSAL, "").await?;
+        let exit = self.wait(REHEARSAL, "").await?;
+        self.forget(REHEARSAL);
+        if exit.code != 0 {
+            let said = fs::read_to_string(&log).unwrap_or_default();
+            let said: String = said.chars().take(QUOTE_MAX).collect();
+            let why = exit.error.unwrap_or(said);
+            return Err(Error::Machine(format!(
+                "rehearse a container: it ended with code {}: {why}",
+                exit.code
+            )));
+        }
+        fs::remove_dir_all(&bundle).map_err(Error::io("remove", &bundle))?;
+        // For what comes now the agent has a helper ready again.
+        self.configure(&Spec::default()).await
+    }
+
+    /// Whether a machine that stands by can be this container's.
+    pub fn fits(&self, request: &ContainerRequest) -> Result<bool> {
+        let plan = Plan::new(request, FIRST_DISK)?;
+        let asked = self.settings.asked_by(&plan.spec, request.own)?;
+        let size = sizing::size(&plan.spec, &asked);
+        Ok(self.size.max.holds(size)
+            && size.holds(self.size.now())
+            && !plan.needs_sharing()
+            && asked.machine == self.settings.machine)
+    }
+
+    /// Gives a machine that stands by its container.
+    pub async fn adopt(&self, request: &ContainerRequest) -> Result<()> {
+        let steps = Steps::new();
+        let plan = Plan::new(request, FIRST_DISK)?;
+        let asked = self.settings.asked_by(&plan.spec, request.own)?;
+        let size = sizing::size(&plan.spec, &asked);
+        self.grow(size.memory, size.vcpus).await?;
+        self.furnish(request, FIRST_DISK).await?;
+        steps.done("container created");
+        Ok(())
+    }
+
+    async fn furnish(&self, request: &ContainerRequest, disk: u32) -> Result<()> {
+        let plan = Plan::new(request, disk)?;
+        let ends = ClientEnds::open(&request.stdio)?;
+        // No machine is saved between the disk and what is known of it.
+        let _whole = self.saving.read().await;
+        if let Some(root) = plan.image() {
+            self.attach(&root.disk).await?;
+        }
+        self.configure(&plan.spec).await?;
+        self.build(request, plan, ends, Vec::new()).await
+    }
+}
+
+fn write_bundle(bundle: &Path, log: &Path) -> Result<()> {
+    let path: PathBuf = bundle.join("config.json");
+    let fail = |e: &dyn std::fmt::Display| Error::Invalid(format!("describe the rehearsal: {e}"));
+    let mut spec: Spec = serde_json::from_str(SPEC).map_err(|e| fail(&e))?;
+    let log = (ANNOTATION_LOG.to_owned(), log.display().to_string());
+    spec.set_annotations(Some([log].into()));
+    let json = serde_json::to_vec(&spec).map_err(|e| fail(&e))?;
+    fs::write(&path, json).map_err(Error::io("write", &path))
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn the_rehearsal_has_a_valid_bundle() {
+        let dir = tempfile::tempdir().unwrap();
+        write_bundle(dir.path(), Path::new("/log")).unwrap();
+        let spec = crate::guest_spec::load(dir.path()).unwrap();
+        assert_eq!(spec.annotations().as_ref().unwrap()[ANNOTATION_LOG], "/log");
+    }
+}

@@ -1,0 +1,116 @@
+//! Whom a supervisor works for. A sandbox is the same for `walnut` and for
+//! containerd; what they are told of it, and when it ends, is not.
+
+use std::{
+    fmt::Debug,
+    path::{Path, PathBuf},
+    sync::Arc,
+};
+
+use async_trait::async_trait;
+use containerd_shim_protos::api::CreateTaskRequest;
+use walnut_sandbox::{Error, ExitInfo, Result, Sandbox, StdioTargets};
+
+/// Where a sandbox lies.
+#[derive(Debug, Clone, Copy)]
+pub(crate) struct Place<'a> {
+    /// Its name.
+    pub(crate) id: &'a str,
+    /// Its sockets.
+    pub(crate) run_dir: &'a Path,
+    /// The node's directories: state and run; none for one that stands alone.
+    pub(crate) node: Option<(&'a Path, &'a Path)>,
+    /// Its bundles are of Walnut's making.
+    pub(crate) own: bool,
+}
+
+/// What happens in a sandbox.
+#[derive(Debug)]
+pub(crate) enum Event<'a> {
+    /// A container has been built.
+    Created(&'a CreateTaskRequest),
+    /// A container's program runs.
+    Started { id: &'a str },
+    /// A process has been announced.
+    ExecAdded { id: &'a str, exec_id: &'a str },
+    /// It runs.
+    ExecStarted { id: &'a str, exec_id: &'a str },
+    /// A process has ended; the container's first if `exec_id` is empty.
+    Exited {
+        id: &'a str,
+        exec_id: &'a str,
+        exit: &'a ExitInfo,
+    },
+    /// A container has been removed.
+    Deleted { id: &'a str, exit: &'a ExitInfo },
+    /// A container is frozen.
+    Paused { id: &'a str },
+    /// It goes on.
+    Resumed { id: &'a str },
+    /// The guest's kernel killed a process of a container, for want of memory.
+    OutOfMemory { id: &'a str },
+    /// A container has been saved.
+    Checkpointed { id: &'a str, path: &'a str },
+}
+
+/// Streams as a client names them.
+#[derive(Debug, Clone, Default)]
+pub(crate) struct Streams {
+    pub(crate) terminal: bool,
+    pub(crate) stdin: String,
+    pub(crate) stdout: String,
+    pub(crate) stderr: String,
+}
+
+/// How many containers a sandbox has.
+#[derive(Debug, Clone, Copy)]
+pub(crate) struct Count {
+    /// That are there at all.
+    pub(crate) all: usize,
+    /// That have not ended.
+    pub(crate) alive: usize,
+}
+
+/// One for whom a supervisor works.
+#[async_trait]
+pub(crate) trait Front: Debug + Send + Sync + 'static {
+    /// Where its sandbox lies.
+    fn place(&self) -> Place<'_>;
+
+    /// Opens what the streams' names stand for.
+    async fn streams(&self, id: &str, streams: &Streams) -> Result<StdioTargets>;
+
+    /// Mounts are about to be made on these points, and on no others.
+    fn mounting(&self, points: &[PathBuf]) -> Result<()>;
+
+    /// The sandbox is up, for the container `id`.
+    fn up(&self, sandbox: &Arc<Sandbox>, id: &str);
+
+    /// Something happened.
+    fn tell(&self, event: Event<'_>);
+
+    /// The PID that stands for a process that is `pid` in the guest.
+    fn pid(&self, pid: u32) -> u32 {
+        pid
+    }
+
+    /// The same for all processes of a container.
+    fn pids(&self, pids: Vec<u32>) -> Vec<u32> {
+        pids
+    }
+
+    /// A process's exit code; an error where an exit code would be a lie. The API has no
+    /// field for the reason; an exit code alone would be taken for the program's own.
+    fn verdict(&self, exit: &ExitInfo) -> Result<u32> {
+        match &exit.error {
+            Some(reason) => Err(Error::Machine(reason.clone())),
+            None => Ok(exit.code),
+        }
+    }
+
+    /// Is asked to end.
+    fn shutdown(&self, now: bool, count: Count);
+
+    /// A container that has been saved is not to go on.
+    async fn stop_saved(&self, sandbox: &Arc<Sandbox>, id: &str) -> Result<()>;
+}

@@ -1,0 +1,125 @@
+//! Programs of others that are driven against the product, and the test image as they
+//! take it.
+
+use std::{
+    fs,
+    io::{Read, Write},
+    path::{Path, PathBuf},
+    process::{Command, Stdio},
+    thread,
+    time::{Duration, Instant},
+};
+
+use crate::DEADLINE;
+
+/// What a command left behind.
+#[derive(Debug)]
+pub struct Done {
+    /// Exit code; -1 if there is none.
+    pub code: i32,
+    /// Standard output, as text.
+    pub stdout: String,
+    /// Standard error, as text.
+    pub stderr: String,
+}
+
+impl Done {
+    /// Panics unless the exit code is `code`.
+    #[track_caller]
+    pub fn exits(self, code: i32) -> Self {
+        assert_eq!(self.code, code, "{self:#?}");
+        self
+    }
+}
+
+/// Where this repository is.
+pub fn repository() -> &'static Path {
+    Path::new(env!("CARGO_MANIFEST_DIR"))
+        .parent()
+        .expect("tests/ is in the repository")
+}
+
+/// Where the tests keep what takes long to make; never on an overlay.
+pub fn cache() -> PathBuf {
+    std::env::var_os("WALNUT_CACHE").map_or_else(
+        || Path::new(&std::env::var_os("HOME").expect("HOME is set")).join(".cache/walnut"),
+        PathBuf::from,
+    )
+}
+
+/// The test image as one file, an OCI archive; the first caller makes it.
+pub fn image() -> PathBuf {
+    let dir = cache().join("e2e");
+    fs::create_dir_all(&dir).expect("create the tests' root");
+    let lock = fs::File::create(dir.join("containerd.lock")).expect("create the lock");
+    lock.lock().expect("lock");
+    let built = Command::new(repository().join("tests/image/build.sh"))
+        .stderr(Stdio::null())
+        .output()
+        .expect("run build.sh");
+    assert!(built.status.success(), "tests/image/build.sh failed");
+    let layout = String::from_utf8(built.stdout).expect("text");
+    let layout = Path::new(layout.lines().last().expect("the layout's path"));
+    let hash = layout.parent().and_then(Path::file_name);
+    let file = dir
+        .join(hash.expect("the image's hash"))
+        .with_extension("tar");
+    if !file.exists() {
+        let new = file.with_extension("new");
+        let packed = Command::new("tar")
+            .arg("-C")
+            .arg(layout)
+            .arg("-cf")
+            .args([new.as_os_str(), ".".as_ref()])
+            .status()
+            .expect("run tar");
+        assert!(packed.success());
+        fs::rename(&new, &file).expect("put the image in place");
+    }
+    file
+}
+
+/// Runs a command to its end, and kills one that reaches the deadline.
+#[track_caller]
+pub fn finish(command: &mut Command, input: &[u8]) -> Done {
+    let mut child = command
+        .stdin(Stdio::piped())
+        .stdout(Stdio::piped())
+        .stderr(Stdio::piped())
+        .spawn()
+        .expect("start a program");
+    let mut stdin = child.stdin.take().expect("piped");
+    let input = input.to_vec();
+    let writer = thread::spawn(move || {
+        let _ = stdin.write_all(&input);
+    });
+    let reader = |mut from: Box<dyn Read + Send>| {
+        thread::spawn(move || {
+            let mut bytes = Vec::new();
+            let _ = from.read_to_end(&mut bytes);
+            String::from_utf8_lossy(&bytes).into_owned()
+        })
+    };
+    let stdout = reader(Box::new(child.stdout.take().expect("piped")));
+    let stderr = reader(Box::new(child.stderr.take().expect("piped")));
+    let start = Instant::now();
+    let code = loop {
+        if let Some(status) = child.try_wait().expect("wait") {
+            break status.code();
+        }
+        if start.elapsed() > DEADLINE {
+            let _ = child.kill();
+            let _ = child.wait();
+            break None;
+        }
+        thread::sleep(Duration::from_millis(5));
+    };
+    let done = Done {
+        code: code.unwrap_or(-1),
+        stdout: stdout.join().expect("reader"),
+        stderr: stderr.join().expect("reader"),
+    };
+    writer.join().expect("writer");
+    assert!(code.is_some(), "it hangs: {done:#?}");
+    done
+}

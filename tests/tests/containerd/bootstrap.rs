@@ -1,0 +1,114 @@
+//! What the shim answers those that start it, in each of their languages.
+
+use std::{
+    fs,
+    os::unix::net::UnixStream,
+    path::{Path, PathBuf},
+    process::Command,
+};
+
+use walnut_tests::{processes, unique, until};
+
+use crate::daemon::{Done, finish, repository};
+
+/// A bundle, and the shim's directories.
+struct Bench {
+    dir: PathBuf,
+    id: String,
+}
+
+impl Bench {
+    fn new() -> Self {
+        let id = unique("boot");
+        let dir = Path::new("/tmp").join(&id);
+        fs::create_dir_all(dir.join("bundle")).unwrap();
+        fs::write(dir.join("bundle/config.json"), "{}").unwrap();
+        Self { dir, id }
+    }
+
+    /// Calls the shim as containerd does.
+    fn shim(&self, action: &str, env: &[(&str, &str)], input: &[u8]) -> Done {
+        let mut command =
+            Command::new(repository().join("out/lib/walnut/containerd-shim-walnut-v2"));
+        command
+            .args([
+                "-namespace",
+                "space",
+                "-id",
+                &self.id,
+                "-address",
+                "/nowhere",
+            ])
+            .args(["-publish-binary", "/usr/bin/containerd", action])
+            .current_dir(self.dir.join("bundle"))
+            .env("WALNUT_ROOT", self.dir.join("s"))
+            .env("WALNUT_RUN", self.dir.join("r"))
+            .env_remove("MAX_SHIM_VERSION")
+            .envs(env.iter().copied());
+        finish(&mut command, input)
+    }
+
+    /// The address that the bundle says; somebody answers there.
+    fn address(&self) -> String {
+        let address = fs::read_to_string(self.dir.join("bundle/address")).unwrap();
+        UnixStream::connect(address.strip_prefix("unix://").unwrap()).unwrap();
+        address
+    }
+
+    /// The shim of a container that was never created goes, with everything.
+    fn end(self) {
+        self.shim("delete", &[], b"").exits(0);
+        until("the supervisor is gone", || {
+            processes(self.dir.to_str().unwrap()).is_empty()
+        });
+        let left: Vec<_> = fs::read_dir(self.dir.join("r/containerd"))
+            .unwrap()
+            .collect();
+        assert!(left.is_empty(), "{left:?}");
+        fs::remove_dir_all(&self.dir).unwrap();
+    }
+}
+
+#[test]
+fn an_address_for_the_oldest() {
+    let bench = Bench::new();
+    let done = bench.shim("start", &[], b"").exits(0);
+    assert_eq!(done.stdout, bench.address());
+    // Whoever asks again gets the same supervisor.
+    let again = bench.shim("start", &[], b"").exits(0);
+    assert_eq!(again.stdout, done.stdout);
+    assert_eq!(processes(bench.dir.to_str().unwrap()).len(), 1);
+    let pid = fs::read_to_string(bench.dir.join("bundle/shim.pid")).unwrap();
+    assert_eq!(processes(bench.dir.to_str().unwrap())[0].0.to_string(), pid);
+    bench.end();
+}
+
+#[test]
+fn json_for_those_who_name_a_version() {
+    let bench = Bench::new();
+    let done = bench
+        .shim("start", &[("MAX_SHIM_VERSION", "2")], b"")
+        .exits(0);
+    let reply: serde_json::Value = serde_json::from_str(&done.stdout).unwrap();
+    assert_eq!(reply["version"], 2);
+    assert_eq!(reply["protocol"], "ttrpc");
+    assert_eq!(reply["address"], bench.address());
+    bench.end();
+}
+
+#[test]
+fn protobuf_for_those_who_write_it() {
+    let bench = Bench::new();
+    let text = |field: u8, text: &str| {
+        let mut bytes = vec![field << 3 | 2, u8::try_from(text.len()).unwrap()];
+        bytes.extend(text.as_bytes());
+        bytes
+    };
+    let params = [text(1, &bench.id), text(2, "space")].concat();
+    let env = [("MAX_SHIM_VERSION", "2")];
+    let done = bench.shim("start", &env, &params).exits(0);
+    let version = vec![1 << 3, 3];
+    let want = [version, text(2, &bench.address()), text(3, "ttrpc")].concat();
+    assert_eq!(done.stdout.as_bytes(), want);
+    bench.end();
+}

@@ -1,0 +1,422 @@
+//! A containerd of a test's own.
+
+use std::{
+    collections::BTreeSet,
+    fs,
+    os::unix::process::CommandExt,
+    path::{Path, PathBuf},
+    process::{Child, Command, Stdio},
+    sync::Mutex,
+    thread,
+};
+
+use nix::{
+    mount::{MntFlags, umount2},
+    sys::signal::{Signal, kill},
+    unistd::Pid,
+};
+pub(crate) use walnut_tests::client::{Done, finish, image, repository};
+use walnut_tests::{assert_gone, cgroups, client::cache, processes, unique, until};
+
+/// Namespace of all containers here but those of Kubernetes.
+const NAMESPACE: &str = "walnut-test";
+/// Kubernetes' namespace.
+const KUBERNETES: &str = "k8s.io";
+/// The runtime under test.
+const RUNTIME: &str = "io.containerd.walnut.v2";
+/// Name of the image in it.
+pub(crate) const IMAGE: &str = "demo:latest";
+
+/// The same for Kubernetes, which wants a registry's.
+pub(crate) const KUBERNETES_IMAGE: &str = "walnut.test/demo:latest";
+/// What a pod's first container runs.
+const PAUSE_IMAGE: &str = "walnut.test/pause";
+
+/// A containerd with the test image.
+pub(crate) struct Daemon {
+    /// What must not lie on an overlay: content and snapshots.
+    root: PathBuf,
+    /// Sockets, bundles, and what Walnut keeps.
+    state: PathBuf,
+    child: Child,
+    /// Names of everything that has run.
+    names: Mutex<BTreeSet<String>>,
+}
+
+/// An image whose only program sleeps.
+fn pause_image(dir: &Path) -> PathBuf {
+    let (layout, file) = (dir.join("pause"), dir.join("pause.tar"));
+    let tag = format!("{}:latest", layout.display());
+    let layout = layout.to_str().unwrap();
+    let steps: [&[&str]; 5] = [
+        &["umoci", "init", "--layout", layout],
+        &["umoci", "new", "--image", &tag],
+        &[
+            "umoci",
+            "insert",
+            "--image",
+            &tag,
+            "/bin/busybox",
+            "/bin/sleep",
+        ],
+        &[
+            "umoci",
+            "config",
+            "--image",
+            &tag,
+            "--config.entrypoint",
+            "/bin/sleep",
+            "--config.entrypoint",
+            "infinity",
+        ],
+        &["tar", "-C", layout, "-cf", file.to_str().unwrap(), "."],
+    ];
+    for step in steps {
+        finish(Command::new(step[0]).args(&step[1..]), b"").exits(0);
+    }
+    file
+}
+
+/// Stands for the daemon's own directory in what is added to its configuration.
+const DAEMON_STATE: &str = "@state@";
+
+impl Daemon {
+    /// Starts it, and gives it the image.
+    pub(crate) fn start() -> Self {
+        let daemon = Self::launch("disabled_plugins = [\"io.containerd.grpc.v1.cri\"]\n", "");
+        let image = image();
+        let image = image.to_str().unwrap();
+        daemon
+            .ctr(&["image", "import", "--base-name", "demo", image])
+            .exits(0);
+        daemon
+    }
+
+    /// Starts it with its interface for Kubernetes.
+    pub(crate) fn start_for_kubernetes() -> Self {
+        let plugin = format!(
+            "[plugins.\"io.containerd.grpc.v1.cri\"]\n\
+             sandbox_image = \"{PAUSE_IMAGE}:latest\"\n\
+             [plugins.\"io.containerd.grpc.v1.cri\".containerd]\n\
+             default_runtime_name = \"walnut\"\n\
+             [plugins.\"io.containerd.grpc.v1.cri\".containerd.runtimes.walnut]\n\
+             runtime_type = \"{RUNTIME}\"\n\
+             [plugins.\"io.containerd.grpc.v1.cri\".cni]\n\
+             bin_dir = \"{DAEMON_STATE}/cni\"\n\
+             conf_dir = \"{DAEMON_STATE}/cni\"\n"
+        );
+        let daemon = Self::launch("", &plugin);
+        let import = |base: &str, file: &Path| {
+            let mut args = vec!["--namespace", KUBERNETES, "image", "import", "--base-name"];
+            args.extend([base, file.to_str().unwrap()]);
+            daemon.ctr(&args).exits(0);
+        };
+        import(KUBERNETES_IMAGE.trim_end_matches(":latest"), &image());
+        import(PAUSE_IMAGE, &pause_image(&daemon.state));
+        daemon
+    }
+
+    /// `tail` may name files below the daemon's own directory ([`DAEMON_STATE`]).
+    fn launch(head: &str, tail: &str) -> Self {
+        let name = unique("ctd");
+        let root = cache().join("e2e").join(&name);
+        // Short: sockets' addresses are.
+        let state = Path::new("/tmp").join(&name);
+        for dir in [&root, &state] {
+            fs::create_dir_all(dir).unwrap();
+        }
+        let (root_dir, state_dir) = (root.display(), state.display());
+        let tail = tail.replace(DAEMON_STATE, state.to_str().unwrap());
+        let config = format!(
+            "version = 2\n\
+             root = \"{root_dir}/containerd\"\n\
+             state = \"{state_dir}/containerd\"\n\
+             {head}\
+             [grpc]\naddress = \"{state_dir}/c.sock\"\n\
+             [ttrpc]\naddress = \"{state_dir}/c.sock.ttrpc\"\n\
+             {tail}"
+        );
+        fs::write(state.join("config.toml"), config).unwrap();
+        let child = spawn(&root, &state);
+        let daemon = Self {
+            root,
+            state,
+            child,
+            names: Mutex::default(),
+        };
+        daemon.until_it_answers();
+        daemon
+    }
+
+    /// A sandbox of this name runs.
+    pub(crate) fn note(&self, name: &str) {
+        self.names.lock().unwrap().insert(name.to_owned());
+    }
+
+    /// A file below its own directory.
+    pub(crate) fn file(&self, name: &str) -> PathBuf {
+        self.state.join(name)
+    }
+
+    /// Its socket.
+    pub(crate) fn socket(&self) -> PathBuf {
+        self.state.join("c.sock")
+    }
+
+    /// The same for a snapshotter that is not the usual one.
+    pub(crate) fn start_with_snapshotter(snapshotter: &str) -> Self {
+        let daemon = Self::start();
+        daemon
+            .ctr(&[
+                "image",
+                "import",
+                "--base-name",
+                "demo",
+                "--snapshotter",
+                snapshotter,
+                image().to_str().unwrap(),
+            ])
+            .exits(0);
+        daemon
+    }
+
+    fn until_it_answers(&self) {
+        until("containerd answers", || self.ctr(&["version"]).code == 0);
+    }
+
+    /// Kills it as `kill -9` does, and starts it again after `meanwhile`.
+    pub(crate) fn restart(&mut self, meanwhile: impl FnOnce()) {
+        self.child.kill().unwrap();
+        self.child.wait().unwrap();
+        meanwhile();
+        self.child = spawn(&self.root, &self.state);
+        self.until_it_answers();
+    }
+
+    /// A directory for a test's own files.
+    pub(crate) fn scratch(&self) -> &Path {
+        &self.state
+    }
+
+    /// A `ctr` command line.
+    pub(crate) fn command(&self, args: &[&str]) -> Command {
+        let mut command = Command::new("ctr");
+        command
+            .arg("--address")
+            .arg(self.socket())
+            .args(["--namespace", NAMESPACE])
+            .args(args);
+        command
+    }
+
+    /// Runs `ctr` to its end.
+    #[track_caller]
+    pub(crate) fn ctr(&self, args: &[&str]) -> Done {
+        finish(&mut self.command(args), b"")
+    }
+
+    /// The arguments of `ctr run` with the runtime under test.
+    pub(crate) fn run_args<'a>(
+        &self,
+        options: &[&'a str],
+        id: &'a str,
+        program: &[&'a str],
+    ) -> Vec<&'a str> {
+        self.note(id);
+        let mut args = vec!["run", "--runtime", RUNTIME];
+        args.extend(options);
+        args.extend([IMAGE, id]);
+        args.extend(program);
+        args
+    }
+
+    /// `ctr run` with the runtime under test.
+    #[track_caller]
+    pub(crate) fn run(&self, options: &[&str], id: &str, program: &[&str]) -> Done {
+        self.ctr(&self.run_args(options, id, program))
+    }
+
+    /// The same, with input.
+    #[track_caller]
+    pub(crate) fn run_with(
+        &self,
+        input: &[u8],
+        options: &[&str],
+        id: &str,
+        program: &[&str],
+    ) -> Done {
+        finish(
+            &mut self.command(&self.run_args(options, id, program)),
+            input,
+        )
+    }
+
+    /// A container behind.
+    #[track_caller]
+    pub(crate) fn detached(&self, id: &str, program: &[&str]) {
+        self.run(&["-d"], id, program).exits(0);
+    }
+
+    /// `ctr task exec`.
+    #[track_caller]
+    pub(crate) fn exec(&self, id: &str, program: &[&str]) -> Done {
+        let exec_id = unique("exec");
+        let mut args = vec!["task", "exec", "--exec-id", &exec_id, id];
+        args.extend(program);
+        self.ctr(&args)
+    }
+
+    /// PID and state of a task; `None` if there is none.
+    #[track_caller]
+    pub(crate) fn task(&self, id: &str) -> Option<(i32, String)> {
+        let list = self.ctr(&["task", "ls"]).exits(0);
+        list.stdout.lines().find_map(|line| {
+            let mut words = line.split_whitespace();
+            (words.next()? == id).then_some(())?;
+            Some((words.next()?.parse().ok()?, words.next()?.to_owned()))
+        })
+    }
+
+    /// Waits until a task is in a state.
+    #[track_caller]
+    pub(crate) fn until_task_is(&self, id: &str, state: &str) {
+        until(&format!("task {id} is {state}"), || {
+            self.task(id).is_some_and(|(_, now)| now == state)
+        });
+    }
+
+    /// Kills a container and removes it.
+    #[track_caller]
+    pub(crate) fn remove(&self, id: &str) {
+        if self.task(id).is_some() {
+            self.ctr(&["task", "kill", "--signal", "KILL", id]);
+            self.until_task_is(id, "STOPPED");
+            let done = self.ctr(&["task", "delete", id]);
+            assert!(self.task(id).is_none(), "{done:#?}");
+        }
+        self.ctr(&["container", "rm", id]).exits(0);
+    }
+
+    /// Removes an ended task; the code that its program had is to be this.
+    #[track_caller]
+    pub(crate) fn delete(&self, id: &str, code: i32) {
+        let done = self.ctr(&["task", "delete", id]).exits(0);
+        let said = format!("non-zero exit code {code}");
+        assert_eq!(done.stderr.contains("exit code"), code != 0, "{done:#?}");
+        assert!(code == 0 || done.stderr.contains(&said), "{done:#?}");
+    }
+
+    /// Kills the process of this name, as `kill -9` does.
+    #[track_caller]
+    pub(crate) fn kill_process(&self, name: &str) {
+        let mut pid = None;
+        until(&format!("{name} runs"), || {
+            let all = processes(self.mark());
+            pid = all.into_iter().find(|(_, n)| n.starts_with(name));
+            pid.is_some()
+        });
+        kill(Pid::from_raw(pid.unwrap().0), Signal::SIGKILL).unwrap();
+    }
+
+    /// Text in every command line of this one's.
+    fn mark(&self) -> &str {
+        self.state.to_str().unwrap()
+    }
+
+    /// Everything of any container that is on the host.
+    fn traces(&self) -> Vec<String> {
+        let mut found: Vec<_> = processes(self.mark())
+            .into_iter()
+            .map(|(pid, name)| format!("process {pid} {name}"))
+            .collect();
+        let mounts = fs::read_to_string("/proc/self/mountinfo").unwrap();
+        found.extend(
+            mounts
+                .lines()
+                .filter(|l| l.contains(self.mark()))
+                .map(Into::into),
+        );
+        found.extend(
+            self.names
+                .lock()
+                .unwrap()
+                .iter()
+                .flat_map(|name| cgroups(name)),
+        );
+        let pods = self.state.join("w/containerd");
+        let bundles = self.state.join("containerd/io.containerd.runtime.v2.task");
+        for dir in [pods, bundles.join(NAMESPACE), bundles.join(KUBERNETES)] {
+            let entries = fs::read_dir(dir).into_iter().flatten().flatten();
+            found.extend(entries.map(|e| e.path().display().to_string()));
+        }
+        found
+    }
+
+    /// Panics unless everything of all containers goes away.
+    #[track_caller]
+    pub(crate) fn assert_nothing_left(&self) {
+        assert_gone(|| self.traces());
+    }
+
+    /// What containerd and its shims have logged.
+    pub(crate) fn log(&self) -> String {
+        let text = fs::read_to_string(self.state.join("log")).unwrap_or_default();
+        let lines = text.lines().filter(|line| !line.contains("plugin"));
+        lines.map(|line| format!("{line}\n")).collect()
+    }
+}
+
+fn spawn(root: &Path, state: &Path) -> Child {
+    let lib = repository().join("out/lib/walnut");
+    assert!(lib.join("vmlinux").exists(), "run `make build` first");
+    let path = std::env::var("PATH").unwrap();
+    let log = fs::OpenOptions::new()
+        .append(true)
+        .create(true)
+        .open(state.join("log"))
+        .unwrap();
+    let mut command = Command::new("containerd");
+    command
+        .arg("--config")
+        .arg(state.join("config.toml"))
+        .args(["--log-level", "debug"])
+        .env("PATH", format!("{}:{path}", lib.display()))
+        .env("WALNUT_ROOT", root.join("walnut"))
+        .env("WALNUT_RUN", state.join("w"))
+        .env_remove("WALNUT_LIB")
+        .env_remove("WALNUT_LOG")
+        .env_remove("WALNUT_DRIVER")
+        .stdin(Stdio::null())
+        .stdout(Stdio::null())
+        .stderr(log)
+        // ^C is for the tests, which end it.
+        .process_group(0);
+    command.spawn().expect("start containerd")
+}
+
+impl Drop for Daemon {
+    fn drop(&mut self) {
+        let failed = thread::panicking();
+        if failed {
+            eprintln!("containerd's log:\n{}", self.log());
+        } else {
+            self.assert_nothing_left();
+        }
+        let _ = self.child.kill();
+        let _ = self.child.wait();
+        for (pid, _) in processes(self.mark()) {
+            let _ = kill(Pid::from_raw(pid), Signal::SIGKILL);
+        }
+        let mounts = fs::read_to_string("/proc/self/mountinfo").unwrap_or_default();
+        for line in mounts.lines().rev() {
+            if let Some(point) = line.split(' ').nth(4)
+                && point.contains(self.mark())
+            {
+                let _ = umount2(Path::new(point), MntFlags::MNT_DETACH);
+            }
+        }
+        for dir in [&self.root, &self.state] {
+            let _ = fs::remove_dir_all(dir);
+        }
+    }
+}

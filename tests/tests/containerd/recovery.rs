@@ -1,0 +1,116 @@
+//! Each of them killed, and containerd's view right afterwards.
+
+use nix::{
+    sys::signal::{Signal, kill},
+    unistd::Pid,
+};
+use walnut_tests::{unique, until};
+
+use crate::{daemon::Daemon, events::Events, pods::member};
+
+#[test]
+fn containers_outlive_containerd() {
+    let mut daemon = Daemon::start();
+    let (a, b) = (unique("a"), unique("b"));
+    daemon.detached(&a, &["sleep", "1000"]);
+    daemon.detached(&b, &["sleep", "1000"]);
+    let before = (daemon.task(&a), daemon.task(&b));
+    for _ in 0..2 {
+        daemon.restart(|| {});
+        assert_eq!((daemon.task(&a), daemon.task(&b)), before);
+        let done = daemon.exec(&a, &["echo", "still here"]).exits(0);
+        assert_eq!(done.stdout, "still here\n");
+    }
+    let events = Events::listen(&daemon);
+    daemon.remove(&a);
+    until("its end is told", || {
+        events.of(&a).contains(&"delete".into())
+    });
+    assert_eq!(events.of(&a), ["exit", "delete"]);
+    assert_eq!(daemon.task(&b), before.1);
+    daemon.remove(&b);
+}
+
+#[test]
+fn a_killed_shim_takes_everything_along() {
+    let daemon = Daemon::start();
+    let events = Events::listen(&daemon);
+    let id = unique("c");
+    daemon.detached(&id, &["sleep", "1000"]);
+    daemon.kill_process("containerd-shim-walnut-v2");
+    until("the task is gone", || daemon.task(&id).is_none());
+    daemon.assert_nothing_left();
+    until("its end is told", || {
+        events.of(&id).contains(&"delete".into())
+    });
+    assert_eq!(events.of(&id), ["create", "start", "exit", "delete"]);
+    let exits = events.lines("/tasks/exit", &id);
+    assert!(exits[0].contains("\"exit_status\":137"), "{exits:#?}");
+    // Its name can be had again.
+    daemon.ctr(&["task", "start", "-d", &id]).exits(0);
+    daemon.exec(&id, &["true"]).exits(0);
+    daemon.remove(&id);
+}
+
+#[test]
+fn a_shim_killed_in_containerd_s_absence_is_cleaned_up_after() {
+    let mut daemon = Daemon::start();
+    let id = unique("c");
+    daemon.detached(&id, &["sleep", "1000"]);
+    let mark = daemon.scratch().to_owned();
+    daemon.restart(|| {
+        let all = walnut_tests::processes(mark.to_str().unwrap());
+        let shim = all
+            .iter()
+            .find(|(_, name)| name.starts_with("containerd-shim"));
+        kill(Pid::from_raw(shim.unwrap().0), Signal::SIGKILL).unwrap();
+    });
+    until("the task is gone", || daemon.task(&id).is_none());
+    daemon.assert_nothing_left();
+    daemon.remove(&id);
+}
+
+#[test]
+fn a_killed_machine_ends_its_containers() {
+    let daemon = Daemon::start();
+    let events = Events::listen(&daemon);
+    let id = unique("c");
+    daemon.detached(&id, &["sleep", "1000"]);
+    let (pid, _) = daemon.task(&id).unwrap();
+    kill(Pid::from_raw(pid), Signal::SIGKILL).unwrap();
+    daemon.until_task_is(&id, "STOPPED");
+    let refused = daemon.exec(&id, &["true"]);
+    assert!(refused.code != 0, "{refused:#?}");
+    daemon.delete(&id, 137);
+    daemon.assert_nothing_left();
+    until("its end is told", || {
+        events.of(&id).contains(&"delete".into())
+    });
+    assert_eq!(events.of(&id), ["create", "start", "exit", "delete"]);
+    let exits = events.lines("/tasks/exit", &id);
+    assert!(exits[0].contains("\"exit_status\":137"), "{exits:#?}");
+    daemon.ctr(&["container", "rm", &id]).exits(0);
+}
+
+#[test]
+fn a_killed_shim_takes_its_whole_pod_along() {
+    let daemon = Daemon::start();
+    let ids = [unique("pod"), unique("a"), unique("b")];
+    for (n, id) in ids.iter().enumerate() {
+        let kind = if n == 0 { "sandbox" } else { "container" };
+        member(&daemon, &ids[0], id, kind, &["sleep", "1000"]);
+    }
+    daemon.kill_process("containerd-shim-walnut-v2");
+    for id in &ids {
+        until("the task is gone", || daemon.task(id).is_none());
+    }
+    daemon.assert_nothing_left();
+    // Each of them can be had again, and they share a machine again.
+    for id in &ids {
+        daemon.ctr(&["task", "start", "-d", id]).exits(0);
+    }
+    assert_eq!(daemon.task(&ids[1]), daemon.task(&ids[2]));
+    for id in &ids {
+        daemon.remove(id);
+    }
+}

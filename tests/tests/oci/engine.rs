@@ -1,0 +1,175 @@
+//! A podman of a test's own.
+
+use std::{
+    fs,
+    os::unix::fs::PermissionsExt,
+    path::{Path, PathBuf},
+    process::{Command, Stdio},
+};
+
+use walnut_tests::{
+    client::{self, Done, finish, repository},
+    unique, until,
+};
+
+use crate::place::Place;
+
+/// Name of the image in it.
+const IMAGE: &str = "localhost/demo:latest";
+
+/// Directories that podman keeps to, and the test image.
+pub(crate) struct Engine {
+    pub(crate) place: Place,
+    /// What must not lie on an overlay: containers' layers.
+    root: PathBuf,
+}
+
+/// An image store that podmans share, and write to no more; the first caller makes it.
+fn store() -> PathBuf {
+    let image = client::image();
+    let store = image.with_extension("podman");
+    let lock = fs::File::create(image.with_extension("podman.lock")).unwrap();
+    lock.lock().unwrap();
+    if !store.exists() {
+        let new = image.with_extension("podman-new");
+        let _ = fs::remove_dir_all(&new);
+        fs::create_dir_all(&new).unwrap();
+        // podman wants a short name for it.
+        let run = Path::new("/tmp").join(unique("podman"));
+        let podman = || {
+            let mut command = Command::new("podman");
+            command.arg("--root").arg(new.join("store"));
+            command.arg("--runroot").arg(&run);
+            command.arg("--tmpdir").arg(new.join("tmp"));
+            command.args([
+                "--storage-driver=overlay",
+                "--events-backend=none",
+                "--cgroup-manager=cgroupfs",
+            ]);
+            command
+        };
+        let loaded = finish(podman().arg("load").arg("--input").arg(&image), b"").exits(0);
+        let name = loaded.stdout.trim().rsplit(' ').next().unwrap().to_owned();
+        finish(podman().args(["tag", &name, IMAGE]), b"").exits(0);
+        fs::rename(new.join("store"), &store).unwrap();
+        for dir in [&new, &run] {
+            let _ = fs::remove_dir_all(dir);
+        }
+    }
+    store
+}
+
+impl Engine {
+    pub(crate) fn new() -> Self {
+        store();
+        let place = Place::new();
+        let root = client::cache().join("e2e").join(unique("podman"));
+        fs::create_dir_all(&root).unwrap();
+        // conmon passes hardly any variable on.
+        let runtime = place.dir.join("walnut-oci");
+        let script = format!(
+            "#!/bin/sh\nexport WALNUT_RUN={0}/w WALNUT_ROOT={0}/r\nexec {1} --root {0}/s \"$@\"\n",
+            place.mark(),
+            repository().join("out/bin/walnut-oci").display(),
+        );
+        fs::write(&runtime, script).unwrap();
+        fs::set_permissions(&runtime, fs::Permissions::from_mode(0o755)).unwrap();
+        // This host's settings are not the tests'.
+        fs::write(place.dir.join("containers.conf"), "").unwrap();
+        let storage = format!(
+            "[storage]\ndriver = \"overlay\"\nrunroot = {:?}\ngraphroot = {:?}\n",
+            place.dir.join("run"),
+            root.join("store"),
+        );
+        fs::write(place.dir.join("storage.conf"), storage).unwrap();
+        Self { place, root }
+    }
+
+    /// A podman command line; the image is `demo`.
+    pub(crate) fn command(&self, args: &[&str]) -> Command {
+        let dir = &self.place.dir;
+        let mut command = Command::new("podman");
+        for (option, at) in [
+            ("--root", self.root.join("store")),
+            ("--runroot", dir.join("run")),
+            ("--tmpdir", dir.join("tmp")),
+            ("--runtime", dir.join("walnut-oci")),
+        ] {
+            command.arg(option).arg(at);
+        }
+        let store = store();
+        command
+            .arg("--storage-driver=overlay")
+            .arg(format!(
+                "--storage-opt=overlay.imagestore={}",
+                store.display()
+            ))
+            .args(["--cgroup-manager=cgroupfs", "--events-backend=file"])
+            .args(args.iter().map(|a| if *a == "demo" { IMAGE } else { a }))
+            .env("CONTAINERS_CONF", dir.join("containers.conf"))
+            .env("CONTAINERS_STORAGE_CONF", dir.join("storage.conf"));
+        command
+    }
+
+    /// Runs podman to its end.
+    #[track_caller]
+    pub(crate) fn podman(&self, args: &[&str]) -> Done {
+        finish(&mut self.command(args), b"")
+    }
+
+    /// The same with input.
+    #[track_caller]
+    pub(crate) fn podman_with(&self, input: &[u8], args: &[&str]) -> Done {
+        finish(&mut self.command(args), input)
+    }
+
+    /// Has the containers that there are looked for by their IDs.
+    pub(crate) fn note_all(&self) {
+        let all = self.podman(&["ps", "--all", "--quiet", "--no-trunc"]);
+        all.exits(0)
+            .stdout
+            .lines()
+            .for_each(|id| self.place.note(id));
+    }
+
+    /// What podman says of a container.
+    #[track_caller]
+    pub(crate) fn shows(&self, name: &str, format: &str) -> String {
+        let done = self.podman(&["inspect", "--format", format, name]).exits(0);
+        done.stdout.trim().to_owned()
+    }
+
+    /// Waits until podman says `wanted` of a container.
+    #[track_caller]
+    pub(crate) fn until_shows(&self, name: &str, format: &str, wanted: &str) {
+        until(&format!("{format} of {name} is {wanted}"), || {
+            self.shows(name, format) == wanted
+        });
+    }
+
+    /// Waits until a container's log has `text`.
+    #[track_caller]
+    pub(crate) fn until_logs(&self, name: &str, text: &str) {
+        until(&format!("{name} logs {text:?}"), || {
+            self.podman(&["logs", name]).stdout.contains(text)
+        });
+    }
+
+    /// Panics unless everything of all containers goes away, as podman and the host see it.
+    #[track_caller]
+    pub(crate) fn assert_nothing_left(&self) {
+        let all = self.podman(&["ps", "--all", "--quiet"]).exits(0);
+        assert_eq!(all.stdout, "", "podman has containers");
+        self.place.assert_nothing_left();
+    }
+}
+
+impl Drop for Engine {
+    fn drop(&mut self) {
+        let mut remove = self.command(&["rm", "--all", "--force", "--time=0"]);
+        let _ = remove.stdout(Stdio::null()).stderr(Stdio::null()).status();
+        // The mount that podman makes of its own directory.
+        let _ = nix::mount::umount(&self.root.join("store/overlay"));
+        let _ = fs::remove_dir_all(&self.root);
+    }
+}

@@ -1,0 +1,19 @@
+//! `walnut-oci`, by hand with bundles and under a real podman.
+//!
+//! Each test has directories of its own ([`place::Place`]), and nothing may be left in
+//! them or of them when it is done.
+
+#![allow(
+    clippy::unwrap_used,
+    clippy::expect_used,
+    clippy::panic,
+    reason = "a test fails by panicking"
+)]
+
+mod bundle;
+mod engine;
+mod killed;
+mod place;
+mod podman;
+mod refused;
+mod terminals;
