@@ -19,6 +19,7 @@ use crate::{
     cgroup,
     checkpoint::Attached,
     guest_spec,
+    network::Links,
     plan::{FIRST_DISK, Plan, Root},
     pod::{self, First, Role},
     process::Process,
@@ -93,15 +94,20 @@ impl Sandbox {
             true => Some(VirtioFs::start(&volumes, &config.run_dir).await?),
             false => None,
         };
+        let mut links = Links::take(config.network, &plan.spec, size.vcpus).await?;
+        steps.done("links taken");
         let parts = start::Parts {
             size,
+            nics: std::mem::take(&mut links.nics),
             disks: plan.image().iter().map(|root| root.disk.clone()).collect(),
             shares: shared.iter().map(VirtioFs::share).collect(),
         };
         let started = start::start(&config, parts, steps).await?;
         steps.done("agent greeted");
-        let sandbox = Self::new(config, started, shared, size, cgroup);
+        let mut sandbox = Self::new(config, started, shared, size, cgroup);
+        sandbox.networked = !links.is_empty();
         sandbox.configure(&plan.spec).await?;
+        sandbox.configure_network(&links).await?;
         steps.done("sandbox configured");
         let volumes = (0..volumes.len()).collect();
         sandbox.build(first, plan, ends, volumes).await?;

@@ -25,6 +25,7 @@ mod layout;
 mod lock;
 mod log;
 mod memory;
+mod network;
 mod plan;
 mod pod;
 mod pool;
@@ -48,6 +49,7 @@ pub use error::{Error, Result};
 pub use layout::{Assets, Layout};
 pub use lock::Lock;
 pub use log::{LogLine, LogReader};
+pub use network::Network;
 pub use pool::{
     Given, Handover, Member, Place, Pool, PoolSize, Pools, Post, Visit, Visitor, host_memory, leave,
 };

@@ -28,8 +28,8 @@ use walnut_protocol::{
 use walnut_storage::VirtioFs;
 
 use crate::{
-    ANNOTATION_LOG, Assets, Error, ExitInfo, ProcessState, Result, Settings, Shape, StdioTargets,
-    Templates, Wanted,
+    ANNOTATION_LOG, Assets, Error, ExitInfo, Network, ProcessState, Result, Settings, Shape,
+    StdioTargets, Templates, Wanted,
     agent::{self, fault, patient, soon},
     checkpoint::Attached,
     containers::{Container, Exec},
@@ -64,6 +64,8 @@ pub struct SandboxConfig {
     pub settings: Settings,
     /// Directory in which the KVM probe's verdict may be kept.
     pub cache: Option<PathBuf>,
+    /// Where its network comes from.
+    pub network: Network,
     /// Where to look for a template to start from, if the settings have one used.
     pub templates: Option<Templates>,
 }
@@ -136,6 +138,8 @@ pub struct Sandbox {
     pub(crate) shape: Option<Shape>,
     /// Its machine's disks, in the order in which they came.
     pub(crate) disks: StdMutex<Vec<Attached>>,
+    /// It has links of the host's.
+    pub(crate) networked: bool,
     /// Held exclusively while the machine is saved.
     pub(crate) saving: RwLock<()>,
     pub(crate) size: Sizes,
@@ -175,6 +179,7 @@ impl Sandbox {
             wanted: started.wanted,
             shape: started.shape,
             disks: StdMutex::new(started.disks),
+            networked: false,
             saving: RwLock::default(),
             size: Sizes::new(size, started.max),
             cgroup: StdMutex::new(cgroup),

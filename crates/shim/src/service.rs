@@ -115,6 +115,7 @@ impl TaskService {
             settings,
             cache: place.node.map(|(_, run)| run.into()),
             templates: template::store(place),
+            network: place.network,
         };
         let sandbox = match checkpoint {
             "" => Sandbox::create(config, request).await,
@@ -531,7 +532,7 @@ fn fault(error: &Error) -> ttrpc::Error {
         Error::NotFound(_) => Code::NOT_FOUND,
         Error::AlreadyExists(_) => Code::ALREADY_EXISTS,
         Error::WrongState(_) => Code::FAILED_PRECONDITION,
-        Error::Invalid(_) | Error::Storage(_) => Code::INVALID_ARGUMENT,
+        Error::Invalid(_) | Error::Storage(_) | Error::Network(_) => Code::INVALID_ARGUMENT,
         // As runc's shim, so that clients see the program's name in the text.
         Error::ProgramNotFound(_) => Code::OUT_OF_RANGE,
         Error::ProgramDenied(_) => Code::PERMISSION_DENIED,

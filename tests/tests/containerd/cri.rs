@@ -7,8 +7,8 @@ use k8s_cri::v1::{
     ContainerStatusRequest, CreateContainerRequest, ExecSyncRequest, ExecSyncResponse, ImageSpec,
     LinuxPodSandboxConfig, LinuxSandboxSecurityContext, ListContainerStatsRequest, NamespaceMode,
     NamespaceOption, PodSandboxConfig, PodSandboxMetadata, PodSandboxState,
-    PodSandboxStatusRequest, RemoveContainerRequest, RemovePodSandboxRequest, RunPodSandboxRequest,
-    StartContainerRequest, StopContainerRequest, StopPodSandboxRequest,
+    PodSandboxStatusRequest, PortMapping, RemoveContainerRequest, RemovePodSandboxRequest,
+    RunPodSandboxRequest, StartContainerRequest, StopContainerRequest, StopPodSandboxRequest,
     runtime_service_client::RuntimeServiceClient,
 };
 use tokio::runtime::Runtime;
@@ -18,7 +18,7 @@ use walnut_tests::{unique, until};
 use crate::daemon::{Daemon, KUBERNETES_IMAGE};
 
 /// A kubelet's connection.
-struct Kubelet {
+pub(crate) struct Kubelet {
     runtime: Runtime,
     client: RuntimeServiceClient<Channel>,
 }
@@ -32,13 +32,13 @@ macro_rules! call {
 }
 
 /// A pod, and what its containers are made with.
-struct Pod {
-    id: String,
+pub(crate) struct Pod {
+    pub(crate) id: String,
     config: PodSandboxConfig,
 }
 
 impl Kubelet {
-    fn new(daemon: &Daemon) -> Self {
+    pub(crate) fn new(daemon: &Daemon) -> Self {
         let runtime = Runtime::new().unwrap();
         let address = format!("unix://{}", daemon.socket().display());
         let channel = runtime
@@ -50,10 +50,25 @@ impl Kubelet {
         }
     }
 
+    /// A pod of the node's network.
     fn run_pod(&mut self, daemon: &Daemon) -> Pod {
+        self.run_pod_on(daemon, NamespaceMode::Node, vec![])
+    }
+
+    /// A pod with a network of its own, some of whose ports are the node's as well.
+    pub(crate) fn run_networked_pod(&mut self, daemon: &Daemon, ports: Vec<PortMapping>) -> Pod {
+        self.run_pod_on(daemon, NamespaceMode::Pod, ports)
+    }
+
+    fn run_pod_on(
+        &mut self,
+        daemon: &Daemon,
+        network: NamespaceMode,
+        port_mappings: Vec<PortMapping>,
+    ) -> Pod {
         let name = unique("pod");
         let options = NamespaceOption {
-            network: NamespaceMode::Node.into(),
+            network: network.into(),
             pid: NamespaceMode::Container.into(),
             ..Default::default()
         };
@@ -65,6 +80,7 @@ impl Kubelet {
                 attempt: 0,
             }),
             hostname: name,
+            port_mappings,
             log_directory: daemon.scratch().join("logs").display().to_string(),
             linux: Some(LinuxPodSandboxConfig {
                 security_context: Some(LinuxSandboxSecurityContext {
@@ -86,8 +102,20 @@ impl Kubelet {
         Pod { id, config }
     }
 
+    /// The pod's addresses, as Kubernetes knows them.
+    pub(crate) fn addresses(&mut self, pod: &Pod) -> Vec<String> {
+        let request = PodSandboxStatusRequest {
+            pod_sandbox_id: pod.id.clone(),
+            verbose: false,
+        };
+        let status = call!(self, pod_sandbox_status, request).unwrap().status;
+        let network = status.unwrap().network.unwrap();
+        let more = network.additional_ips.into_iter().map(|ip| ip.ip);
+        std::iter::once(network.ip).chain(more).collect()
+    }
+
     /// Creates and starts a container that runs `script`.
-    fn run(&mut self, pod: &Pod, name: &str, script: &str) -> String {
+    pub(crate) fn run(&mut self, pod: &Pod, name: &str, script: &str) -> String {
         let config = ContainerConfig {
             metadata: Some(ContainerMetadata {
                 name: name.into(),
@@ -115,7 +143,7 @@ impl Kubelet {
         container_id
     }
 
-    fn exec(&mut self, id: &str, script: &str) -> ExecSyncResponse {
+    pub(crate) fn exec(&mut self, id: &str, script: &str) -> ExecSyncResponse {
         let request = ExecSyncRequest {
             container_id: id.into(),
             cmd: ["sh", "-c", script].map(Into::into).into(),
@@ -152,7 +180,7 @@ impl Kubelet {
         call!(self, remove_container, request).unwrap();
     }
 
-    fn end_pod(&mut self, pod: &Pod) {
+    pub(crate) fn end_pod(&mut self, pod: &Pod) {
         let pod_sandbox_id = pod.id.clone();
         let request = StopPodSandboxRequest {
             pod_sandbox_id: pod_sandbox_id.clone(),

@@ -39,6 +39,8 @@ pub(crate) struct Daemon {
     /// Sockets, bundles, and what Walnut keeps.
     state: PathBuf,
     child: Child,
+    /// It lives in a network namespace of its own.
+    apart: bool,
     /// Names of everything that has run.
     names: Mutex<BTreeSet<String>>,
 }
@@ -77,13 +79,39 @@ fn pause_image(dir: &Path) -> PathBuf {
     file
 }
 
+/// The network of a node's pods.
+const POD_NETWORK: &str = r#"{
+    "cniVersion": "0.4.0",
+    "name": "pods",
+    "plugins": [
+        {
+            "type": "bridge",
+            "bridge": "pods0",
+            "isGateway": true,
+            "hairpinMode": true,
+            "mtu": 1400,
+            "ipam": {
+                "type": "host-local",
+                "dataDir": "@state@/addresses",
+                "ranges": [[{"subnet": "10.77.0.0/24"}], [{"subnet": "fd77::/64"}]],
+                "routes": [{"dst": "0.0.0.0/0"}, {"dst": "::/0"}]
+            }
+        },
+        {"type": "portmap", "capabilities": {"portMappings": true}}
+    ]
+}"#;
+
 /// Stands for the daemon's own directory in what is added to its configuration.
 const DAEMON_STATE: &str = "@state@";
 
 impl Daemon {
     /// Starts it, and gives it the image.
     pub(crate) fn start() -> Self {
-        let daemon = Self::launch("disabled_plugins = [\"io.containerd.grpc.v1.cri\"]\n", "");
+        let daemon = Self::launch(
+            "disabled_plugins = [\"io.containerd.grpc.v1.cri\"]\n",
+            "",
+            false,
+        );
         let image = image();
         let image = image.to_str().unwrap();
         daemon
@@ -94,6 +122,18 @@ impl Daemon {
 
     /// Starts it with its interface for Kubernetes.
     pub(crate) fn start_for_kubernetes() -> Self {
+        let none = format!("{DAEMON_STATE}/cni");
+        Self::launch_for_kubernetes(&none, false)
+    }
+
+    /// The same with a network for pods: CNI's plugins as Debian has them, a bridge with
+    /// addresses of both families and ports of the node's, in a network namespace that
+    /// stands for the node ([`Daemon::on_the_node`]).
+    pub(crate) fn start_with_pod_network() -> Self {
+        Self::launch_for_kubernetes("/usr/lib/cni", true)
+    }
+
+    fn launch_for_kubernetes(plugins: &str, apart: bool) -> Self {
         let plugin = format!(
             "[plugins.\"io.containerd.grpc.v1.cri\"]\n\
              sandbox_image = \"{PAUSE_IMAGE}:latest\"\n\
@@ -102,10 +142,10 @@ impl Daemon {
              [plugins.\"io.containerd.grpc.v1.cri\".containerd.runtimes.walnut]\n\
              runtime_type = \"{RUNTIME}\"\n\
              [plugins.\"io.containerd.grpc.v1.cri\".cni]\n\
-             bin_dir = \"{DAEMON_STATE}/cni\"\n\
+             bin_dir = \"{plugins}\"\n\
              conf_dir = \"{DAEMON_STATE}/cni\"\n"
         );
-        let daemon = Self::launch("", &plugin);
+        let daemon = Self::launch("", &plugin, apart);
         let import = |base: &str, file: &Path| {
             let mut args = vec!["--namespace", KUBERNETES, "image", "import", "--base-name"];
             args.extend([base, file.to_str().unwrap()]);
@@ -117,7 +157,7 @@ impl Daemon {
     }
 
     /// `tail` may name files below the daemon's own directory ([`DAEMON_STATE`]).
-    fn launch(head: &str, tail: &str) -> Self {
+    fn launch(head: &str, tail: &str, apart: bool) -> Self {
         let name = unique("ctd");
         let root = cache().join("e2e").join(&name);
         // Short: sockets' addresses are.
@@ -137,11 +177,17 @@ impl Daemon {
              {tail}"
         );
         fs::write(state.join("config.toml"), config).unwrap();
-        let child = spawn(&root, &state);
+        if apart {
+            fs::create_dir(state.join("cni")).unwrap();
+            let network = POD_NETWORK.replace(DAEMON_STATE, state.to_str().unwrap());
+            fs::write(state.join("cni/10-pods.conflist"), network).unwrap();
+        }
+        let child = spawn(&root, &state, apart);
         let daemon = Self {
             root,
             state,
             child,
+            apart,
             names: Mutex::default(),
         };
         daemon.until_it_answers();
@@ -151,6 +197,14 @@ impl Daemon {
     /// A sandbox of this name runs.
     pub(crate) fn note(&self, name: &str) {
         self.names.lock().unwrap().insert(name.to_owned());
+    }
+
+    /// Runs a program where the daemon's network is.
+    #[track_caller]
+    pub(crate) fn on_the_node(&self, program: &[&str]) -> Done {
+        let pid = self.child.id().to_string();
+        let enter = ["--target", &pid, "--net"];
+        finish(Command::new("nsenter").args(enter).args(program), b"")
     }
 
     /// A file below its own directory.
@@ -189,7 +243,7 @@ impl Daemon {
         self.child.kill().unwrap();
         self.child.wait().unwrap();
         meanwhile();
-        self.child = spawn(&self.root, &self.state);
+        self.child = spawn(&self.root, &self.state, self.apart);
         self.until_it_answers();
     }
 
@@ -366,7 +420,7 @@ impl Daemon {
     }
 }
 
-fn spawn(root: &Path, state: &Path) -> Child {
+fn spawn(root: &Path, state: &Path, apart: bool) -> Child {
     let lib = repository().join("out/lib/walnut");
     assert!(lib.join("vmlinux").exists(), "run `make build` first");
     let path = std::env::var("PATH").unwrap();
@@ -375,7 +429,14 @@ fn spawn(root: &Path, state: &Path) -> Child {
         .create(true)
         .open(state.join("log"))
         .unwrap();
-    let mut command = Command::new("containerd");
+    let mut command = match apart {
+        false => Command::new("containerd"),
+        true => {
+            let mut command = Command::new("unshare");
+            command.args(["--net", "containerd"]);
+            command
+        }
+    };
     command
         .arg("--config")
         .arg(state.join("config.toml"))

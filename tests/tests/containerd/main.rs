@@ -15,6 +15,7 @@ mod cri;
 mod daemon;
 mod events;
 mod lifecycle;
+mod network;
 mod options;
 mod pods;
 mod recovery;

@@ -17,6 +17,8 @@ mod gate;
 mod helper;
 mod init;
 mod memory;
+mod netlink;
+mod network;
 mod power;
 mod pressure;
 mod process;

@@ -15,12 +15,13 @@ use ttrpc::{Code, Error, Result, get_status};
 use walnut_agent::names::{ContainerPaths, below_guest_root, check_id};
 use walnut_agent::wire::{Status, Verb};
 use walnut_protocol::agent::{
-    AdoptContainerRequest, AdoptContainerResponse, ConfigureSandboxRequest, ContainerRequest,
-    ContainerStatsResponse, CreateContainerRequest, CreateContainerResponse, Empty, Event,
-    ExecProcessRequest, ExecProcessResponse, GuestMemoryResponse, HelloRequest, HelloResponse,
-    ListProcessesResponse, OnlineCpusRequest, OnlineCpusResponse, ProcessRequest,
-    ReclaimMemoryRequest, ReclaimMemoryResponse, ResizeTerminalRequest, SetClockRequest,
-    SignalProcessRequest, Stdio, UpdateContainerRequest, WaitProcessResponse,
+    AdoptContainerRequest, AdoptContainerResponse, ConfigureNetworkRequest,
+    ConfigureSandboxRequest, ContainerRequest, ContainerStatsResponse, CreateContainerRequest,
+    CreateContainerResponse, Empty, Event, ExecProcessRequest, ExecProcessResponse,
+    GuestMemoryResponse, HelloRequest, HelloResponse, ListProcessesResponse, OnlineCpusRequest,
+    OnlineCpusResponse, ProcessRequest, ReclaimMemoryRequest, ReclaimMemoryResponse,
+    ResizeTerminalRequest, SetClockRequest, SignalProcessRequest, Stdio, UpdateContainerRequest,
+    WaitProcessResponse,
 };
 use walnut_protocol::agent_ttrpc::Agent;
 
@@ -34,7 +35,7 @@ use crate::reaper::Reaper;
 use crate::remove::remove;
 use crate::streams::Pending;
 use crate::table::{CONTAINERS_MAX, Refused, Table};
-use crate::{adopt, cpus, memory, pressure, scale, stats, system};
+use crate::{adopt, cpus, memory, network, pressure, scale, stats, system};
 
 /// How long freezing may take.
 const FREEZE_WITHIN: Duration = Duration::from_secs(10);
@@ -463,6 +464,22 @@ impl Agent for Service {
         // A container comes next; after the first one nobody has seen to this.
         self.helpers.prepare();
         Ok(Empty::new())
+    }
+
+    async fn configure_network(
+        &self,
+        _: &TtrpcContext,
+        request: ConfigureNetworkRequest,
+    ) -> Result<Empty> {
+        let done = network::configure(&request).await;
+        done.map(|()| Empty::new()).map_err(|e| {
+            let code = match e {
+                network::Refused::Invalid(_) => Code::INVALID_ARGUMENT,
+                network::Refused::Missing(_) => Code::NOT_FOUND,
+                network::Refused::Kernel(..) => Code::INTERNAL,
+            };
+            status(code, format!("configure the network: {e}"))
+        })
     }
 
     async fn create_container(
