@@ -16,11 +16,7 @@ mod namespace;
 mod redirect;
 mod tap;
 
-use std::{
-    net::IpAddr,
-    os::fd::OwnedFd,
-    path::{Path, PathBuf},
-};
+use std::{net::IpAddr, os::fd::OwnedFd, path::PathBuf};
 
 pub use error::{Error, Result};
 
@@ -30,7 +26,7 @@ pub type Mac = [u8; 6];
 /// The network namespace of a pod.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub enum Namespace {
-    /// The one that this file stands for, such as `/var/run/netns/NAME`.
+    /// The one that this file stands for, such as `/var/run/netns/NAME`; not the caller's.
     At(PathBuf),
     /// The caller's own.
     Own,
@@ -145,9 +141,4 @@ async fn connect_all(queues: u16) -> Result<Vec<Link>> {
     .await;
     serving.abort();
     result
-}
-
-/// Whether this file stands for the network namespace of the host, as far as can be told.
-pub(crate) fn is_the_hosts(path: &Path) -> bool {
-    namespace::same(path, Path::new("/proc/1/ns/net"))
 }

@@ -11,10 +11,12 @@ use std::{
 use nix::sched::{CloneFlags, setns};
 use tokio::sync::oneshot;
 
-use crate::{Error, Namespace, Result, is_the_hosts};
+use crate::{Error, Namespace, Result};
 
 /// Where a thread finds its own.
 const OWN: &str = "/proc/thread-self/ns/net";
+/// That of the host's first process, for those who may look.
+const FIRST: &str = "/proc/1/ns/net";
 
 /// Whether both files stand for one namespace. If that cannot be told, they do not.
 pub(crate) fn same(a: &Path, b: &Path) -> bool {
@@ -56,11 +58,16 @@ where
 }
 
 fn enter(namespace: &Namespace) -> Result<()> {
-    let path = match namespace {
-        Namespace::Own => Path::new(OWN),
-        Namespace::At(path) => path,
+    let own = Path::new(OWN);
+    let (path, hosts) = match namespace {
+        Namespace::Own => (own, same(own, FIRST.as_ref())),
+        // Who lives in the host's is given the names of others.
+        Namespace::At(path) => (
+            path.as_path(),
+            same(path, own) || same(path, FIRST.as_ref()),
+        ),
     };
-    if is_the_hosts(path) {
+    if hosts {
         return Err(Error::Host(path.to_owned()));
     }
     if *namespace == Namespace::Own {
