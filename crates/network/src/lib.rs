@@ -11,6 +11,7 @@
 //! It knows namespaces, links and taps; it knows no machine, no agent and no front end.
 
 mod error;
+mod inlet;
 mod inventory;
 mod namespace;
 mod redirect;
@@ -18,7 +19,10 @@ mod tap;
 
 use std::{net::IpAddr, os::fd::OwnedFd, path::PathBuf};
 
+use tracing::debug;
+
 pub use error::{Error, Result};
+pub use inlet::{Inlet, is_meant};
 
 /// An Ethernet address.
 pub type Mac = [u8; 6];
@@ -30,6 +34,16 @@ pub enum Namespace {
     At(PathBuf),
     /// The caller's own.
     Own,
+}
+
+/// A namespace that a machine is on.
+#[derive(Debug)]
+pub struct Connection {
+    /// Its links.
+    pub links: Vec<Link>,
+    /// Its loopback. None where there are no links, and where the kernel or the caller's
+    /// privileges do not allow it.
+    pub inlet: Option<Inlet>,
 }
 
 /// A link of a namespace, with a tap through which a machine takes its place.
@@ -109,12 +123,12 @@ pub struct Neighbour {
 ///
 /// # Errors
 /// If the namespace cannot be entered, is the host's own, or the kernel refuses.
-pub async fn connect(namespace: &Namespace, queues: u16) -> Result<Vec<Link>> {
+pub async fn connect(namespace: &Namespace, queues: u16) -> Result<Connection> {
     let namespace = namespace.clone();
     namespace::within(namespace, move || Box::pin(connect_all(queues))).await
 }
 
-async fn connect_all(queues: u16) -> Result<Vec<Link>> {
+async fn connect_all(queues: u16) -> Result<Connection> {
     let (connection, handle, _) =
         rtnetlink::new_connection().map_err(Error::system("open a netlink socket"))?;
     let serving = tokio::spawn(connection);
@@ -140,5 +154,12 @@ async fn connect_all(queues: u16) -> Result<Vec<Link>> {
     }
     .await;
     serving.abort();
-    result
+    let links = result?;
+    let inlet = match links.is_empty() {
+        true => None,
+        false => Inlet::open()
+            .inspect_err(|e| debug!("no connections to the pod's loopback: {e}"))
+            .ok(),
+    };
+    Ok(Connection { links, inlet })
 }

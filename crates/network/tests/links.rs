@@ -11,7 +11,9 @@ use std::{
     time::{Duration, Instant},
 };
 
-use walnut_network::{Address, Error, Interface, Link, Mac, Namespace, Neighbour, Route, connect};
+use walnut_network::{
+    Address, Error, Interface, Link, Mac, Namespace, Neighbour, Route, connect, is_meant,
+};
 
 const MAC: Mac = [2, 0, 0, 0, 0, 1];
 /// Longest anything here may take.
@@ -72,7 +74,7 @@ fn pod_and_node() -> (Net, Net) {
 }
 
 async fn only(namespace: &Namespace, queues: u16) -> Link {
-    let mut links = connect(namespace, queues).await.unwrap();
+    let mut links = connect(namespace, queues).await.unwrap().links;
     assert_eq!(links.len(), 1, "{links:?}");
     links.remove(0)
 }
@@ -269,5 +271,57 @@ async fn what_cannot_be_taken_over_is_refused_and_nothing_stays() {
 
     let empty = Net::new();
     empty.ip("link set lo up");
-    assert!(connect(&empty.at(), 1).await.unwrap().is_empty());
+    let connection = connect(&empty.at(), 1).await.unwrap();
+    assert!(connection.links.is_empty() && connection.inlet.is_none());
+}
+
+#[tokio::test]
+async fn connections_to_loopback_are_the_callers() {
+    let (pod, _node) = pod_and_node();
+    let inlet = connect(&pod.at(), 1).await.unwrap().inlet.unwrap();
+    let (listener, attachment) = inlet.into_parts();
+    let python = |code: &str| {
+        let net = format!("--net={}", pod.path().display());
+        let mut command = Command::new("nsenter");
+        command.args([&net, "python3", "-c", code]);
+        command.stdout(Stdio::piped()).spawn().unwrap()
+    };
+    // Nobody listens on any of these.
+    for (address, meant) in [
+        ("127.0.0.1", true),
+        ("127.9.9.9", true),
+        ("::1", true),
+        ("10.0.0.2", false),
+    ] {
+        let says = format!(
+            "import socket; print(socket.create_connection(('{address}', 1234), 60).recv(9))"
+        );
+        let child = python(&says);
+        let since = Instant::now();
+        let (mut stream, _) = loop {
+            match listener.accept() {
+                Ok(accepted) => break accepted,
+                Err(e) if e.kind() == std::io::ErrorKind::WouldBlock => {
+                    assert!(since.elapsed() < WITHIN, "{address}: no connection");
+                    std::thread::sleep(Duration::from_millis(1));
+                }
+                Err(e) => panic!("{e}"),
+            }
+        };
+        let to = stream.local_addr().unwrap();
+        assert_eq!((to.port(), is_meant(to)), (1234, meant), "{to}");
+        stream.write_all(b"hello").unwrap();
+        drop(stream);
+        let said = child.wait_with_output().unwrap().stdout;
+        assert_eq!(String::from_utf8_lossy(&said), "b'hello'\n");
+    }
+    // It goes with its descriptors.
+    drop((listener, attachment));
+    let refused = python(
+        "import socket
+try: socket.create_connection(('127.0.0.1', 1234), 60)
+except ConnectionRefusedError: print('refused')",
+    );
+    let said = refused.wait_with_output().unwrap().stdout;
+    assert_eq!(String::from_utf8_lossy(&said), "refused\n");
 }
