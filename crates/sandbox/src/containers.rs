@@ -82,7 +82,7 @@ pub(crate) struct Exec {
 impl Sandbox {
     /// Starts a machine sized for the first container, and builds the container
     /// in it. On failure nothing is left.
-    pub async fn create(mut config: SandboxConfig, first: &ContainerRequest) -> Result<Self> {
+    pub async fn create(mut config: SandboxConfig, first: &ContainerRequest) -> Result<Arc<Self>> {
         let steps = Steps::new();
         let plan = Plan::new(first, FIRST_DISK)?;
         config.settings = config.settings.asked_by(&plan.spec, first.own)?;
@@ -112,6 +112,10 @@ impl Sandbox {
         let volumes = (0..volumes.len()).collect();
         sandbox.build(first, plan, ends, volumes).await?;
         steps.done("container created");
+        let sandbox = Arc::new(sandbox);
+        if let Some(inlet) = links.inlet.take() {
+            sandbox.carry_ports(inlet)?;
+        }
         Ok(sandbox)
     }
 

@@ -29,6 +29,7 @@ mod network;
 mod plan;
 mod pod;
 mod pool;
+mod ports;
 mod process;
 mod record;
 mod sandbox;

@@ -4,7 +4,7 @@ use std::{path::PathBuf, sync::Arc};
 
 use oci_spec::runtime::{LinuxNamespaceType, Spec};
 use walnut_machine::Nic;
-use walnut_network::{Interface, Link, Namespace};
+use walnut_network::{Connection, Inlet, Interface, Link, Namespace};
 use walnut_protocol::agent::{
     Address, ConfigureNetworkRequest, Interface as AgentInterface, Neighbour, Route,
 };
@@ -51,6 +51,8 @@ pub(crate) fn named(spec: &Spec) -> Option<PathBuf> {
 pub(crate) struct Links {
     pub(crate) nics: Vec<Nic>,
     interfaces: Vec<Interface>,
+    /// Connections to the namespace's loopback.
+    pub(crate) inlet: Option<Inlet>,
 }
 
 impl Links {
@@ -60,8 +62,11 @@ impl Links {
             return Ok(Self::default());
         };
         let queues = u16::try_from(vcpus).unwrap_or(QUEUES_MAX).min(QUEUES_MAX);
-        let links = walnut_network::connect(&namespace, queues).await?;
-        let mut all = Self::default();
+        let Connection { links, inlet } = walnut_network::connect(&namespace, queues).await?;
+        let mut all = Self {
+            inlet,
+            ..Self::default()
+        };
         for Link { interface, taps } in links {
             let mtu = u16::try_from(interface.mtu).map_err(|_| {
                 Error::Invalid(format!(

@@ -37,6 +37,7 @@ use crate::{
     log::{LogWriter, Stream},
     plan::FIRST_DISK,
     pod,
+    ports::Carrying,
     process::Process,
     record::now_ns,
     sizing,
@@ -140,6 +141,8 @@ pub struct Sandbox {
     pub(crate) disks: StdMutex<Vec<Attached>>,
     /// It has links of the host's.
     pub(crate) networked: bool,
+    /// Connections to its loopback on the host are the guest's.
+    pub(crate) carrying: StdMutex<Option<Carrying>>,
     /// Held exclusively while the machine is saved.
     pub(crate) saving: RwLock<()>,
     pub(crate) size: Sizes,
@@ -180,6 +183,7 @@ impl Sandbox {
             shape: started.shape,
             disks: StdMutex::new(started.disks),
             networked: false,
+            carrying: StdMutex::default(),
             saving: RwLock::default(),
             size: Sizes::new(size, started.max),
             cgroup: StdMutex::new(cgroup),
@@ -189,6 +193,11 @@ impl Sandbox {
     /// Number of a disk that the machine does not have yet.
     pub(crate) fn next_disk(&self) -> u32 {
         self.disk.fetch_add(1, Ordering::Relaxed)
+    }
+
+    /// Number of a stream that there has not been yet.
+    pub(crate) fn next_stream(&self) -> u32 {
+        self.streams.fetch_add(1, Ordering::Relaxed)
     }
 
     /// The template that its machine began from.
@@ -273,7 +282,7 @@ impl Sandbox {
             if !wanted {
                 continue;
             }
-            *number = self.streams.fetch_add(1, Ordering::Relaxed);
+            *number = self.next_stream();
             let guest = agent::stream(self.machine.as_ref(), *number).await?;
             let ended = process.ended();
             outputs.push(stdio::spawn_output(
@@ -286,7 +295,7 @@ impl Sandbox {
         }
         let input = match ends.stdin {
             Some(client) => {
-                stdio.stdin = self.streams.fetch_add(1, Ordering::Relaxed);
+                stdio.stdin = self.next_stream();
                 let guest = agent::stream(self.machine.as_ref(), stdio.stdin).await?;
                 Some(stdio::spawn_input(
                     guest,

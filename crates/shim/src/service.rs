@@ -119,9 +119,11 @@ impl TaskService {
         };
         let sandbox = match checkpoint {
             "" => Sandbox::create(config, request).await,
-            from => Sandbox::restore(config, request, from.as_ref()).await,
+            from => Sandbox::restore(config, request, from.as_ref())
+                .await
+                .map(Arc::new),
         };
-        Ok(Arc::new(sandbox.map_err(|e| fault(&e))?))
+        sandbox.map_err(|e| fault(&e))
     }
 
     /// The sandbox with a container more; whether it is the first.

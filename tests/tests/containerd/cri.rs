@@ -114,6 +114,21 @@ impl Kubelet {
         std::iter::once(network.ip).chain(more).collect()
     }
 
+    /// The pod's network namespace on the host.
+    pub(crate) fn namespace(&mut self, pod: &Pod) -> String {
+        let request = PodSandboxStatusRequest {
+            pod_sandbox_id: pod.id.clone(),
+            verbose: true,
+        };
+        let info = call!(self, pod_sandbox_status, request).unwrap().info;
+        let info: serde_json::Value = serde_json::from_str(&info["info"]).unwrap();
+        let all = info["runtimeSpec"]["linux"]["namespaces"]
+            .as_array()
+            .unwrap();
+        let network = all.iter().find(|one| one["type"] == "network").unwrap();
+        network["path"].as_str().unwrap().to_owned()
+    }
+
     /// Creates and starts a container that runs `script`.
     pub(crate) fn run(&mut self, pod: &Pod, name: &str, script: &str) -> String {
         let config = ContainerConfig {

@@ -51,6 +51,11 @@ print("same")
     )
 }
 
+/// The first part of [`asks`].
+fn only_stream(asks: &str) -> String {
+    asks.split("family =").next().unwrap().to_owned() + "print('same')"
+}
+
 fn text(done: &ExecSyncResponse) -> String {
     assert_eq!(done.exit_code, 0, "{done:?}");
     String::from_utf8_lossy(&done.stdout).into_owned()
@@ -95,9 +100,20 @@ fn pods_are_on_the_network_that_their_plugins_made() {
     }
     // To the node, and through one of its ports.
     let through = asks("10.77.0.1", 17000);
-    let stream = through.split("family =").next().unwrap().to_owned() + "print('same')";
+    let stream = only_stream(&through);
     let done = daemon.on_the_node(&["python3", "-c", &stream]).exits(0);
     assert_eq!(done.stdout, "same\n");
+
+    // As containerd does for `kubectl port-forward`: the namespace's loopback is the pod's.
+    let namespace = format!("--net={}", kubelet.namespace(&server));
+    for address in ["127.0.0.1", "::1"] {
+        let stream = only_stream(&asks(address, 7000));
+        let done = daemon.on_the_node(&["nsenter", &namespace, "python3", "-c", &stream]);
+        assert_eq!(done.exits(0).stdout, "same\n");
+    }
+    let nobody = "import socket; print(socket.create_connection(('127.0.0.1', 7001), 60).recv(9))";
+    let done = daemon.on_the_node(&["nsenter", &namespace, "python3", "-c", nobody]);
+    assert!(done.code != 0 || done.stdout == "b''\n", "{done:#?}");
 
     kubelet.end_pod(&client);
     kubelet.end_pod(&server);

@@ -19,6 +19,7 @@ mod init;
 mod memory;
 mod netlink;
 mod network;
+mod ports;
 mod power;
 mod pressure;
 mod process;

@@ -5,9 +5,11 @@ use std::io;
 use std::path::Path;
 use std::time::{Duration, Instant};
 
+use ttrpc::Code;
 use walnut_protocol::agent::{Address, ConfigureNetworkRequest, Interface, Neighbour, Route};
 
 use crate::netlink::{Message, Netlink, REPLACES, attribute};
+use crate::service::status;
 
 /// Interfaces at most, and addresses, routes and neighbours of each.
 const INTERFACES_MAX: usize = 64;
@@ -47,7 +49,7 @@ const NUD_PERMANENT: u16 = 0x80;
 
 /// Why an interface is not as it should be.
 #[derive(Debug, thiserror::Error)]
-pub(crate) enum Refused {
+enum Refused {
     /// The request is not what it must be.
     #[error("{0}")]
     Invalid(String),
@@ -59,12 +61,24 @@ pub(crate) enum Refused {
     Kernel(String, #[source] io::Error),
 }
 
+/// Makes them that as the host asks for it.
+pub(crate) async fn serve(request: &ConfigureNetworkRequest) -> ttrpc::Result<()> {
+    configure(request).await.map_err(|e| {
+        let code = match e {
+            Refused::Invalid(_) => Code::INVALID_ARGUMENT,
+            Refused::Missing(_) => Code::NOT_FOUND,
+            Refused::Kernel(..) => Code::INTERNAL,
+        };
+        status(code, format!("configure the network: {e}"))
+    })
+}
+
 fn invalid<T>(problem: String) -> Result<T, Refused> {
     Err(Refused::Invalid(problem))
 }
 
 /// Makes the interfaces what the request says.
-pub(crate) async fn configure(request: &ConfigureNetworkRequest) -> Result<(), Refused> {
+async fn configure(request: &ConfigureNetworkRequest) -> Result<(), Refused> {
     let wanted = &request.interfaces;
     if wanted.len() > INTERFACES_MAX {
         return invalid(format!(

@@ -16,12 +16,12 @@ use walnut_agent::names::{ContainerPaths, below_guest_root, check_id};
 use walnut_agent::wire::{Status, Verb};
 use walnut_protocol::agent::{
     AdoptContainerRequest, AdoptContainerResponse, ConfigureNetworkRequest,
-    ConfigureSandboxRequest, ContainerRequest, ContainerStatsResponse, CreateContainerRequest,
-    CreateContainerResponse, Empty, Event, ExecProcessRequest, ExecProcessResponse,
-    GuestMemoryResponse, HelloRequest, HelloResponse, ListProcessesResponse, OnlineCpusRequest,
-    OnlineCpusResponse, ProcessRequest, ReclaimMemoryRequest, ReclaimMemoryResponse,
-    ResizeTerminalRequest, SetClockRequest, SignalProcessRequest, Stdio, UpdateContainerRequest,
-    WaitProcessResponse,
+    ConfigureSandboxRequest, ConnectPortRequest, ContainerRequest, ContainerStatsResponse,
+    CreateContainerRequest, CreateContainerResponse, Empty, Event, ExecProcessRequest,
+    ExecProcessResponse, GuestMemoryResponse, HelloRequest, HelloResponse, ListProcessesResponse,
+    OnlineCpusRequest, OnlineCpusResponse, ProcessRequest, ReclaimMemoryRequest,
+    ReclaimMemoryResponse, ResizeTerminalRequest, SetClockRequest, SignalProcessRequest, Stdio,
+    UpdateContainerRequest, WaitProcessResponse,
 };
 use walnut_protocol::agent_ttrpc::Agent;
 
@@ -29,6 +29,7 @@ use crate::container::{Container, EXECS_MAX, ExecRefused, State};
 use crate::events::{Events, OomWatch};
 use crate::gate::Gate;
 use crate::helper::{Answer, Helpers, Refusal};
+use crate::ports::Ports;
 use crate::power::{self, Fatal};
 use crate::process::{Process, Streams};
 use crate::reaper::Reaper;
@@ -52,17 +53,18 @@ pub(crate) struct Service {
     events: Arc<Events>,
     oom: Arc<OomWatch>,
     gate: Arc<Gate>,
+    ports: Ports,
 }
 
-fn status(code: Code, text: impl Into<String>) -> Error {
+pub(crate) fn status(code: Code, text: impl Into<String>) -> Error {
     Error::RpcStatus(get_status(code, text.into()))
 }
 
-fn invalid(e: impl ToString) -> Error {
+pub(crate) fn invalid(e: impl ToString) -> Error {
     status(Code::INVALID_ARGUMENT, e.to_string())
 }
 
-fn internal(what: &str, e: impl std::fmt::Display) -> Error {
+pub(crate) fn internal(what: &str, e: impl std::fmt::Display) -> Error {
     status(Code::INTERNAL, format!("{what}: {e}"))
 }
 
@@ -91,6 +93,7 @@ impl Service {
             oom: OomWatch::start(Arc::clone(&events))?,
             events,
             gate: Arc::default(),
+            ports: Ports::default(),
         })
     }
 
@@ -471,15 +474,13 @@ impl Agent for Service {
         _: &TtrpcContext,
         request: ConfigureNetworkRequest,
     ) -> Result<Empty> {
-        let done = network::configure(&request).await;
-        done.map(|()| Empty::new()).map_err(|e| {
-            let code = match e {
-                network::Refused::Invalid(_) => Code::INVALID_ARGUMENT,
-                network::Refused::Missing(_) => Code::NOT_FOUND,
-                network::Refused::Kernel(..) => Code::INTERNAL,
-            };
-            status(code, format!("configure the network: {e}"))
-        })
+        network::serve(&request).await?;
+        Ok(Empty::new())
+    }
+
+    async fn connect_port(&self, _: &TtrpcContext, request: ConnectPortRequest) -> Result<Empty> {
+        self.ports.serve(&request, &self.streams).await?;
+        Ok(Empty::new())
     }
 
     async fn create_container(
