@@ -6,12 +6,12 @@ CARGO ?= cargo
 # Two end-to-end tests at a time: each runs a machine of its own.
 TEST_THREADS ?= 2
 
-.PHONY: all deps build demo test unit e2e lab lab-short lint fuzz fuzz-short fmt bench bench-lab install uninstall clean help
+.PHONY: all deps build demo test unit e2e containerd-newer lab lab-short lint fuzz fuzz-short fmt bench bench-lab install uninstall clean help
 
 all: build
 
 help: ## Show this
-	@grep -hE '^[a-z0-9-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 12
+	@grep -hE '^[a-z0-9-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 18
 
 deps: ## Install the Debian packages that are missing (as root)
 	@scripts/deps.sh
@@ -41,6 +41,10 @@ e2e: build ## Tests of the product, with the real image
 	@echo "==> end-to-end tests"
 	@tests/image/build.sh
 	@$(CARGO) test --release -p walnut-tests -- --test-threads=$(TEST_THREADS)
+
+containerd-newer: build ## The containerd suite against containerd 1.7 and 2.x, of later Debians (tests/containerd.sh)
+	@tests/containerd.sh 1.7
+	@tests/containerd.sh 2
 
 # The lab is slow: `make test` takes the part of the suite that shows walnut-vmm
 # at work, `make lab` the whole.

@@ -18,6 +18,8 @@ use nix::{
 pub(crate) use walnut_tests::client::{Done, finish, image, repository};
 use walnut_tests::{assert_gone, cgroups, client::cache, processes, unique, until};
 
+use crate::programs::{self, Format, program};
+
 /// Namespace of all containers here but those of Kubernetes.
 const NAMESPACE: &str = "walnut-test";
 /// Kubernetes' namespace.
@@ -31,6 +33,8 @@ pub(crate) const IMAGE: &str = "demo:latest";
 pub(crate) const KUBERNETES_IMAGE: &str = "walnut.test/demo:latest";
 /// What a pod's first container runs.
 const PAUSE_IMAGE: &str = "walnut.test/pause";
+/// Where `walnut install` puts its programs, below a daemon's own directory.
+const INSTALLED: &str = "installed";
 
 /// A containerd with the test image.
 pub(crate) struct Daemon {
@@ -77,13 +81,10 @@ fn pause_image(dir: &Path) -> PathBuf {
     file
 }
 
-/// Stands for the daemon's own directory in what is added to its configuration.
-const DAEMON_STATE: &str = "@state@";
-
 impl Daemon {
     /// Starts it, and gives it the image.
     pub(crate) fn start() -> Self {
-        let daemon = Self::launch("disabled_plugins = [\"io.containerd.grpc.v1.cri\"]\n", "");
+        let daemon = Self::launch(false);
         let image = image();
         let image = image.to_str().unwrap();
         daemon
@@ -92,20 +93,10 @@ impl Daemon {
         daemon
     }
 
-    /// Starts it with its interface for Kubernetes.
+    /// Starts it with its interface for Kubernetes, and with Walnut set up in it by
+    /// `walnut install`.
     pub(crate) fn start_for_kubernetes() -> Self {
-        let plugin = format!(
-            "[plugins.\"io.containerd.grpc.v1.cri\"]\n\
-             sandbox_image = \"{PAUSE_IMAGE}:latest\"\n\
-             [plugins.\"io.containerd.grpc.v1.cri\".containerd]\n\
-             default_runtime_name = \"walnut\"\n\
-             [plugins.\"io.containerd.grpc.v1.cri\".containerd.runtimes.walnut]\n\
-             runtime_type = \"{RUNTIME}\"\n\
-             [plugins.\"io.containerd.grpc.v1.cri\".cni]\n\
-             bin_dir = \"{DAEMON_STATE}/cni\"\n\
-             conf_dir = \"{DAEMON_STATE}/cni\"\n"
-        );
-        let daemon = Self::launch("", &plugin);
+        let daemon = Self::launch(true);
         let import = |base: &str, file: &Path| {
             let mut args = vec!["--namespace", KUBERNETES, "image", "import", "--base-name"];
             args.extend([base, file.to_str().unwrap()]);
@@ -116,8 +107,7 @@ impl Daemon {
         daemon
     }
 
-    /// `tail` may name files below the daemon's own directory ([`DAEMON_STATE`]).
-    fn launch(head: &str, tail: &str) -> Self {
+    fn launch(kubernetes: bool) -> Self {
         let name = unique("ctd");
         let root = cache().join("e2e").join(&name);
         // Short: sockets' addresses are.
@@ -125,18 +115,27 @@ impl Daemon {
         for dir in [&root, &state] {
             fs::create_dir_all(dir).unwrap();
         }
+        let format = Format::of_daemon();
         let (root_dir, state_dir) = (root.display(), state.display());
-        let tail = tail.replace(DAEMON_STATE, state.to_str().unwrap());
-        let config = format!(
-            "version = 2\n\
+        let mut config = format!(
+            "{}\
              root = \"{root_dir}/containerd\"\n\
              state = \"{state_dir}/containerd\"\n\
-             {head}\
              [grpc]\naddress = \"{state_dir}/c.sock\"\n\
              [ttrpc]\naddress = \"{state_dir}/c.sock.ttrpc\"\n\
-             {tail}"
+             {}",
+            format.head(kubernetes),
+            format.tail()
         );
-        fs::write(state.join("config.toml"), config).unwrap();
+        if kubernetes {
+            let image = format!("{PAUSE_IMAGE}:latest");
+            config.push_str(&format.kubernetes(&image, &state.join("cni")));
+        }
+        let file = state.join("config.toml");
+        fs::write(&file, config).unwrap();
+        if kubernetes {
+            programs::install(&state.join(INSTALLED), &file);
+        }
         let child = spawn(&root, &state);
         let daemon = Self {
             root,
@@ -158,6 +157,29 @@ impl Daemon {
         self.state.join(name)
     }
 
+    /// The bundle of a task.
+    pub(crate) fn bundle(&self, id: &str) -> PathBuf {
+        let tasks = self.state.join("containerd/io.containerd.runtime.v2.task");
+        tasks.join(NAMESPACE).join(id)
+    }
+
+    /// That of a container of Kubernetes'.
+    pub(crate) fn kubernetes_bundle(&self, id: &str) -> PathBuf {
+        let tasks = self.state.join("containerd/io.containerd.runtime.v2.task");
+        tasks.join(KUBERNETES).join(id)
+    }
+
+    /// What it says that it is, as "1.6.20~ds1".
+    pub(crate) fn version(&self) -> String {
+        let said = self.ctr(&["version"]).exits(0).stdout;
+        let server = said.split("Server:").nth(1).unwrap();
+        let line = server
+            .lines()
+            .find_map(|l| l.trim().strip_prefix("Version:"));
+        let version = line.unwrap().trim();
+        version.trim_start_matches('v').to_owned()
+    }
+
     /// Its socket.
     pub(crate) fn socket(&self) -> PathBuf {
         self.state.join("c.sock")
@@ -166,17 +188,12 @@ impl Daemon {
     /// The same for a snapshotter that is not the usual one.
     pub(crate) fn start_with_snapshotter(snapshotter: &str) -> Self {
         let daemon = Self::start();
-        daemon
-            .ctr(&[
-                "image",
-                "import",
-                "--base-name",
-                "demo",
-                "--snapshotter",
-                snapshotter,
-                image().to_str().unwrap(),
-            ])
-            .exits(0);
+        let mut args = vec!["image", "import", "--base-name", "demo"];
+        args.extend(["--snapshotter", snapshotter]);
+        args.extend(Format::of_daemon().import_by_ctr());
+        let image = image();
+        args.push(image.to_str().unwrap());
+        daemon.ctr(&args).exits(0);
         daemon
     }
 
@@ -200,7 +217,7 @@ impl Daemon {
 
     /// A `ctr` command line.
     pub(crate) fn command(&self, args: &[&str]) -> Command {
-        let mut command = Command::new("ctr");
+        let mut command = Command::new(program("ctr"));
         command
             .arg("--address")
             .arg(self.socket())
@@ -369,18 +386,19 @@ impl Daemon {
 fn spawn(root: &Path, state: &Path) -> Child {
     let lib = repository().join("out/lib/walnut");
     assert!(lib.join("vmlinux").exists(), "run `make build` first");
-    let path = std::env::var("PATH").unwrap();
+    // The one that is installed, where one is.
+    let path = programs::path(&[&state.join(INSTALLED).join("bin"), &lib]);
     let log = fs::OpenOptions::new()
         .append(true)
         .create(true)
         .open(state.join("log"))
         .unwrap();
-    let mut command = Command::new("containerd");
+    let mut command = Command::new(program("containerd"));
     command
         .arg("--config")
         .arg(state.join("config.toml"))
         .args(["--log-level", "debug"])
-        .env("PATH", format!("{}:{path}", lib.display()))
+        .env("PATH", path)
         .env("WALNUT_ROOT", root.join("walnut"))
         .env("WALNUT_RUN", state.join("w"))
         .env_remove("WALNUT_LIB")

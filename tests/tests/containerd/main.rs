@@ -1,5 +1,6 @@
 //! Walnut under a real containerd, driven with `ctr`.
 //!
+//! The containerd is the host's, or another one that [`programs`] is told of.
 //! Each test has a containerd of its own ([`daemon::Daemon`]), and nothing may be
 //! left when it is done: no process, mount, directory or cgroup.
 
@@ -17,5 +18,6 @@ mod events;
 mod lifecycle;
 mod options;
 mod pods;
+mod programs;
 mod recovery;
 mod streams;
