@@ -10,12 +10,12 @@ TESTS = $(CARGO) test --release --workspace --features walnut-agent/guest-tests
 # Clones of one template that a test compares; `make e2e CLONES=200` takes minutes longer.
 CLONES ?= 40
 
-.PHONY: all deps build demo test unit e2e lab lab-short lint fuzz fuzz-short fmt bench bench-lab install uninstall clean help
+.PHONY: all deps build demo test unit e2e containerd-newer lab lab-short lint fuzz fuzz-short fmt bench bench-lab install uninstall clean help
 
 all: build
 
 help: ## Show this
-	@grep -hE '^[a-z0-9-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 12
+	@grep -hE '^[a-z0-9-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 18
 
 deps: ## Install the Debian packages that are missing (as root)
 	@scripts/deps.sh
@@ -45,6 +45,10 @@ e2e: build ## Tests of the product, with the real image
 	@tests/image/build.sh
 	@echo 'clones of one template: $(CLONES), for their time; 200 with make e2e CLONES=200'
 	@WALNUT_TEST_CLONES=$(CLONES) $(TESTS) --test containerd --test e2e --test oci -- --test-threads=$(TEST_THREADS)
+
+containerd-newer: build ## The containerd suite against containerd 1.7 and 2.x, of later Debians (tests/containerd.sh)
+	@tests/containerd.sh 1.7
+	@tests/containerd.sh 2
 
 # The lab is slow: `make test` takes the part of the suite that shows walnut-vmm
 # at work, `make lab` the whole.

@@ -9,7 +9,7 @@ use std::{
 
 use walnut_tests::{processes, unique, until};
 
-use crate::daemon::{Done, finish, repository};
+use crate::daemon::{Daemon, Done, finish, repository};
 
 /// A bundle, and the shim's directories.
 struct Bench {
@@ -111,4 +111,33 @@ fn protobuf_for_those_who_write_it() {
     let want = [version, text(2, &bench.address()), text(3, "ttrpc")].concat();
     assert_eq!(done.stdout.as_bytes(), want);
     bench.end();
+}
+
+/// What the containerd under test made of the answer: it keeps it for its next start.
+#[track_caller]
+pub(crate) fn assert_spoken(daemon: &Daemon, bundle: &Path, version: i32) {
+    let address = fs::read_to_string(bundle.join("address")).unwrap();
+    match fs::read(bundle.join("bootstrap.json")) {
+        Ok(kept) => {
+            let kept: serde_json::Value = serde_json::from_slice(&kept).unwrap();
+            let want = serde_json::json!({
+                "version": version,
+                "address": address,
+                "protocol": "ttrpc",
+            });
+            assert_eq!(kept, want);
+        }
+        // 1.6 knows addresses only.
+        Err(e) => assert!(daemon.version().starts_with("1.6."), "{e}"),
+    }
+}
+
+#[test]
+fn containerd_understands_the_answer() {
+    let daemon = Daemon::start();
+    let id = unique("c");
+    daemon.detached(&id, &["sleep", "1000"]);
+    // 2.x speaks both, and asks for what 1.7 asks for; see `Format::kubernetes` as well.
+    assert_spoken(&daemon, &daemon.bundle(&id), 2);
+    daemon.remove(&id);
 }

@@ -15,7 +15,11 @@ use tokio::runtime::Runtime;
 use tonic::transport::{Channel, Endpoint};
 use walnut_tests::{unique, until};
 
-use crate::daemon::{Daemon, KUBERNETES_IMAGE};
+use crate::{
+    bootstrap::assert_spoken,
+    daemon::{Daemon, KUBERNETES_IMAGE},
+    programs::Format,
+};
 
 /// A kubelet's connection.
 pub(crate) struct Kubelet {
@@ -213,6 +217,8 @@ fn a_pod_lives_as_kubernetes_wants_it() {
     let daemon = Daemon::start_for_kubernetes();
     let mut kubelet = Kubelet::new(&daemon);
     let pod = kubelet.run_pod(&daemon);
+    let version = Format::of_daemon().task_api_of_pods();
+    assert_spoken(&daemon, &daemon.kubernetes_bundle(&pod.id), version);
     let first = kubelet.run(&pod, "first", SERVE);
     let done = kubelet.exec(&first, "hostname; echo oops >&2; exit 3");
     let hostname = format!("{}\n", pod.config.hostname);

@@ -18,6 +18,8 @@ use nix::{
 pub(crate) use walnut_tests::client::{Done, finish, image, repository};
 use walnut_tests::{assert_gone, cgroups, client::cache, processes, unique, until};
 
+use crate::programs::{self, Format, program};
+
 /// Namespace of all containers here but those of Kubernetes.
 const NAMESPACE: &str = "walnut-test";
 /// Kubernetes' namespace.
@@ -31,6 +33,8 @@ pub(crate) const IMAGE: &str = "demo:latest";
 pub(crate) const KUBERNETES_IMAGE: &str = "walnut.test/demo:latest";
 /// What a pod's first container runs.
 const PAUSE_IMAGE: &str = "walnut.test/pause";
+/// Where `walnut install` puts its programs, below a daemon's own directory.
+const INSTALLED: &str = "installed";
 
 /// A containerd with the test image.
 pub(crate) struct Daemon {
@@ -39,8 +43,7 @@ pub(crate) struct Daemon {
     /// Sockets, bundles, and what Walnut keeps.
     state: PathBuf,
     child: Child,
-    /// It lives in a network namespace of its own.
-    apart: bool,
+    kind: Kind,
     /// Names of everything that has run.
     names: Mutex<BTreeSet<String>>,
 }
@@ -79,6 +82,8 @@ fn pause_image(dir: &Path) -> PathBuf {
     file
 }
 
+/// Where Debian has CNI's plugins.
+const PLUGINS: &str = "/usr/lib/cni";
 /// The network of a node's pods.
 const POD_NETWORK: &str = r#"{
     "cniVersion": "0.4.0",
@@ -101,17 +106,24 @@ const POD_NETWORK: &str = r#"{
     ]
 }"#;
 
-/// Stands for the daemon's own directory in what is added to its configuration.
+/// Stands for the daemon's own directory in [`POD_NETWORK`].
 const DAEMON_STATE: &str = "@state@";
+
+/// What a containerd is for.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+enum Kind {
+    /// `ctr`.
+    Plain,
+    /// Kubernetes, with pods of the node's network.
+    Kubernetes,
+    /// Kubernetes, with a network for pods, in a network namespace that stands for the node.
+    Networked,
+}
 
 impl Daemon {
     /// Starts it, and gives it the image.
     pub(crate) fn start() -> Self {
-        let daemon = Self::launch(
-            "disabled_plugins = [\"io.containerd.grpc.v1.cri\"]\n",
-            "",
-            false,
-        );
+        let daemon = Self::launch(Kind::Plain);
         let image = image();
         let image = image.to_str().unwrap();
         daemon
@@ -120,32 +132,21 @@ impl Daemon {
         daemon
     }
 
-    /// Starts it with its interface for Kubernetes.
+    /// Starts it with its interface for Kubernetes, and with Walnut set up in it by
+    /// `walnut install`.
     pub(crate) fn start_for_kubernetes() -> Self {
-        let none = format!("{DAEMON_STATE}/cni");
-        Self::launch_for_kubernetes(&none, false)
+        Self::launch_for_kubernetes(Kind::Kubernetes)
     }
 
     /// The same with a network for pods: CNI's plugins as Debian has them, a bridge with
     /// addresses of both families and ports of the node's, in a network namespace that
     /// stands for the node ([`Daemon::on_the_node`]).
     pub(crate) fn start_with_pod_network() -> Self {
-        Self::launch_for_kubernetes("/usr/lib/cni", true)
+        Self::launch_for_kubernetes(Kind::Networked)
     }
 
-    fn launch_for_kubernetes(plugins: &str, apart: bool) -> Self {
-        let plugin = format!(
-            "[plugins.\"io.containerd.grpc.v1.cri\"]\n\
-             sandbox_image = \"{PAUSE_IMAGE}:latest\"\n\
-             [plugins.\"io.containerd.grpc.v1.cri\".containerd]\n\
-             default_runtime_name = \"walnut\"\n\
-             [plugins.\"io.containerd.grpc.v1.cri\".containerd.runtimes.walnut]\n\
-             runtime_type = \"{RUNTIME}\"\n\
-             [plugins.\"io.containerd.grpc.v1.cri\".cni]\n\
-             bin_dir = \"{plugins}\"\n\
-             conf_dir = \"{DAEMON_STATE}/cni\"\n"
-        );
-        let daemon = Self::launch("", &plugin, apart);
+    fn launch_for_kubernetes(kind: Kind) -> Self {
+        let daemon = Self::launch(kind);
         let import = |base: &str, file: &Path| {
             let mut args = vec!["--namespace", KUBERNETES, "image", "import", "--base-name"];
             args.extend([base, file.to_str().unwrap()]);
@@ -156,8 +157,7 @@ impl Daemon {
         daemon
     }
 
-    /// `tail` may name files below the daemon's own directory ([`DAEMON_STATE`]).
-    fn launch(head: &str, tail: &str, apart: bool) -> Self {
+    fn launch(kind: Kind) -> Self {
         let name = unique("ctd");
         let root = cache().join("e2e").join(&name);
         // Short: sockets' addresses are.
@@ -165,29 +165,43 @@ impl Daemon {
         for dir in [&root, &state] {
             fs::create_dir_all(dir).unwrap();
         }
+        let format = Format::of_daemon();
         let (root_dir, state_dir) = (root.display(), state.display());
-        let tail = tail.replace(DAEMON_STATE, state.to_str().unwrap());
-        let config = format!(
-            "version = 2\n\
+        let mut config = format!(
+            "{}\
              root = \"{root_dir}/containerd\"\n\
              state = \"{state_dir}/containerd\"\n\
-             {head}\
              [grpc]\naddress = \"{state_dir}/c.sock\"\n\
              [ttrpc]\naddress = \"{state_dir}/c.sock.ttrpc\"\n\
-             {tail}"
+             {}",
+            format.head(kind != Kind::Plain),
+            format.tail()
         );
-        fs::write(state.join("config.toml"), config).unwrap();
-        if apart {
-            fs::create_dir(state.join("cni")).unwrap();
-            let network = POD_NETWORK.replace(DAEMON_STATE, state.to_str().unwrap());
-            fs::write(state.join("cni/10-pods.conflist"), network).unwrap();
+        let (kubernetes, cni) = (kind != Kind::Plain, state.join("cni"));
+        if kubernetes {
+            let image = format!("{PAUSE_IMAGE}:latest");
+            let plugins = match kind {
+                Kind::Networked => PLUGINS.as_ref(),
+                _ => cni.as_path(),
+            };
+            config.push_str(&format.kubernetes(&image, plugins, &cni));
         }
-        let child = spawn(&root, &state, apart);
+        let file = state.join("config.toml");
+        fs::write(&file, config).unwrap();
+        if kubernetes {
+            programs::install(&state.join(INSTALLED), &file);
+        }
+        if kind == Kind::Networked {
+            fs::create_dir(&cni).unwrap();
+            let network = POD_NETWORK.replace(DAEMON_STATE, state.to_str().unwrap());
+            fs::write(cni.join("10-pods.conflist"), network).unwrap();
+        }
+        let child = spawn(&root, &state, kind);
         let daemon = Self {
             root,
             state,
             child,
-            apart,
+            kind,
             names: Mutex::default(),
         };
         daemon.until_it_answers();
@@ -212,6 +226,29 @@ impl Daemon {
         self.state.join(name)
     }
 
+    /// The bundle of a task.
+    pub(crate) fn bundle(&self, id: &str) -> PathBuf {
+        let tasks = self.state.join("containerd/io.containerd.runtime.v2.task");
+        tasks.join(NAMESPACE).join(id)
+    }
+
+    /// That of a container of Kubernetes'.
+    pub(crate) fn kubernetes_bundle(&self, id: &str) -> PathBuf {
+        let tasks = self.state.join("containerd/io.containerd.runtime.v2.task");
+        tasks.join(KUBERNETES).join(id)
+    }
+
+    /// What it says that it is, as "1.6.20~ds1".
+    pub(crate) fn version(&self) -> String {
+        let said = self.ctr(&["version"]).exits(0).stdout;
+        let server = said.split("Server:").nth(1).unwrap();
+        let line = server
+            .lines()
+            .find_map(|l| l.trim().strip_prefix("Version:"));
+        let version = line.unwrap().trim();
+        version.trim_start_matches('v').to_owned()
+    }
+
     /// Its socket.
     pub(crate) fn socket(&self) -> PathBuf {
         self.state.join("c.sock")
@@ -220,17 +257,12 @@ impl Daemon {
     /// The same for a snapshotter that is not the usual one.
     pub(crate) fn start_with_snapshotter(snapshotter: &str) -> Self {
         let daemon = Self::start();
-        daemon
-            .ctr(&[
-                "image",
-                "import",
-                "--base-name",
-                "demo",
-                "--snapshotter",
-                snapshotter,
-                image().to_str().unwrap(),
-            ])
-            .exits(0);
+        let mut args = vec!["image", "import", "--base-name", "demo"];
+        args.extend(["--snapshotter", snapshotter]);
+        args.extend(Format::of_daemon().import_by_ctr());
+        let image = image();
+        args.push(image.to_str().unwrap());
+        daemon.ctr(&args).exits(0);
         daemon
     }
 
@@ -243,7 +275,7 @@ impl Daemon {
         self.child.kill().unwrap();
         self.child.wait().unwrap();
         meanwhile();
-        self.child = spawn(&self.root, &self.state, self.apart);
+        self.child = spawn(&self.root, &self.state, self.kind);
         self.until_it_answers();
     }
 
@@ -254,7 +286,7 @@ impl Daemon {
 
     /// A `ctr` command line.
     pub(crate) fn command(&self, args: &[&str]) -> Command {
-        let mut command = Command::new("ctr");
+        let mut command = Command::new(program("ctr"));
         command
             .arg("--address")
             .arg(self.socket())
@@ -420,28 +452,29 @@ impl Daemon {
     }
 }
 
-fn spawn(root: &Path, state: &Path, apart: bool) -> Child {
+fn spawn(root: &Path, state: &Path, kind: Kind) -> Child {
     let lib = repository().join("out/lib/walnut");
     assert!(lib.join("vmlinux").exists(), "run `make build` first");
-    let path = std::env::var("PATH").unwrap();
+    // The one that is installed, where one is.
+    let path = programs::path(&[&state.join(INSTALLED).join("bin"), &lib]);
     let log = fs::OpenOptions::new()
         .append(true)
         .create(true)
         .open(state.join("log"))
         .unwrap();
-    let mut command = match apart {
-        false => Command::new("containerd"),
-        true => {
+    let mut command = match kind {
+        Kind::Networked => {
             let mut command = Command::new("unshare");
-            command.args(["--net", "containerd"]);
+            command.arg("--net").arg(program("containerd"));
             command
         }
+        _ => Command::new(program("containerd")),
     };
     command
         .arg("--config")
         .arg(state.join("config.toml"))
         .args(["--log-level", "debug"])
-        .env("PATH", format!("{}:{path}", lib.display()))
+        .env("PATH", path)
         .env("WALNUT_ROOT", root.join("walnut"))
         .env("WALNUT_RUN", state.join("w"))
         .env_remove("WALNUT_LIB")

@@ -1,5 +1,6 @@
 //! Walnut under a real containerd, driven with `ctr`.
 //!
+//! The containerd is the host's, or another one that [`programs`] is told of.
 //! Each test has a containerd of its own ([`daemon::Daemon`]), and nothing may be
 //! left when it is done: no process, mount, directory or cgroup.
 
@@ -18,5 +19,6 @@ mod lifecycle;
 mod network;
 mod options;
 mod pods;
+mod programs;
 mod recovery;
 mod streams;

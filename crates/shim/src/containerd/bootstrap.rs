@@ -3,7 +3,9 @@
 //!
 //! - containerd 1.6 reads an address, and nothing else;
 //! - 1.7 to 2.2 say in `MAX_SHIM_VERSION` which Task API they speak at most, and read
-//!   JSON that says which it shall be;
+//!   JSON that says which it shall be. They all say 2, also those that speak 3, which
+//!   they do when their configuration says so
+//!   (`env` of `io.containerd.shim.v1.manager`);
 //! - 2.3 and later write `BootstrapParams` to the standard input, where the others
 //!   write the runtime's options, and read a `BootstrapResult`.
 
