@@ -8,6 +8,7 @@
 //! libcontainer: the agent links it and has to stay small.
 
 pub mod names;
+pub mod transports;
 pub mod wire;
 
 /// Where the helper lies in the guest.

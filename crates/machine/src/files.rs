@@ -51,7 +51,7 @@ impl Devices {
     }
 }
 
-fn share_taps(nic: &Nic) -> io::Result<Vec<OwnedFd>> {
+pub(crate) fn share_taps(nic: &Nic) -> io::Result<Vec<OwnedFd>> {
     nic.taps.iter().map(|tap| tap.try_clone()).collect()
 }
 

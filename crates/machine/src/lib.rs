@@ -66,7 +66,7 @@ pub struct MachineSpec {
     pub spare_disks: u32,
     /// virtio-fs devices.
     pub shares: Vec<Share>,
-    /// Network interfaces, in order. Of QEMU's machines only those that boot have some.
+    /// Network interfaces, in order.
     pub nics: Vec<Nic>,
 }
 
@@ -111,6 +111,8 @@ pub enum Pluggable {
     Disk(Disk),
     /// Known by its tag.
     Share(Share),
+    /// Known by its address.
+    Nic(Nic),
 }
 
 /// Why and how a machine ended.
@@ -173,9 +175,15 @@ pub trait Restore: fmt::Debug + Send + Sync {
     /// The programs that wrote a snapshot and are to read it: other ones may not.
     fn programs(&self) -> Vec<PathBuf>;
 
+    /// Whether a clone of a machine that was saved with spare disks can have the shares and
+    /// network interfaces of `spec`, which is otherwise the saved machine's.
+    fn has_room(&self, spec: &MachineSpec) -> bool;
+
     /// Starts a machine where the saved one stood. `spec` says what its devices are
     /// now: it must name the same ones, and may name up to [`MachineSpec::spare_disks`]
-    /// disks more, after the others. Kernel, sizes, spare disks and command line are
+    /// disks more, after the others. A machine that was saved with spare disks had neither
+    /// shares nor network interfaces; those of `spec` come as the disks do, as far as
+    /// there is room ([`Restore::has_room`]). Kernel, sizes, spare disks and command line are
     /// the snapshot's (a disk that comes later has as many queues as `spec` has vCPUs,
     /// for a machine that is about to grow). The guest's kernel hears that it is a clone, and reseeds its
     /// random numbers, before anything else (QEMU's cannot hear it: there the agent's
@@ -255,7 +263,7 @@ pub trait Snapshot: Send + Sync {
 #[async_trait]
 pub trait HotPlug: Send + Sync {
     /// Returns when the device is there; the guest finds it by itself, some
-    /// milliseconds later. Fails if the machine has a device of this serial or tag,
+    /// milliseconds later. Fails if the machine has a device of this serial, tag or address,
     /// no room for another, or, for a share, memory of its own alone: a machine
     /// whose memory is shared started with a share.
     async fn attach(&self, device: &Pluggable) -> Result<(), Error>;

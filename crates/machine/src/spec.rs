@@ -71,7 +71,7 @@ pub(crate) fn share_problem(share: &Share) -> Option<String> {
 }
 
 /// What is wrong with a network interface.
-fn nic_problem(nic: &Nic) -> Option<String> {
+pub(crate) fn nic_problem(nic: &Nic) -> Option<String> {
     if nic.mac[0] & 1 != 0 {
         return Some(format!("the address {:x?} is a group's", nic.mac));
     }

@@ -59,6 +59,30 @@ pub(crate) struct Parts {
     pub(crate) nics: Vec<Nic>,
 }
 
+impl Parts {
+    /// The machine `spec` with all of them.
+    fn onto(&self, spec: &MachineSpec) -> MachineSpec {
+        MachineSpec {
+            disks: self.disks.clone(),
+            shares: self.shares.clone(),
+            nics: self.nics.clone(),
+            ..spec.clone()
+        }
+    }
+
+    /// What the machine may become.
+    fn max(&self, span: Span) -> Size {
+        match self.shares.is_empty() {
+            true => span.max,
+            // Who serves them would keep the memory that the guest gives up.
+            false => Size {
+                memory: span.boot.memory,
+                ..span.max
+            },
+        }
+    }
+}
+
 pub(crate) async fn start(config: &SandboxConfig, parts: Parts, steps: Steps) -> Result<Started> {
     let programs = Programs {
         cache: config.cache.clone(),
@@ -71,14 +95,16 @@ pub(crate) async fn start(config: &SandboxConfig, parts: Parts, steps: Steps) ->
     spec.id.clone_from(&config.id);
     steps.done("driver chosen");
     let templates = config.templates.as_ref().filter(|_| {
-        // A clone's memory is its own alone, and shares want others to see it.
         config.settings.machine.templates
-            && parts.shares.is_empty()
-            && parts.nics.is_empty()
             && parts.disks.len() <= spec.spare_disks as usize
+            // Who serves a share would keep the memory that the guest gives up: such a
+            // machine's memory stays as large as the template's.
+            && (parts.shares.is_empty() || parts.size.memory == span.boot.memory)
     });
     let mut wanted = None;
-    if let (Some(templates), Some(_)) = (templates, driver.as_restore()) {
+    if let (Some(templates), Some(restore)) = (templates, driver.as_restore())
+        && restore.has_room(&parts.onto(&spec))
+    {
         wanted = Some(template::Wanted {
             driver: config.settings.machine.driver,
             memory: parts.size.memory,
@@ -87,9 +113,8 @@ pub(crate) async fn start(config: &SandboxConfig, parts: Parts, steps: Steps) ->
         match templates.find(driver.as_ref(), &spec) {
             Ok(Some(found)) => {
                 let spec = MachineSpec {
-                    disks: parts.disks.clone(),
                     vcpus: parts.size.vcpus,
-                    ..spec.clone()
+                    ..parts.onto(&spec)
                 };
                 let files = templates.files(&found.id);
                 let grown = Some((span.boot, parts.size)).filter(|(from, to)| from != to);
@@ -101,7 +126,7 @@ pub(crate) async fn start(config: &SandboxConfig, parts: Parts, steps: Steps) ->
                             agent,
                             template: Some(found.id),
                             wanted: None,
-                            max: span.max,
+                            max: parts.max(span),
                             shape: Some(found.shape.of_whole()),
                             disks: parts.disks.into_iter().map(Attached::new).collect(),
                         });
@@ -115,10 +140,7 @@ pub(crate) async fn start(config: &SandboxConfig, parts: Parts, steps: Steps) ->
         }
     }
     let mut span = Span::open(parts.size, ceiling);
-    if !parts.shares.is_empty() {
-        // Who serves them would keep the memory that the guest gives up.
-        span.max.memory = span.boot.memory;
-    }
+    span.max = parts.max(span);
     spec = MachineSpec {
         id: spec.id,
         spare_disks: 0,

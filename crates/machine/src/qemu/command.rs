@@ -14,6 +14,8 @@ const SLOTS: usize = 8;
 /// include/hw/i386/microvm.h).
 const REGISTERS: u64 = 0xfeb0_0000;
 const REGISTERS_SIZE: u64 = 512;
+/// The first one's interrupt; the others' follow.
+const FIRST_LINE: usize = 5;
 /// The kernel's bound.
 const CMDLINE_MAX: usize = 2048;
 
@@ -61,6 +63,35 @@ pub(super) fn check(spec: &MachineSpec) -> Result<(), Error> {
     crate::spec::refuse(spec, problem(spec))
 }
 
+/// The same for what is to go on where a saved machine stood. Its shares and network
+/// interfaces are more than that one had.
+pub(super) fn check_clone(spec: &MachineSpec) -> Result<(), Error> {
+    let more = spec.shares.len() + spec.nics.len();
+    let room = SLOTS - slots(&without_late(spec)).0.min(SLOTS);
+    let problem = problem(spec).or_else(|| {
+        (more > room).then(|| {
+            format!(
+                "{more} shares and network interfaces were asked for; a clone has room for {room}"
+            )
+        })
+    });
+    crate::spec::refuse(spec, problem)
+}
+
+/// What the saved machine had of a clone's.
+pub(super) fn without_late(spec: &MachineSpec) -> MachineSpec {
+    MachineSpec {
+        shares: Vec::new(),
+        nics: Vec::new(),
+        ..spec.clone()
+    }
+}
+
+/// The transports that a machine's devices take.
+fn slots(spec: &MachineSpec) -> Slots {
+    Slots(1 + devices(spec) + free(spec).min(2))
+}
+
 fn problem(spec: &MachineSpec) -> Option<String> {
     if let Some(problem) = crate::spec::problem(spec) {
         return Some(problem);
@@ -84,6 +115,11 @@ fn problem(spec: &MachineSpec) -> Option<String> {
         ));
     }
     None
+}
+
+/// The device of the `n`th share.
+pub(super) fn share(n: usize) -> String {
+    format!("share{n}")
 }
 
 pub(super) fn spare(spec: &MachineSpec) -> usize {
@@ -148,6 +184,18 @@ fn kernel_cmdline(accel: Accel, spec: &MachineSpec, tsc_khz: Option<u64>) -> Str
     ];
     let tsc = tsc_khz.map(|khz| format!("tsc_early_khz={khz}"));
     words.extend(tsc.as_deref());
+    // QEMU announces transports that have a device. Those of a machine that others are to
+    // begin from may have one later.
+    let mut empty = slots(spec);
+    let mut announced = Vec::new();
+    while spec.spare_disks > 0 && empty.0 < SLOTS {
+        let slot = empty.next();
+        let (at, line) = (registers(slot), FIRST_LINE + slot);
+        announced.push(format!(
+            "virtio_mmio.device={REGISTERS_SIZE}@{at:#x}:{line}"
+        ));
+    }
+    words.extend(announced.iter().map(String::as_str));
     if accel == Accel::Tcg {
         words.push("mitigations=off");
         // Calibrating the local APIC's timer by the PIT takes 220 ms emulated. One vCPU
@@ -175,6 +223,14 @@ pub(super) fn arguments(
 ) -> Vec<String> {
     let mut args = Args::default();
     args.base(accel, spec, fds, timing.threads);
+    let base;
+    let (here, late) = match begin {
+        Begin::Boot { .. } => (spec, None),
+        Begin::Restore => {
+            base = without_late(spec);
+            (&base, Some(spec))
+        }
+    };
     match begin {
         Begin::Boot { kernel, initramfs } => {
             args.add("-kernel", format!("/proc/self/fd/{kernel}"));
@@ -188,7 +244,7 @@ pub(super) fn arguments(
     }
     // What a guest can do without gives way to disks: it has the processor's
     // random numbers and the agent's seed, and may keep its free memory.
-    let free = free(spec);
+    let free = free(here);
     if free >= 1 {
         args.device("virtio-balloon-device,free-page-reporting=on");
     }
@@ -201,13 +257,7 @@ pub(super) fn arguments(
         "vhost-user-vsock-device,chardev=vsock,id={}",
         sockets::ID
     ));
-    for (n, (share, fd)) in spec.shares.iter().zip(&fds.shares).enumerate() {
-        args.add("-chardev", format!("socket,id=fs{n},fd={fd}"));
-        args.device(&format!(
-            "vhost-user-fs-device,chardev=fs{n},tag={},queue-size=1024",
-            share.tag
-        ));
-    }
+    args.shares(here, fds);
     for (n, (disk, fd)) in spec.disks.iter().zip(&fds.disks).enumerate() {
         let node = format!("disk{n}");
         args.add("-add-fd", format!("fd={fd},set={n}"));
@@ -220,9 +270,7 @@ pub(super) fn arguments(
             disk.serial
         ));
     }
-    for (n, (nic, queues)) in spec.nics.iter().zip(&fds.nics).enumerate() {
-        args.nic(n, nic, queues);
-    }
+    args.nics(here, fds);
     // Read-only, and so must be what they become: what its driver has agreed to, and
     // what QEMU itself has asked of the drive, stays.
     for n in 0..spare(spec) {
@@ -232,6 +280,11 @@ pub(super) fn arguments(
             format!("driver=null-co,node-name={node},size=0,read-only=on"),
         );
         args.device(&format!("virtio-blk-device,drive={node},id={id}"));
+    }
+    // On transports that were empty.
+    if let Some(spec) = late {
+        args.shares(spec, fds);
+        args.nics(spec, fds);
     }
     args.0
 }
@@ -248,6 +301,23 @@ impl Args {
     fn device(&mut self, device: &str) {
         let slot = self.1.next();
         self.add("-device", format!("{device},bus=virtio-mmio-bus.{slot}"));
+    }
+
+    fn shares(&mut self, spec: &MachineSpec, fds: &Fds) {
+        for (n, (share, fd)) in spec.shares.iter().zip(&fds.shares).enumerate() {
+            self.add("-chardev", format!("socket,id=fs{n},fd={fd}"));
+            self.device(&format!(
+                "vhost-user-fs-device,chardev=fs{n},tag={},queue-size=1024,id={}",
+                share.tag,
+                self::share(n)
+            ));
+        }
+    }
+
+    fn nics(&mut self, spec: &MachineSpec, fds: &Fds) {
+        for (n, (nic, queues)) in spec.nics.iter().zip(&fds.nics).enumerate() {
+            self.nic(n, nic, queues);
+        }
     }
 
     /// A network interface on a tap, whose frames QEMU itself moves: there may be no vhost.

@@ -112,6 +112,10 @@ impl Restore for Qemu {
         vec![self.qemu.clone(), self.vsock.clone()]
     }
 
+    fn has_room(&self, spec: &MachineSpec) -> bool {
+        command::check_clone(spec).is_ok()
+    }
+
     async fn restore(
         &self,
         spec: MachineSpec,

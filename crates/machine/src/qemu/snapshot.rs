@@ -229,6 +229,13 @@ fn open(what: &'static str, path: &Path) -> Result<File, Error> {
     }
 }
 
+/// Takes the `n`th share out of a machine that stands, or puts it back.
+async fn realize(qmp: &Qmp, n: usize, there: bool) -> Result<(), Error> {
+    let path = format!("/machine/peripheral/{}", command::share(n));
+    let change = json!({ "path": path, "property": "realized", "value": there });
+    qmp.execute_with("qom-set", change).await.map(drop)
+}
+
 /// The driver's [`crate::Restore::restore`].
 pub(super) async fn restore(
     driver: &Qemu,
@@ -240,7 +247,7 @@ pub(super) async fn restore(
     let header = Header::read(&state, &from.state)?;
     let clone = header.clone_of(driver.name(), spec);
     let spec = clone.map_err(|problem| refused(&from.state, problem))?;
-    command::check(&spec)?;
+    command::check_clone(&spec)?;
     let length = saved.metadata().map(|it| it.len());
     if length.map_err(file_error("look at the snapshot's memory", &from.memory))? != spec.memory {
         let problem = format!("it is not of the machine's {} bytes", spec.memory);
@@ -272,6 +279,11 @@ pub(super) async fn restore(
         }
         ignore_memory(qmp).await?;
         sockets::take_out(qmp).await?;
+        // Of them it has no state to load either.
+        let shares = 0..shared.spec.shares.len();
+        for n in shares.clone() {
+            realize(qmp, n, false).await?;
+        }
         // What it loads must agree with what stands in the rings.
         fill.await
             .map_err(file_error("read the snapshot's memory", &from.memory))?;
@@ -280,8 +292,11 @@ pub(super) async fn restore(
             .await?;
         migrated(qmp).await?;
         shared.step("state loaded");
+        for n in shares {
+            realize(qmp, n, true).await?;
+        }
         let mut registers = shared.registers.lock().await;
-        let base = command::vsock_registers(&shared.spec);
+        let base = command::vsock_registers(&command::without_late(&shared.spec));
         header.sockets.put_back(qmp, &mut registers, base).await?;
         header.sockets.tell_reset(&mut registers).await?;
         qmp.execute("cont").await

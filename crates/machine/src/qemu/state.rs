@@ -82,9 +82,6 @@ impl Header {
                 "it is of the driver {saved:?}; {driver} cannot restore it"
             ));
         }
-        if !spec.shares.is_empty() {
-            return Err("a clone cannot have shares: virtio-fs keeps no state".to_owned());
-        }
         let (had, has) = (self.disks.len(), spec.disks.len());
         let same = self.disks.iter().zip(&spec.disks);
         let mut same = same.filter(|(a, b)| a.serial == b.serial && a.read_only == b.read_only);

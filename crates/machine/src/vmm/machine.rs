@@ -75,8 +75,12 @@ impl Fds {
     }
 }
 
+/// Whether there is a slot for each device.
+pub(super) fn has_room(spec: &MachineSpec) -> bool {
+    spec.disks.len() + spec.shares.len() + spec.nics.len() <= DEVICES_MAX
+}
+
 fn check(spec: &MachineSpec) -> Result<(), Error> {
-    let devices = spec.disks.len() + spec.shares.len() + spec.nics.len();
     let problem = spec::problem(spec).or_else(|| {
         // Which of them are the saved machine's nothing would say.
         let spare = usize::try_from(spec.spare_disks).unwrap_or(usize::MAX);
@@ -88,9 +92,12 @@ fn check(spec: &MachineSpec) -> Result<(), Error> {
         })
     });
     let problem = problem.or_else(|| {
-        (devices > DEVICES_MAX).then(|| {
+        (!has_room(spec)).then(|| {
             format!(
-                "{devices} disks, shares and network interfaces were asked for; there is room for {DEVICES_MAX}"
+                "{} disks, {} shares and {} network interfaces were asked for; there is room for {DEVICES_MAX} devices",
+                spec.disks.len(),
+                spec.shares.len(),
+                spec.nics.len()
             )
         })
     });
@@ -188,7 +195,12 @@ pub(super) fn block(disk: &Disk, file: FdIndex, queues: u16) -> Attachment {
     attachment(&block_name(disk), device)
 }
 
-fn net(n: usize, nic: &Nic, taps: Vec<FdIndex>) -> Attachment {
+pub(super) fn net_name(nic: &Nic) -> String {
+    let pairs: Vec<_> = nic.mac.iter().map(|byte| format!("{byte:02x}")).collect();
+    format!("net-{}", pairs.concat())
+}
+
+pub(super) fn net(nic: &Nic, taps: Vec<FdIndex>) -> Attachment {
     let device = Device::Net {
         taps,
         mac: nic.mac,
@@ -197,7 +209,7 @@ fn net(n: usize, nic: &Nic, taps: Vec<FdIndex>) -> Attachment {
         receive: Limits::default(),
         send: Limits::default(),
     };
-    attachment(&format!("net-{n}"), device)
+    attachment(&net_name(nic), device)
 }
 
 /// The devices of `spec`, in the order of their slots.
@@ -219,9 +231,9 @@ fn devices(
     for (disk, file) in spec.disks.iter().zip(devices.disks) {
         attachments.push(block(disk, fds.add(file), vcpus(spec).into()));
     }
-    for (n, (nic, taps)) in spec.nics.iter().zip(devices.nics).enumerate() {
+    for (nic, taps) in spec.nics.iter().zip(devices.nics) {
         let taps = taps.into_iter().map(|tap| fds.add(tap)).collect();
-        attachments.push(net(n, nic, taps));
+        attachments.push(net(nic, taps));
     }
     attachments.push(attachment("rng", Device::Rng));
     attachments.push(attachment("balloon", Device::Balloon));
@@ -350,9 +362,20 @@ impl VmmMachine {
     ) -> Result<Self, Error> {
         check(&spec)?;
         // What the snapshot does not have is plugged in before the guest runs on.
-        let more = match spec.spare_disks {
+        let backing = backing(&spec);
+        let more: Vec<Pluggable> = match spec.spare_disks {
             0 => Vec::new(),
-            _ => std::mem::take(&mut spec.disks),
+            _ => {
+                let disks = std::mem::take(&mut spec.disks).into_iter();
+                let shares = std::mem::take(&mut spec.shares).into_iter();
+                let nics = std::mem::take(&mut spec.nics).into_iter();
+                let disks = disks.map(Pluggable::Disk);
+                let shares = shares.map(Pluggable::Share);
+                disks
+                    .chain(shares)
+                    .chain(nics.map(Pluggable::Nic))
+                    .collect()
+            }
         };
         let mut options = OpenOptions::new();
         options
@@ -375,7 +398,7 @@ impl VmmMachine {
             kvm: fds.add(open_kvm()?),
             state: fds.add(state),
             memory: fds.add(memory),
-            backing: backing(&spec),
+            backing,
             console: Some(fds.add(console)),
             devices: devices(&spec, files, dir, &mut fds),
             jail: api::Jail::Full { user },
@@ -388,8 +411,8 @@ impl VmmMachine {
         if more.is_empty() {
             return Ok(machine);
         }
-        for disk in more {
-            machine.attach(&Pluggable::Disk(disk)).await?;
+        for device in &more {
+            machine.attach(device).await?;
         }
         machine
             .ask("run the machine", "resume", &Request::Resume)

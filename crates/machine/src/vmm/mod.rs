@@ -52,6 +52,10 @@ impl Restore for Vmm {
         vec![self.program.clone()]
     }
 
+    fn has_room(&self, spec: &MachineSpec) -> bool {
+        machine::has_room(spec)
+    }
+
     async fn restore(
         &self,
         spec: MachineSpec,

@@ -8,16 +8,17 @@ use std::{
 use async_trait::async_trait;
 use walnut_vmm_api::{FdIndex, Request};
 
-use super::machine::{VmmMachine, block, block_name, fs, fs_name};
-use crate::{Disk, Error, HotPlug, Pluggable, SpareDisks, files, spec};
+use super::machine::{VmmMachine, block, block_name, fs, fs_name, net, net_name};
+use crate::{Disk, Error, HotPlug, Pluggable, SpareDisks, agent::host, files, spec};
 
-/// The request's only descriptor.
-const ONLY: FdIndex = FdIndex(0);
+/// The request's first descriptor.
+const FIRST: FdIndex = FdIndex(0);
 
 fn name(device: &Pluggable) -> String {
     match device {
         Pluggable::Disk(disk) => block_name(disk),
         Pluggable::Share(share) => fs_name(share),
+        Pluggable::Nic(nic) => net_name(nic),
     }
 }
 
@@ -25,13 +26,15 @@ fn problem(device: &Pluggable) -> Option<String> {
     match device {
         Pluggable::Disk(disk) => spec::disk_problem(disk),
         Pluggable::Share(share) => spec::share_problem(share),
+        Pluggable::Nic(nic) => spec::nic_problem(nic),
     }
 }
 
-fn open(device: &Pluggable) -> Result<OwnedFd, Error> {
+fn open(device: &Pluggable) -> Result<Vec<OwnedFd>, Error> {
     match device {
-        Pluggable::Disk(disk) => files::open_disk(disk),
-        Pluggable::Share(share) => files::connect_share(share),
+        Pluggable::Disk(disk) => files::open_disk(disk).map(|fd| vec![fd]),
+        Pluggable::Share(share) => files::connect_share(share).map(|fd| vec![fd]),
+        Pluggable::Nic(nic) => files::share_taps(nic).map_err(host("hand over a tap")),
     }
 }
 
@@ -48,14 +51,16 @@ impl HotPlug for VmmMachine {
         if let Some(problem) = problem(device) {
             return Err(Error::Other(problem));
         }
-        let fd = open(device)?;
+        let fds = open(device)?;
         let attachment = match device {
-            Pluggable::Disk(disk) => block(disk, ONLY, self.queues()),
-            Pluggable::Share(share) => fs(share, ONLY),
+            Pluggable::Disk(disk) => block(disk, FIRST, self.queues()),
+            Pluggable::Share(share) => fs(share, FIRST),
+            Pluggable::Nic(nic) => net(nic, (0..).map(FdIndex).take(fds.len()).collect()),
         };
         let name = attachment.name.clone();
         let request = Request::Attach(Box::new(attachment));
-        self.ask_with("attach a device", "attach", &request, &[fd.as_fd()])
+        let fds: Vec<_> = fds.iter().map(AsFd::as_fd).collect();
+        self.ask_with("attach a device", "attach", &request, &fds)
             .await?;
         // Whatever was noticed of one so called was another.
         self.control().forget(&name);

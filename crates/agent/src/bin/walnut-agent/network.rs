@@ -6,6 +6,7 @@ use std::path::Path;
 use std::time::{Duration, Instant};
 
 use ttrpc::Code;
+use walnut_agent::transports;
 use walnut_protocol::agent::{Address, ConfigureNetworkRequest, Interface, Neighbour, Route};
 
 use crate::netlink::{Message, Netlink, REPLACES, attribute};
@@ -145,9 +146,14 @@ async fn wait_for(mac: &[u8]) -> Result<Link, Refused> {
     let pairs: Vec<_> = mac.iter().map(|byte| format!("{byte:02x}")).collect();
     let mac = pairs.join(":");
     let since = Instant::now();
+    let mut looked = false;
     loop {
         match look(Path::new(LINKS), &mac) {
             Ok(Some(link)) => return Ok(link),
+            Ok(None) if !looked => {
+                transports::look_again();
+                looked = true;
+            }
             Ok(None) if since.elapsed() < WITHIN => tokio::time::sleep(PAUSE).await,
             Ok(None) => return Err(Refused::Missing(mac)),
             Err(e) => return Err(Refused::Kernel(format!("look for {mac}"), e)),

@@ -155,6 +155,10 @@ fn options(storage: &Storage) -> (MsFlags, String) {
 
 /// mount(2), with a message that says what was mounted where.
 fn mount_on(storage: &Storage, target: &Target, source: &str, fstype: &str) -> Result<(), Failure> {
+    try_mount(storage, target, source, fstype).map_err(|e| complain(storage, e))
+}
+
+fn try_mount(storage: &Storage, target: &Target, source: &str, fstype: &str) -> Result<(), Errno> {
     let (flags, data) = options(storage);
     mount(
         Some(source),
@@ -163,7 +167,6 @@ fn mount_on(storage: &Storage, target: &Target, source: &str, fstype: &str) -> R
         flags,
         Some(data.as_str()),
     )
-    .map_err(|e| complain(storage, e))
 }
 
 fn complain(storage: &Storage, errno: Errno) -> Failure {
