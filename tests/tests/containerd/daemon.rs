@@ -254,6 +254,26 @@ impl Daemon {
         finish(Command::new("nsenter").args(enter).args(program), b"")
     }
 
+    /// Waits until there is a template for what starts next.
+    pub(crate) fn until_there_is_a_template(&self) {
+        let templates = self.root.join("walnut/templates");
+        let whole = |dir: fs::DirEntry| dir.path().join("template.json").exists();
+        until("there is a template", || {
+            let all = fs::read_dir(&templates).into_iter().flatten().flatten();
+            all.into_iter().any(whole)
+        });
+    }
+
+    /// How many of its machines began from a template. QEMU's command line says so.
+    pub(crate) fn clones(&self) -> usize {
+        let line =
+            |pid: i32| fs::read_to_string(format!("/proc/{pid}/cmdline")).unwrap_or_default();
+        let names = self.names.lock().unwrap();
+        let all = names.iter().flat_map(|name| processes(name));
+        all.filter(|(pid, _)| line(*pid).contains("\0-incoming\0"))
+            .count()
+    }
+
     /// A file below its own directory.
     pub(crate) fn file(&self, name: &str) -> PathBuf {
         self.state.join(name)

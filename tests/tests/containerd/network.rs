@@ -71,7 +71,10 @@ fn pods_are_on_the_network_that_their_plugins_made() {
         ..Default::default()
     };
     let server = kubelet.run_networked_pod(&daemon, vec![port]);
+    // This one's machine is a clone, which gets its link as it begins.
+    daemon.until_there_is_a_template();
     let client = kubelet.run_networked_pod(&daemon, vec![]);
+    assert_eq!(daemon.clones(), 1);
     let echo = kubelet.run(&server, "echo", ECHO);
     let idle = kubelet.run(&client, "idle", "exec sleep 1000");
 

@@ -40,10 +40,17 @@ fn a_container_begins_from_a_template_unless_told_not_to() {
     // Again: the same one.
     assert_eq!(walnut(&["template", "create"]).exits(0).text(), id);
     assert_eq!(begins_from(&["--no-template"]), Value::Null);
-    // A share is more than a clone can have.
+    // What it is shared comes while it stands.
     let dir = tempfile::tempdir().unwrap();
     let volume = format!("{}:/data", dir.path().display());
-    assert_eq!(begins_from(&["-v", &volume]), Value::Null);
+    let box_ = Detached::start(&["-v", &volume, "IMAGE", "sleep", "infinity"]);
+    box_.exec(&["sh", "-c", "echo hers > /data/file"]).exits(0);
+    assert_eq!(box_.record().unwrap()["template"], id.as_str());
+    assert_eq!(
+        fs::read_to_string(dir.path().join("file")).unwrap(),
+        "hers\n"
+    );
+    drop(box_);
     let done = run_with(&["IMAGE", "echo", "booted"], b"", |command| {
         command.env("WALNUT_TEMPLATES", "off");
     });
