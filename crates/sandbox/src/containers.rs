@@ -90,19 +90,32 @@ impl Sandbox {
         let ends = ClientEnds::open(&first.stdio)?;
         let cgroup = cgroup::enter(&config, size.memory);
         let volumes = plan.volumes();
-        let shared = match plan.needs_sharing() {
+        let mut shared = match plan.needs_sharing() {
             true => Some(VirtioFs::start(&volumes, &config.run_dir).await?),
             false => None,
         };
         let mut links = Links::take(config.network, &plan.spec, size.vcpus).await?;
         steps.done("links taken");
-        let parts = start::Parts {
+        let mut parts = start::Parts {
             size,
             nics: std::mem::take(&mut links.nics),
             disks: plan.image().iter().map(|root| root.disk.clone()).collect(),
             shares: shared.iter().map(VirtioFs::share).collect(),
         };
-        let started = start::start(&config, parts, steps).await?;
+        let started = match start::start(&config, parts.clone(), steps).await? {
+            Some(started) => started,
+            None => {
+                drop(shared.take());
+                let again = VirtioFs::start(&volumes, &config.run_dir).await?;
+                parts.shares = vec![again.share()];
+                shared = Some(again);
+                let mut boots = config.clone();
+                boots.settings.machine.templates = false;
+                let started = start::start(&boots, parts, steps).await?;
+                started
+                    .ok_or_else(|| Error::Machine("start the machine: it did not boot".into()))?
+            }
+        };
         steps.done("agent greeted");
         let mut sandbox = Self::new(config, started, shared, size, cgroup);
         sandbox.networked = !links.is_empty();

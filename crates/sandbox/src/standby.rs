@@ -42,6 +42,9 @@ impl Sandbox {
             nics: Vec::new(),
         };
         let started = start::start(&config, parts, steps).await?;
+        let started = started.ok_or_else(|| {
+            Error::Machine("keep a machine ready: its template does not work".into())
+        })?;
         let sandbox = Self::new(config, started, None, size, cgroup);
         if sandbox.template().is_none() {
             sandbox.kill_machine().await;

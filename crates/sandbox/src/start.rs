@@ -52,6 +52,7 @@ impl Steps {
 }
 
 /// What the machine is to have.
+#[derive(Debug, Clone)]
 pub(crate) struct Parts {
     pub(crate) size: Size,
     pub(crate) disks: Vec<Disk>,
@@ -83,7 +84,13 @@ impl Parts {
     }
 }
 
-pub(crate) async fn start(config: &SandboxConfig, parts: Parts, steps: Steps) -> Result<Started> {
+/// A machine with these parts. `None` if a clone failed that had shares: who served them
+/// has ended with it, and others must be started.
+pub(crate) async fn start(
+    config: &SandboxConfig,
+    parts: Parts,
+    steps: Steps,
+) -> Result<Option<Started>> {
     let programs = Programs {
         cache: config.cache.clone(),
         ..Programs::new(&config.assets.dir)
@@ -120,7 +127,7 @@ pub(crate) async fn start(config: &SandboxConfig, parts: Parts, steps: Steps) ->
                 let grown = Some((span.boot, parts.size)).filter(|(from, to)| from != to);
                 match clone(driver.as_ref(), spec, &files, grown, steps).await {
                     Ok((machine, agent)) => {
-                        return Ok(Started {
+                        return Ok(Some(Started {
                             driver: driver.name(),
                             machine,
                             agent,
@@ -129,9 +136,14 @@ pub(crate) async fn start(config: &SandboxConfig, parts: Parts, steps: Steps) ->
                             max: parts.max(span),
                             shape: Some(found.shape.of_whole()),
                             disks: parts.disks.into_iter().map(Attached::new).collect(),
-                        });
+                        }));
                     }
-                    Err(e) => templates.discard(&found.id, &e.to_string()),
+                    Err(e) => {
+                        templates.discard(&found.id, &e.to_string());
+                        if !parts.shares.is_empty() {
+                            return Ok(None);
+                        }
+                    }
                 }
             }
             Ok(None) => {}
@@ -155,7 +167,7 @@ pub(crate) async fn start(config: &SandboxConfig, parts: Parts, steps: Steps) ->
     machine.ready(config.settings.boot_timeout()).await?;
     steps.done("agent ready");
     let agent = agent::connect(machine.as_ref()).await?;
-    Ok(Started {
+    Ok(Some(Started {
         driver: driver.name(),
         machine,
         agent,
@@ -164,7 +176,7 @@ pub(crate) async fn start(config: &SandboxConfig, parts: Parts, steps: Steps) ->
         max: span.max,
         shape,
         disks: parts.disks.into_iter().map(Attached::new).collect(),
-    })
+    }))
 }
 
 /// A clone whose agent has answered, and that has grown from one size to another.

@@ -174,17 +174,22 @@ fn a_template_that_is_damaged_is_replaced_by_itself() {
         assert_eq!(begins_from(&SIZE), id.as_str(), "{damage}");
     }
     // A state that is damaged and looks as it did: the machine itself refuses it.
-    let path = directory(&id).join("state");
-    let meta = fs::metadata(&path).unwrap();
-    let mut state = fs::read(&path).unwrap();
-    let middle = state.len() / 2;
-    state[middle..].fill(0xa5);
-    let file = fs::File::options().write(true).open(&path).unwrap();
-    std::os::unix::fs::FileExt::write_all_at(&file, &state, 0).unwrap();
-    let times = fs::FileTimes::new().set_modified(meta.modified().unwrap());
-    file.set_times(times).unwrap();
-    assert_eq!(begins_from(&SIZE), Value::Null);
-    until("another one is made", || usable(&memory).is_some());
+    // Who served a volume to the clone has ended with it, and serves the next machine too.
+    let dir = tempfile::tempdir().unwrap();
+    let volume = format!("{}:/data", dir.path().display());
+    for options in [SIZE.to_vec(), [&SIZE[..], &["-v", &volume]].concat()] {
+        let path = directory(&id).join("state");
+        let meta = fs::metadata(&path).unwrap();
+        let mut state = fs::read(&path).unwrap();
+        let middle = state.len() / 2;
+        state[middle..].fill(0xa5);
+        let file = fs::File::options().write(true).open(&path).unwrap();
+        std::os::unix::fs::FileExt::write_all_at(&file, &state, 0).unwrap();
+        let times = fs::FileTimes::new().set_modified(meta.modified().unwrap());
+        file.set_times(times).unwrap();
+        assert_eq!(begins_from(&options), Value::Null, "{options:?}");
+        until("another one is made", || usable(&memory).is_some());
+    }
 
     walnut(&["template", "rm", &id]).exits(0);
     assert!(!directory(&id).exists());

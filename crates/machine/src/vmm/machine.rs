@@ -76,8 +76,14 @@ impl Fds {
 }
 
 /// Whether there is a slot for each device.
-pub(super) fn has_room(spec: &MachineSpec) -> bool {
+fn has_slots(spec: &MachineSpec) -> bool {
     spec.disks.len() + spec.shares.len() + spec.nics.len() <= DEVICES_MAX
+}
+
+/// Whether a clone can have the devices of `spec`. Who serves a share would keep memory that
+/// the guest gives up, so that the monitor refuses one to a machine whose memory can grow.
+pub(super) fn has_room(spec: &MachineSpec) -> bool {
+    has_slots(spec) && (spec.shares.is_empty() || spec.max_memory == spec.memory)
 }
 
 fn check(spec: &MachineSpec) -> Result<(), Error> {
@@ -92,7 +98,7 @@ fn check(spec: &MachineSpec) -> Result<(), Error> {
         })
     });
     let problem = problem.or_else(|| {
-        (!has_room(spec)).then(|| {
+        (!has_slots(spec)).then(|| {
             format!(
                 "{} disks, {} shares and {} network interfaces were asked for; there is room for {DEVICES_MAX} devices",
                 spec.disks.len(),
