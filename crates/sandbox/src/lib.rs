@@ -27,6 +27,7 @@ mod log;
 mod memory;
 mod plan;
 mod pod;
+mod pod_request;
 mod pool;
 mod process;
 mod record;
@@ -48,6 +49,7 @@ pub use error::{Error, Result};
 pub use layout::{Assets, Layout};
 pub use lock::Lock;
 pub use log::{LogLine, LogReader};
+pub use pod_request::PodRequest;
 pub use pool::{
     Given, Handover, Member, Place, Pool, PoolSize, Pools, Post, Visit, Visitor, host_memory, leave,
 };
@@ -57,6 +59,7 @@ pub use sandbox::{
     ContainerRequest, ContainerState, ExecRequest, RootfsMount, Sandbox, SandboxConfig,
 };
 pub use settings::{Annotation, BOOT_TIMEOUT, Bytes, SETTINGS_FILE, Settings};
+pub use sizing::PodLimits;
 pub use stdio::{Input, Output, StdioTargets};
 pub use template::{Listed, Shape, Template, Templates, Wanted};
 pub use walnut_machine as machine;

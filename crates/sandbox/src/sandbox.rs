@@ -37,6 +37,7 @@ use crate::{
     log::{LogWriter, Stream},
     plan::FIRST_DISK,
     pod,
+    pod_request::PodParts,
     process::Process,
     record::now_ns,
     sizing,
@@ -139,6 +140,8 @@ pub struct Sandbox {
     /// Held exclusively while the machine is saved.
     pub(crate) saving: RwLock<()>,
     pub(crate) size: Sizes,
+    /// What its containers get from a pod that has no container of its own.
+    pub(crate) pod: Option<PodParts>,
     /// Goes last: by then its processes have ended.
     cgroup: StdMutex<Option<Cgroup>>,
 }
@@ -177,6 +180,7 @@ impl Sandbox {
             disks: StdMutex::new(started.disks),
             saving: RwLock::default(),
             size: Sizes::new(size, started.max),
+            pod: None,
             cgroup: StdMutex::new(cgroup),
         }
     }

@@ -22,9 +22,11 @@ use crate::{
 };
 
 /// A kubelet's connection.
-struct Kubelet {
+pub(crate) struct Kubelet {
     runtime: Runtime,
     client: RuntimeServiceClient<Channel>,
+    /// Name of the runtime that it asks for.
+    handler: &'static str,
 }
 
 /// Calls a method to its answer.
@@ -36,13 +38,18 @@ macro_rules! call {
 }
 
 /// A pod, and what its containers are made with.
-struct Pod {
-    id: String,
-    config: PodSandboxConfig,
+pub(crate) struct Pod {
+    pub(crate) id: String,
+    pub(crate) config: PodSandboxConfig,
 }
 
 impl Kubelet {
-    fn new(daemon: &Daemon) -> Self {
+    pub(crate) fn new(daemon: &Daemon) -> Self {
+        Self::with(daemon, "walnut")
+    }
+
+    /// One that asks for another runtime than the usual.
+    pub(crate) fn with(daemon: &Daemon, handler: &'static str) -> Self {
         let runtime = Runtime::new().unwrap();
         let address = format!("unix://{}", daemon.socket().display());
         let channel = runtime
@@ -51,17 +58,27 @@ impl Kubelet {
         Self {
             runtime,
             client: RuntimeServiceClient::new(channel),
+            handler,
         }
     }
 
-    fn run_pod(&mut self, daemon: &Daemon) -> Pod {
+    pub(crate) fn run_pod(&mut self, daemon: &Daemon) -> Pod {
+        self.run_pod_with(daemon, |_| {}).unwrap()
+    }
+
+    /// A pod, of which more is said than the usual.
+    pub(crate) fn run_pod_with(
+        &mut self,
+        daemon: &Daemon,
+        more: impl FnOnce(&mut PodSandboxConfig),
+    ) -> Result<Pod, tonic::Status> {
         let name = unique("pod");
         let options = NamespaceOption {
             network: NamespaceMode::Node.into(),
             pid: NamespaceMode::Container.into(),
             ..Default::default()
         };
-        let config = PodSandboxConfig {
+        let mut config = PodSandboxConfig {
             metadata: Some(PodSandboxMetadata {
                 name: name.clone(),
                 uid: name.clone(),
@@ -79,19 +96,36 @@ impl Kubelet {
             }),
             ..Default::default()
         };
+        more(&mut config);
         let request = RunPodSandboxRequest {
             config: Some(config.clone()),
-            runtime_handler: "walnut".into(),
+            runtime_handler: self.handler.into(),
         };
-        let id = call!(self, run_pod_sandbox, request)
-            .unwrap()
-            .pod_sandbox_id;
+        let id = call!(self, run_pod_sandbox, request)?.pod_sandbox_id;
         daemon.note(&id);
-        Pod { id, config }
+        Ok(Pod { id, config })
+    }
+
+    /// The pod's state, and what there is to say of it besides.
+    pub(crate) fn pod(&mut self, pod: &Pod) -> (PodSandboxState, HashMap<String, String>) {
+        self.try_pod(pod).unwrap()
+    }
+
+    /// The same where containerd may have lost the shim a moment ago.
+    pub(crate) fn try_pod(
+        &mut self,
+        pod: &Pod,
+    ) -> Result<(PodSandboxState, HashMap<String, String>), tonic::Status> {
+        let request = PodSandboxStatusRequest {
+            pod_sandbox_id: pod.id.clone(),
+            verbose: true,
+        };
+        let reply = call!(self, pod_sandbox_status, request)?;
+        Ok((reply.status.unwrap().state(), reply.info))
     }
 
     /// Creates and starts a container that runs `script`.
-    fn run(&mut self, pod: &Pod, name: &str, script: &str) -> String {
+    pub(crate) fn run(&mut self, pod: &Pod, name: &str, script: &str) -> String {
         let config = ContainerConfig {
             metadata: Some(ContainerMetadata {
                 name: name.into(),
@@ -119,7 +153,7 @@ impl Kubelet {
         container_id
     }
 
-    fn exec(&mut self, id: &str, script: &str) -> ExecSyncResponse {
+    pub(crate) fn exec(&mut self, id: &str, script: &str) -> ExecSyncResponse {
         let request = ExecSyncRequest {
             container_id: id.into(),
             cmd: ["sh", "-c", script].map(Into::into).into(),
@@ -129,7 +163,7 @@ impl Kubelet {
     }
 
     /// State and exit code of a container.
-    fn status(&mut self, id: &str) -> (ContainerState, i32, String) {
+    pub(crate) fn status(&mut self, id: &str) -> (ContainerState, i32, String) {
         let request = ContainerStatusRequest {
             container_id: id.into(),
             verbose: false,
@@ -141,7 +175,7 @@ impl Kubelet {
         (status.state(), status.exit_code, status.reason)
     }
 
-    fn stop(&mut self, id: &str) {
+    pub(crate) fn stop(&mut self, id: &str) {
         let request = StopContainerRequest {
             container_id: id.into(),
             timeout: 60,
@@ -149,14 +183,14 @@ impl Kubelet {
         call!(self, stop_container, request).unwrap();
     }
 
-    fn remove(&mut self, id: &str) {
+    pub(crate) fn remove(&mut self, id: &str) {
         let request = RemoveContainerRequest {
             container_id: id.into(),
         };
         call!(self, remove_container, request).unwrap();
     }
 
-    fn end_pod(&mut self, pod: &Pod) {
+    pub(crate) fn end_pod(&mut self, pod: &Pod) {
         let pod_sandbox_id = pod.id.clone();
         let request = StopPodSandboxRequest {
             pod_sandbox_id: pod_sandbox_id.clone(),
@@ -167,7 +201,8 @@ impl Kubelet {
     }
 }
 
-const SERVE: &str = "trap 'exit 5' TERM; echo started; echo trouble >&2; sleep 1000 & wait";
+pub(crate) const SERVE: &str =
+    "trap 'exit 5' TERM; echo started; echo trouble >&2; sleep 1000 & wait";
 
 #[test]
 fn a_pod_lives_as_kubernetes_wants_it() {
@@ -215,15 +250,7 @@ fn a_pod_lives_as_kubernetes_wants_it() {
     // The sandbox outlives its last container.
     kubelet.stop(&second);
     kubelet.remove(&second);
-    let request = PodSandboxStatusRequest {
-        pod_sandbox_id: pod.id.clone(),
-        verbose: false,
-    };
-    let status = call!(kubelet, pod_sandbox_status, request)
-        .unwrap()
-        .status
-        .unwrap();
-    assert_eq!(status.state(), PodSandboxState::SandboxReady);
+    assert_eq!(kubelet.pod(&pod).0, PodSandboxState::SandboxReady);
     let third = kubelet.run(&pod, "third", "exit 4");
     until("it has ended", || {
         kubelet.status(&third).0 == ContainerState::ContainerExited

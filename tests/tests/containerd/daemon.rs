@@ -43,6 +43,7 @@ pub(crate) struct Daemon {
     /// Sockets, bundles, and what Walnut keeps.
     state: PathBuf,
     child: Child,
+    kind: Kind,
     /// Names of everything that has run.
     names: Mutex<BTreeSet<String>>,
 }
@@ -81,10 +82,48 @@ fn pause_image(dir: &Path) -> PathBuf {
     file
 }
 
+/// Where Debian has CNI's plugins.
+const PLUGINS: &str = "/usr/lib/cni";
+/// The network of a node's pods.
+const POD_NETWORK: &str = r#"{
+    "cniVersion": "0.4.0",
+    "name": "pods",
+    "plugins": [
+        {
+            "type": "bridge",
+            "bridge": "pods0",
+            "isGateway": true,
+            "hairpinMode": true,
+            "mtu": 1400,
+            "ipam": {
+                "type": "host-local",
+                "dataDir": "@state@/addresses",
+                "ranges": [[{"subnet": "10.77.0.0/24"}], [{"subnet": "fd77::/64"}]],
+                "routes": [{"dst": "0.0.0.0/0"}, {"dst": "::/0"}]
+            }
+        },
+        {"type": "portmap", "capabilities": {"portMappings": true}}
+    ]
+}"#;
+
+/// Stands for the daemon's own directory in [`POD_NETWORK`].
+const DAEMON_STATE: &str = "@state@";
+
+/// What a containerd is for.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+enum Kind {
+    /// `ctr`.
+    Plain,
+    /// Kubernetes, with pods of the node's network.
+    Kubernetes,
+    /// Kubernetes, with a network for pods, in a network namespace that stands for the node.
+    Networked,
+}
+
 impl Daemon {
     /// Starts it, and gives it the image.
     pub(crate) fn start() -> Self {
-        let daemon = Self::launch(false);
+        let daemon = Self::launch(Kind::Plain);
         let image = image();
         let image = image.to_str().unwrap();
         daemon
@@ -96,7 +135,18 @@ impl Daemon {
     /// Starts it with its interface for Kubernetes, and with Walnut set up in it by
     /// `walnut install`.
     pub(crate) fn start_for_kubernetes() -> Self {
-        let daemon = Self::launch(true);
+        Self::launch_for_kubernetes(Kind::Kubernetes)
+    }
+
+    /// The same with a network for pods: CNI's plugins as Debian has them, a bridge with
+    /// addresses of both families and ports of the node's, in a network namespace that
+    /// stands for the node ([`Daemon::on_the_node`]).
+    pub(crate) fn start_with_pod_network() -> Self {
+        Self::launch_for_kubernetes(Kind::Networked)
+    }
+
+    fn launch_for_kubernetes(kind: Kind) -> Self {
+        let daemon = Self::launch(kind);
         let import = |base: &str, file: &Path| {
             let mut args = vec!["--namespace", KUBERNETES, "image", "import", "--base-name"];
             args.extend([base, file.to_str().unwrap()]);
@@ -107,7 +157,7 @@ impl Daemon {
         daemon
     }
 
-    fn launch(kubernetes: bool) -> Self {
+    fn launch(kind: Kind) -> Self {
         let name = unique("ctd");
         let root = cache().join("e2e").join(&name);
         // Short: sockets' addresses are.
@@ -124,23 +174,34 @@ impl Daemon {
              [grpc]\naddress = \"{state_dir}/c.sock\"\n\
              [ttrpc]\naddress = \"{state_dir}/c.sock.ttrpc\"\n\
              {}",
-            format.head(kubernetes),
+            format.head(kind != Kind::Plain),
             format.tail()
         );
+        let (kubernetes, cni) = (kind != Kind::Plain, state.join("cni"));
         if kubernetes {
             let image = format!("{PAUSE_IMAGE}:latest");
-            config.push_str(&format.kubernetes(&image, &state.join("cni")));
+            let plugins = match kind {
+                Kind::Networked => PLUGINS.as_ref(),
+                _ => cni.as_path(),
+            };
+            config.push_str(&format.kubernetes(&image, plugins, &cni));
         }
         let file = state.join("config.toml");
         fs::write(&file, config).unwrap();
         if kubernetes {
             programs::install(&state.join(INSTALLED), &file);
         }
-        let child = spawn(&root, &state);
+        if kind == Kind::Networked {
+            fs::create_dir(&cni).unwrap();
+            let network = POD_NETWORK.replace(DAEMON_STATE, state.to_str().unwrap());
+            fs::write(cni.join("10-pods.conflist"), network).unwrap();
+        }
+        let child = spawn(&root, &state, kind);
         let daemon = Self {
             root,
             state,
             child,
+            kind,
             names: Mutex::default(),
         };
         daemon.until_it_answers();
@@ -150,6 +211,14 @@ impl Daemon {
     /// A sandbox of this name runs.
     pub(crate) fn note(&self, name: &str) {
         self.names.lock().unwrap().insert(name.to_owned());
+    }
+
+    /// Runs a program where the daemon's network is.
+    #[track_caller]
+    pub(crate) fn on_the_node(&self, program: &[&str]) -> Done {
+        let pid = self.child.id().to_string();
+        let enter = ["--target", &pid, "--net"];
+        finish(Command::new("nsenter").args(enter).args(program), b"")
     }
 
     /// A file below its own directory.
@@ -206,7 +275,7 @@ impl Daemon {
         self.child.kill().unwrap();
         self.child.wait().unwrap();
         meanwhile();
-        self.child = spawn(&self.root, &self.state);
+        self.child = spawn(&self.root, &self.state, self.kind);
         self.until_it_answers();
     }
 
@@ -362,7 +431,10 @@ impl Daemon {
         );
         let pods = self.state.join("w/containerd");
         let bundles = self.state.join("containerd/io.containerd.runtime.v2.task");
-        for dir in [pods, bundles.join(NAMESPACE), bundles.join(KUBERNETES)] {
+        let sandboxes = "containerd/io.containerd.sandbox.controller.v1.shim";
+        let sandboxes = self.state.join(sandboxes).join(KUBERNETES);
+        let tasks = [NAMESPACE, KUBERNETES].map(|name| bundles.join(name));
+        for dir in tasks.into_iter().chain([pods, sandboxes]) {
             let entries = fs::read_dir(dir).into_iter().flatten().flatten();
             found.extend(entries.map(|e| e.path().display().to_string()));
         }
@@ -383,7 +455,7 @@ impl Daemon {
     }
 }
 
-fn spawn(root: &Path, state: &Path) -> Child {
+fn spawn(root: &Path, state: &Path, kind: Kind) -> Child {
     let lib = repository().join("out/lib/walnut");
     assert!(lib.join("vmlinux").exists(), "run `make build` first");
     // The one that is installed, where one is.
@@ -393,7 +465,14 @@ fn spawn(root: &Path, state: &Path) -> Child {
         .create(true)
         .open(state.join("log"))
         .unwrap();
-    let mut command = Command::new(program("containerd"));
+    let mut command = match kind {
+        Kind::Networked => {
+            let mut command = Command::new("unshare");
+            command.arg("--net").arg(program("containerd"));
+            command
+        }
+        _ => Command::new(program("containerd")),
+    };
     command
         .arg("--config")
         .arg(state.join("config.toml"))

@@ -20,4 +20,5 @@ mod options;
 mod pods;
 mod programs;
 mod recovery;
+mod sandboxes;
 mod streams;

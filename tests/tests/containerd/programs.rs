@@ -37,6 +37,9 @@ pub(crate) fn path(first: &[&Path]) -> OsString {
     env::join_paths(all.chain(env::split_paths(&host))).unwrap()
 }
 
+/// Name of the runtime whose shims make sandboxes, of containerd 2.x.
+pub(crate) const BY_SANDBOX_API: &str = "walnut-sandboxes";
+
 /// How a containerd writes its configuration, as it says itself.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub(crate) enum Format {
@@ -91,10 +94,10 @@ impl Format {
     }
 
     /// What an administrator says of pods: their first container's image, the runtime of
-    /// those that name none, and a directory without networks. From 2.x on, shims of pods
+    /// those that name none, CNI's plugins, and their networks. From 2.x on, shims of pods
     /// are to speak the newest Task API, which it does not ask for by itself.
-    pub(crate) fn kubernetes(self, pause_image: &str, networks: &Path) -> String {
-        let networks = networks.display();
+    pub(crate) fn kubernetes(self, pause_image: &str, plugins: &Path, networks: &Path) -> String {
+        let (plugins, networks) = (plugins.display(), networks.display());
         match self {
             Self::Two => format!(
                 "[plugins.\"io.containerd.grpc.v1.cri\"]\n\
@@ -102,7 +105,7 @@ impl Format {
                  [plugins.\"io.containerd.grpc.v1.cri\".containerd]\n\
                  default_runtime_name = \"walnut\"\n\
                  [plugins.\"io.containerd.grpc.v1.cri\".cni]\n\
-                 bin_dir = \"{networks}\"\n\
+                 bin_dir = \"{plugins}\"\n\
                  conf_dir = \"{networks}\"\n"
             ),
             Self::Three => format!(
@@ -110,11 +113,16 @@ impl Format {
                  sandbox = \"{pause_image}\"\n\
                  [plugins.\"io.containerd.shim.v1.manager\"]\n\
                  env = [\"MAX_SHIM_VERSION=3\"]\n\
+                 [plugins.\"io.containerd.cri.v1.runtime\"]\n\
+                 netns_mounts_under_state_dir = true\n\
                  [plugins.\"io.containerd.cri.v1.runtime\".containerd]\n\
                  default_runtime_name = \"walnut\"\n\
                  [plugins.\"io.containerd.cri.v1.runtime\".cni]\n\
-                 bin_dirs = [\"{networks}\"]\n\
-                 conf_dir = \"{networks}\"\n"
+                 bin_dirs = [\"{plugins}\"]\n\
+                 conf_dir = \"{networks}\"\n\
+                 [plugins.\"io.containerd.cri.v1.runtime\".containerd.runtimes.{BY_SANDBOX_API}]\n\
+                 runtime_type = \"io.containerd.walnut.v2\"\n\
+                 sandboxer = \"shim\"\n"
             ),
         }
     }

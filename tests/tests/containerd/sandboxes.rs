@@ -1,0 +1,195 @@
+//! Pods that the shim makes for themselves: containerd 2's Sandbox API, without a pause
+//! container.
+
+use k8s_cri::v1::{
+    ContainerState, DnsConfig, LinuxContainerResources, NamespaceMode, NamespaceOption,
+    PodSandboxConfig, PodSandboxState,
+};
+use nix::{
+    sys::signal::{Signal, kill},
+    unistd::Pid,
+};
+use walnut_tests::until;
+
+use crate::{
+    cri::{Kubelet, Pod, SERVE},
+    daemon::Daemon,
+    programs::{BY_SANDBOX_API, Format},
+};
+
+/// A daemon whose shims make sandboxes; none where there is no such interface.
+fn start() -> Option<Daemon> {
+    if Format::of_daemon() == Format::Two {
+        eprintln!("not tested: containerd 1.x does not make pods by the Sandbox API");
+        return None;
+    }
+    Some(Daemon::start_with_pod_network())
+}
+
+fn namespaces(config: &mut PodSandboxConfig) -> &mut NamespaceOption {
+    let context = &mut config.linux.as_mut().unwrap().security_context;
+    let options = &mut context.as_mut().unwrap().namespace_options;
+    options.as_mut().unwrap()
+}
+
+/// A pod with a network of its own: containerd up to 2.2 dies of others, when shims make
+/// sandboxes (containerd issue 12983).
+fn run_pod(
+    kubelet: &mut Kubelet,
+    daemon: &Daemon,
+    more: impl FnOnce(&mut PodSandboxConfig),
+) -> Pod {
+    let pod = kubelet.run_pod_with(daemon, |config| {
+        namespaces(config).network = NamespaceMode::Pod.into();
+        more(config);
+    });
+    pod.unwrap()
+}
+
+/// What a script in a container says.
+fn says(kubelet: &mut Kubelet, container: &str, script: &str) -> String {
+    let done = kubelet.exec(container, script);
+    assert_eq!(done.exit_code, 0, "{script}: {done:?}");
+    String::from_utf8(done.stdout).unwrap().trim().to_owned()
+}
+
+#[test]
+fn a_pod_is_a_machine_without_a_container_of_its_own() {
+    let Some(daemon) = start() else { return };
+    let mut kubelet = Kubelet::with(&daemon, BY_SANDBOX_API);
+    let pod = run_pod(&mut kubelet, &daemon, |config| {
+        config.dns_config = Some(DnsConfig {
+            servers: vec!["192.0.2.53".into()],
+            ..Default::default()
+        });
+        let linux = config.linux.as_mut().unwrap();
+        let sysctl = ("net.core.somaxconn".into(), "321".into());
+        linux.sysctls.insert(sysctl.0, sysctl.1);
+        linux.resources = Some(LinuxContainerResources {
+            cpu_period: 100_000,
+            cpu_quota: 150_000,
+            memory_limit_in_bytes: 256 << 20,
+            ..Default::default()
+        });
+    });
+    let (state, info) = kubelet.pod(&pod);
+    assert_eq!(state, PodSandboxState::SandboxReady);
+    assert_eq!(info["vcpus"], "2", "{info:?}");
+    let containers = |daemon: &Daemon| {
+        let list = daemon.ctr(&["--namespace", "k8s.io", "container", "ls", "-q"]);
+        list.exits(0).stdout.lines().count()
+    };
+    assert_eq!(containers(&daemon), 0);
+
+    let first = kubelet.run(&pod, "first", SERVE);
+    let second = kubelet.run(&pod, "second", SERVE);
+    assert_eq!(containers(&daemon), 2);
+    let name = &pod.config.hostname;
+    for container in [&first, &second] {
+        assert_eq!(&says(&mut kubelet, container, "hostname"), name);
+        assert_eq!(&says(&mut kubelet, container, "cat /etc/hostname"), name);
+        let dns = says(&mut kubelet, container, "cat /etc/resolv.conf");
+        assert_eq!(dns, "nameserver 192.0.2.53");
+    }
+    says(&mut kubelet, &first, "echo shared >/dev/shm/x");
+    assert_eq!(says(&mut kubelet, &second, "cat /dev/shm/x"), "shared");
+    let boot = "cat /proc/sys/kernel/random/boot_id";
+    let boots = [&first, &second].map(|id| says(&mut kubelet, id, boot));
+    assert_eq!(boots[0], boots[1]);
+    let setting = "cat /proc/sys/net/core/somaxconn";
+    assert_eq!(says(&mut kubelet, &first, setting), "321");
+    assert_eq!(says(&mut kubelet, &first, "nproc"), "2");
+
+    // Containers come and go; the pod stays.
+    kubelet.stop(&first);
+    assert_eq!(kubelet.status(&first).1, 5);
+    kubelet.remove(&first);
+    kubelet.stop(&second);
+    kubelet.remove(&second);
+    assert_eq!(kubelet.pod(&pod).0, PodSandboxState::SandboxReady);
+    let third = kubelet.run(&pod, "third", SERVE);
+    assert_eq!(says(&mut kubelet, &third, boot), boots[0]);
+    // With a container that runs.
+    kubelet.end_pod(&pod);
+    daemon.assert_nothing_left();
+}
+
+#[test]
+fn it_outlives_containerd() {
+    let Some(mut daemon) = start() else { return };
+    let mut kubelet = Kubelet::with(&daemon, BY_SANDBOX_API);
+    let pod = run_pod(&mut kubelet, &daemon, |_| {});
+    let one = kubelet.run(&pod, "one", SERVE);
+    for _ in 0..2 {
+        daemon.restart(|| {});
+        kubelet = Kubelet::with(&daemon, BY_SANDBOX_API);
+        assert_eq!(kubelet.pod(&pod).0, PodSandboxState::SandboxReady);
+        assert_eq!(kubelet.exec(&one, "exit 6").exit_code, 6);
+    }
+    // Its last container goes, for which a containerd that was restarted calls the shim.
+    kubelet.stop(&one);
+    assert_eq!(kubelet.status(&one).1, 5);
+    kubelet.remove(&one);
+    assert_eq!(kubelet.pod(&pod).0, PodSandboxState::SandboxReady);
+    let two = kubelet.run(&pod, "two", SERVE);
+    assert_eq!(kubelet.exec(&two, "exit 7").exit_code, 7);
+    kubelet.end_pod(&pod);
+    daemon.assert_nothing_left();
+}
+
+#[test]
+fn a_killed_machine_ends_it() {
+    let Some(daemon) = start() else { return };
+    let mut kubelet = Kubelet::with(&daemon, BY_SANDBOX_API);
+    let pod = run_pod(&mut kubelet, &daemon, |_| {});
+    let one = kubelet.run(&pod, "one", SERVE);
+    // All PIDs are the machine's.
+    let list = daemon
+        .ctr(&["--namespace", "k8s.io", "task", "ls"])
+        .exits(0);
+    let line = list.stdout.lines().find(|line| line.starts_with(&one));
+    let pid = line.unwrap().split_whitespace().nth(1).unwrap();
+    kill(Pid::from_raw(pid.parse().unwrap()), Signal::SIGKILL).unwrap();
+    until("the pod is not ready", || {
+        let pod = kubelet.try_pod(&pod);
+        pod.is_ok_and(|(state, _)| state == PodSandboxState::SandboxNotready)
+    });
+    until("its container has ended", || {
+        kubelet.status(&one).0 == ContainerState::ContainerExited
+    });
+    assert_eq!(kubelet.status(&one).1, 137);
+    kubelet.end_pod(&pod);
+    daemon.assert_nothing_left();
+}
+
+#[test]
+fn a_killed_shim_takes_it_along() {
+    let Some(daemon) = start() else { return };
+    let mut kubelet = Kubelet::with(&daemon, BY_SANDBOX_API);
+    let pod = run_pod(&mut kubelet, &daemon, |_| {});
+    daemon.kill_process("containerd-shim-walnut-v2");
+    until("the pod is not ready", || {
+        let pod = kubelet.try_pod(&pod);
+        pod.is_ok_and(|(state, _)| state == PodSandboxState::SandboxNotready)
+    });
+    kubelet.end_pod(&pod);
+    daemon.assert_nothing_left();
+}
+
+#[test]
+fn what_needs_a_pause_container_is_refused() {
+    let Some(daemon) = start() else { return };
+    let mut kubelet = Kubelet::with(&daemon, BY_SANDBOX_API);
+    let refused = kubelet.run_pod_with(&daemon, |config| {
+        namespaces(config).network = NamespaceMode::Pod.into();
+        namespaces(config).pid = NamespaceMode::Pod.into();
+    });
+    let refused = refused.err().unwrap().to_string();
+    assert!(refused.contains("PID namespace"), "{refused}");
+    daemon.assert_nothing_left();
+    // One that the usual way makes beside it.
+    let mut usual = Kubelet::new(&daemon);
+    let pod = usual.run_pod(&daemon);
+    usual.end_pod(&pod);
+    daemon.assert_nothing_left();
+}
