@@ -1,6 +1,20 @@
 //! Pods that the shim makes for themselves: containerd 2's Sandbox API, without a pause
 //! container.
 
+use std::fs;
+
+use containerd_shim_protos::{
+    api::{CreateTaskRequest, ShutdownRequest},
+    cgroups_v2::metrics::Metrics,
+    protobuf::Message,
+    sandbox_api::{
+        CreateSandboxRequest, PingRequest, PlatformRequest, SandboxMetricsRequest,
+        SandboxStatusRequest, ShutdownSandboxRequest, StartSandboxRequest, StopSandboxRequest,
+        WaitSandboxRequest,
+    },
+    sandbox_async::SandboxClient,
+    shim_async::{Client, TaskClient},
+};
 use k8s_cri::v1::{
     ContainerState, DnsConfig, LinuxContainerResources, NamespaceMode, NamespaceOption,
     PodSandboxConfig, PodSandboxState,
@@ -9,9 +23,12 @@ use nix::{
     sys::signal::{Signal, kill},
     unistd::Pid,
 };
-use walnut_tests::until;
+use tokio::runtime::Runtime;
+use ttrpc::context;
+use walnut_tests::{machine, until};
 
 use crate::{
+    bootstrap::Bench,
     cri::{Kubelet, Pod, SERVE},
     daemon::Daemon,
     programs::{BY_SANDBOX_API, Format},
@@ -112,6 +129,8 @@ fn a_pod_is_a_machine_without_a_container_of_its_own() {
     // With a container that runs.
     kubelet.end_pod(&pod);
     daemon.assert_nothing_left();
+    let links = daemon.on_the_node(&["ip", "-brief", "link"]).exits(0);
+    assert!(!links.stdout.contains("veth"), "{links:#?}");
 }
 
 #[test]
@@ -192,4 +211,98 @@ fn what_needs_a_pause_container_is_refused() {
     let pod = usual.run_pod(&daemon);
     usual.end_pod(&pod);
     daemon.assert_nothing_left();
+}
+
+/// Each call, as any containerd makes it that has the interface: 1.7 does, too.
+#[test]
+fn every_call_does_what_it_says() {
+    let bench = Bench::new();
+    let env = [("MAX_SHIM_VERSION", "2")];
+    bench.shim("start", &env, b"").exits(0);
+    let runtime = Runtime::new().unwrap();
+    let client = runtime.block_on(Client::connect(&bench.address())).unwrap();
+    let (api, tasks) = (SandboxClient::new(client.clone()), TaskClient::new(client));
+    let soon = || context::with_duration(std::time::Duration::from_secs(120));
+    /// Makes a request of the type that the method has.
+    macro_rules! call {
+        ($method:ident, $request:ident) => {
+            runtime.block_on(api.$method(
+                soon(),
+                &$request {
+                    sandbox_id: bench.id.clone(),
+                    ..Default::default()
+                },
+            ))
+        };
+    }
+    let early = CreateTaskRequest {
+        id: "c".into(),
+        bundle: bench.dir.join("bundle").display().to_string(),
+        ..Default::default()
+    };
+    let none = call!(sandbox_status, SandboxStatusRequest).unwrap_err();
+    assert!(none.to_string().contains("there is no sandbox"), "{none}");
+    call!(create_sandbox, CreateSandboxRequest).unwrap();
+    let again = call!(create_sandbox, CreateSandboxRequest).unwrap_err();
+    assert!(again.to_string().contains("already"), "{again}");
+    let status = call!(sandbox_status, SandboxStatusRequest).unwrap();
+    assert_eq!((&*status.state, status.pid), ("SANDBOX_NOTREADY", 0));
+    call!(ping_sandbox, PingRequest).unwrap_err();
+    let refused = runtime.block_on(tasks.create(soon(), &early)).unwrap_err();
+    assert!(
+        refused.to_string().contains("has not been started"),
+        "{refused}"
+    );
+
+    let started = call!(start_sandbox, StartSandboxRequest).unwrap();
+    let name = fs::read_to_string(format!("/proc/{}/comm", started.pid)).unwrap();
+    assert!(name.starts_with(machine().0), "{name}");
+    call!(start_sandbox, StartSandboxRequest).unwrap_err();
+    call!(ping_sandbox, PingRequest).unwrap();
+    let platform = call!(platform, PlatformRequest).unwrap().platform;
+    let name = match std::env::consts::ARCH {
+        "x86_64" => "amd64",
+        "aarch64" => "arm64",
+        other => other,
+    };
+    assert_eq!((&*platform.os, &*platform.architecture), ("linux", name));
+    let status = call!(sandbox_status, SandboxStatusRequest).unwrap();
+    assert_eq!((&*status.state, status.pid), ("SANDBOX_READY", started.pid));
+    assert_eq!(status.created_at, started.created_at);
+    let metrics = call!(sandbox_metrics, SandboxMetricsRequest)
+        .unwrap()
+        .metrics;
+    assert_eq!(metrics.id, bench.id);
+    assert_eq!(metrics.data.type_url, "io.containerd.cgroups.v2.Metrics");
+    let figures = Metrics::parse_from_bytes(&metrics.data.value).unwrap();
+    assert_eq!(figures.pids.current, 0);
+    // A container's deletion does not end it.
+    let idle = ShutdownRequest {
+        id: "c".into(),
+        now: true,
+        ..Default::default()
+    };
+    runtime.block_on(tasks.shutdown(soon(), &idle)).unwrap();
+    call!(ping_sandbox, PingRequest).unwrap();
+
+    let waiting = {
+        let (api, id) = (api.clone(), bench.id.clone());
+        let request = WaitSandboxRequest {
+            sandbox_id: id,
+            ..Default::default()
+        };
+        runtime.spawn(async move { api.wait_sandbox(context::with_timeout(0), &request).await })
+    };
+    call!(stop_sandbox, StopSandboxRequest).unwrap();
+    let end = runtime.block_on(waiting).unwrap().unwrap();
+    assert_eq!(end.exit_status, 0);
+    let name = fs::read_to_string(format!("/proc/{}/comm", started.pid));
+    assert!(name.is_err(), "{name:?}");
+    let status = call!(sandbox_status, SandboxStatusRequest).unwrap();
+    assert_eq!(&*status.state, "SANDBOX_NOTREADY");
+    assert_eq!(status.exited_at, end.exited_at);
+    call!(ping_sandbox, PingRequest).unwrap_err();
+    call!(stop_sandbox, StopSandboxRequest).unwrap();
+    call!(shutdown_sandbox, ShutdownSandboxRequest).unwrap();
+    bench.goes();
 }

@@ -27,7 +27,7 @@ const NETWORK_SYSCTLS: [(&str, &str); 2] = [
 /// What a pod is to be. Without a configuration, as from clients other than Kubernetes, it
 /// is the usual one.
 pub(crate) fn read(options: Option<&Any>, network_namespace: &str) -> Result<PodRequest> {
-    let mut request = match options {
+    let mut request = match options.filter(|any| !any.type_url.is_empty()) {
         None => PodRequest::default(),
         Some(any) => {
             let kind = any.type_url.rsplit('/').next().unwrap_or_default();
@@ -277,7 +277,9 @@ mod tests {
         assert_eq!(request.sysctls[port], "80");
         let ping = &request.sysctls["net.ipv4.ping_group_range"];
         assert_eq!(ping, "0 2147483647");
-        assert_eq!(read(None, "").unwrap(), PodRequest::default());
+        for nothing in [None, Some(&Any::default())] {
+            assert_eq!(read(nothing, "").unwrap(), PodRequest::default());
+        }
     }
 
     #[test]
