@@ -6,7 +6,7 @@ use std::fs;
 use containerd_shim_protos::{
     api::{CreateTaskRequest, ShutdownRequest},
     cgroups_v2::metrics::Metrics,
-    protobuf::Message,
+    protobuf::{Message, well_known_types::any::Any},
     sandbox_api::{
         CreateSandboxRequest, PingRequest, PlatformRequest, SandboxMetricsRequest,
         SandboxStatusRequest, ShutdownSandboxRequest, StartSandboxRequest, StopSandboxRequest,
@@ -186,7 +186,11 @@ fn a_killed_shim_takes_it_along() {
     let Some(daemon) = start() else { return };
     let mut kubelet = Kubelet::with(&daemon, BY_SANDBOX_API);
     let pod = run_pod(&mut kubelet, &daemon, |_| {});
+    let one = kubelet.run(&pod, "one", SERVE);
     daemon.kill_process("containerd-shim-walnut-v2");
+    until("its container has ended", || {
+        kubelet.status(&one).0 == ContainerState::ContainerExited
+    });
     until("the pod is not ready", || {
         let pod = kubelet.try_pod(&pod);
         pod.is_ok_and(|(state, _)| state == PodSandboxState::SandboxNotready)
@@ -218,7 +222,17 @@ fn what_needs_a_pause_container_is_refused() {
 fn every_call_does_what_it_says() {
     let bench = Bench::new();
     let env = [("MAX_SHIM_VERSION", "2")];
-    bench.shim("start", &env, b"").exits(0);
+    // The runtime's options: `bytes config_body = 3`.
+    let settings = b"pod.vcpus = 3";
+    let mut options = vec![3 << 3 | 2, u8::try_from(settings.len()).unwrap()];
+    options.extend(settings);
+    let options = Any {
+        type_url: "runtimeoptions.v1.Options".into(),
+        value: options,
+        ..Default::default()
+    };
+    let options = options.write_to_bytes().unwrap();
+    bench.shim("start", &env, &options).exits(0);
     let runtime = Runtime::new().unwrap();
     let client = runtime.block_on(Client::connect(&bench.address())).unwrap();
     let (api, tasks) = (SandboxClient::new(client.clone()), TaskClient::new(client));
@@ -269,6 +283,13 @@ fn every_call_does_what_it_says() {
     let status = call!(sandbox_status, SandboxStatusRequest).unwrap();
     assert_eq!((&*status.state, status.pid), ("SANDBOX_READY", started.pid));
     assert_eq!(status.created_at, started.created_at);
+    let verbose = SandboxStatusRequest {
+        sandbox_id: bench.id.clone(),
+        verbose: true,
+        ..Default::default()
+    };
+    let status = runtime.block_on(api.sandbox_status(soon(), &verbose));
+    assert_eq!(status.unwrap().info["vcpus"], "3");
     let metrics = call!(sandbox_metrics, SandboxMetricsRequest)
         .unwrap()
         .metrics;

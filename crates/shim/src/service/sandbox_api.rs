@@ -138,13 +138,13 @@ impl SandboxService {
             return Ok(());
         };
         if self.ended().is_none() {
-            let orderly = sandbox.shutdown();
             match limit {
-                Some(limit) if timeout(limit, orderly).await.is_err() => {
-                    sandbox.kill_machine().await;
-                }
-                Some(_) => {}
                 None => sandbox.shutdown().await,
+                Some(limit) => {
+                    if timeout(limit, sandbox.shutdown()).await.is_err() {
+                        sandbox.kill_machine().await;
+                    }
+                }
             }
             // The sender lives as long as `self`.
             let _ = self.end.subscribe().wait_for(Option::is_some).await;
