@@ -5,6 +5,10 @@ DESTDIR ?=
 CARGO ?= cargo
 # Two end-to-end tests at a time: each runs a machine of its own.
 TEST_THREADS ?= 2
+# Always the same packages and features: then what they need is built once.
+TESTS = $(CARGO) test --release --workspace --features walnut-agent/guest-tests
+# Clones of one template that a test compares; `make e2e CLONES=200` takes minutes longer.
+CLONES ?= 40
 
 .PHONY: all deps build demo test unit e2e containerd-newer lab lab-short lint fuzz fuzz-short fmt bench bench-lab install uninstall clean help
 
@@ -30,17 +34,17 @@ lint: deps ## Formatting, shell scripts, lints
 	@$(CARGO) fmt --all --check
 	@cd fuzz && $(CARGO) fmt --check
 	@scripts/lint.sh
-	@$(CARGO) clippy --release --quiet --workspace --all-targets -- -D warnings
+	@$(CARGO) clippy --release --quiet --workspace --features walnut-agent/guest-tests --all-targets -- -D warnings
 
 unit: build ## Tests that need no sandbox of the whole product
 	@echo "==> unit and component tests"
-	@$(CARGO) test --release --workspace --exclude walnut-tests
-	@$(CARGO) test --release -p walnut-agent --features guest-tests -- --test-threads=$(TEST_THREADS)
+	@$(TESTS) -- --test-threads=$(TEST_THREADS)
 
 e2e: build ## Tests of the product, with the real image
 	@echo "==> end-to-end tests"
 	@tests/image/build.sh
-	@$(CARGO) test --release -p walnut-tests -- --test-threads=$(TEST_THREADS)
+	@echo 'clones of one template: $(CLONES), for their time; 200 with make e2e CLONES=200'
+	@WALNUT_TEST_CLONES=$(CLONES) $(TESTS) --test containerd --test e2e --test oci -- --test-threads=$(TEST_THREADS)
 
 containerd-newer: build ## The containerd suite against containerd 1.7 and 2.x, of later Debians (tests/containerd.sh)
 	@tests/containerd.sh 1.7

@@ -10,12 +10,21 @@
 set -Eeuo pipefail
 cd "$(dirname "$0")/../.."
 
-# The integration tests of a package, or one by name, as cargo has just built them.
+# The integration tests below a directory, or one by name, as cargo has just built them:
+# with the packages and features of the Makefile, so that it has little to build.
 programs() {
-    local which=--tests
-    [ $# -lt 2 ] || which=--test=$2
-    cargo test --release --no-run --message-format=json --quiet -p "$1" "$which" |
-        sed -n 's/.*"kind":\["test"\].*"executable":"\([^"]*\)".*/\1/p'
+    local directory=$1 name names=()
+    shift
+    if [ $# = 0 ]; then
+        set -- "$directory"/tests/*.rs
+    fi
+    for name; do
+        name=${name##*/}
+        names+=("--test=${name%.rs}")
+    done
+    cargo test --release --no-run --message-format=json --quiet --workspace \
+        --features walnut-agent/guest-tests "${names[@]}" |
+        sed -n "s|.*\"kind\":\[\"test\"\].*\"src_path\":\"$PWD/$directory/tests/.*\"executable\":\"\([^\"]*\)\".*|\1|p"
 }
 
 # A test program in a lab of its own.
@@ -77,10 +86,10 @@ vmm() {
     echo '==> walnut-vmm with guests of its own, in the lab'
     local logs program pids=() failed=0 all=()
     logs=$(mktemp -d)
-    for program in $(programs walnut-vmm); do
+    for program in $(programs crates/vmm); do
         all+=("crates/vmm $program --include-ignored")
     done
-    for program in $(programs walnut-machine); do
+    for program in $(programs crates/machine); do
         all+=("crates/machine $program --ignored")
     done
     # Whoever is done takes the next.
@@ -107,7 +116,7 @@ vmm() {
 e2e() {
     echo '==> end-to-end tests on walnut-vmm, in the lab'
     local program logs shard pids=() failed=0
-    program=$(programs walnut-tests e2e)
+    program=$(programs tests e2e)
     logs=$(mktemp -d)
     "$program" --list "$@" | sed -n 's/: test$//p' >"$logs/names"
     for shard in 0 1; do

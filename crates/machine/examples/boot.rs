@@ -39,6 +39,7 @@ fn main() -> Result<(), Box<dyn Error>> {
             disks: Vec::new(),
             spare_disks: 0,
             shares: Vec::new(),
+            nics: Vec::new(),
         };
         runtime.block_on(async {
             let start = Instant::now();

@@ -33,6 +33,7 @@ fn spec(dir: &Path, name: &str, args: &[String]) -> Result<MachineSpec, Box<dyn 
         disks: Vec::new(),
         spare_disks: 0,
         shares: Vec::new(),
+        nics: Vec::new(),
     })
 }
 

@@ -14,7 +14,7 @@ use std::{
     path::Path,
 };
 
-use crate::{Disk, Error, MachineSpec, Share, process::Identity, qemu::Accel};
+use crate::{Disk, Error, MachineSpec, Nic, Share, agent::host, process::Identity, qemu::Accel};
 
 /// First of 4 million user IDs that no distribution and no container range
 /// uses (systemd.io/UIDS-GIDS: 1879048192–2147483647 is free).
@@ -34,17 +34,25 @@ pub(crate) struct Devices {
     pub(crate) disks: Vec<OwnedFd>,
     /// Connections to the back ends of the shares.
     pub(crate) shares: Vec<OwnedFd>,
+    /// The queues of each network interface.
+    pub(crate) nics: Vec<Vec<OwnedFd>>,
 }
 
 impl Devices {
     pub(crate) fn open(spec: &MachineSpec) -> Result<Self, Error> {
         let disks: Result<_, _> = spec.disks.iter().map(open_disk).collect();
         let shares: Result<_, _> = spec.shares.iter().map(connect_share).collect();
+        let nics: Result<_, _> = spec.nics.iter().map(share_taps).collect();
         Ok(Self {
             disks: disks?,
             shares: shares?,
+            nics: nics.map_err(host("hand over a tap"))?,
         })
     }
+}
+
+fn share_taps(nic: &Nic) -> io::Result<Vec<OwnedFd>> {
+    nic.taps.iter().map(|tap| tap.try_clone()).collect()
 }
 
 impl Files {

@@ -24,7 +24,7 @@ mod select;
 mod spec;
 pub mod vmm;
 
-use std::{fmt, path::PathBuf, time::Duration};
+use std::{fmt, os::fd::OwnedFd, path::PathBuf, sync::Arc, time::Duration};
 
 use async_trait::async_trait;
 use tokio::net::UnixStream;
@@ -66,6 +66,21 @@ pub struct MachineSpec {
     pub spare_disks: u32,
     /// virtio-fs devices.
     pub shares: Vec<Share>,
+    /// Network interfaces, in order. Of QEMU's machines only those that boot have some.
+    pub nics: Vec<Nic>,
+}
+
+/// A virtio-net device on a tap.
+#[derive(Debug, Clone)]
+pub struct Nic {
+    /// The guest's address on the link.
+    pub mac: [u8; 6],
+    /// Bytes in a packet at most.
+    pub mtu: u16,
+    /// The tap's queues: descriptors of `/dev/net/tun`, made with `IFF_TAP`, `IFF_NO_PI`,
+    /// `IFF_VNET_HDR`, and `IFF_MULTI_QUEUE` for more than one. What else has them keeps
+    /// the tap alive.
+    pub taps: Vec<Arc<OwnedFd>>,
 }
 
 /// A raw block device. Formats are never detected: raw means raw.

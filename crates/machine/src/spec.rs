@@ -1,6 +1,6 @@
 //! What is wrong with a specification, whatever the driver.
 
-use crate::{Disk, Error, MachineSpec, Share};
+use crate::{Disk, Error, MachineSpec, Nic, Share};
 
 /// Longest name of a machine.
 const ID_MAX: usize = 128;
@@ -47,7 +47,9 @@ pub(crate) fn problem(spec: &MachineSpec) -> Option<String> {
         ));
     }
     let disks = spec.disks.iter().find_map(disk_problem);
-    disks.or_else(|| spec.shares.iter().find_map(share_problem))
+    disks
+        .or_else(|| spec.shares.iter().find_map(share_problem))
+        .or_else(|| spec.nics.iter().find_map(nic_problem))
 }
 
 fn word(s: &str, max: usize) -> bool {
@@ -66,4 +68,19 @@ pub(crate) fn disk_problem(disk: &Disk) -> Option<String> {
 pub(crate) fn share_problem(share: &Share) -> Option<String> {
     let tag = &share.tag;
     (!word(tag, 36)).then(|| format!("share tag {tag:?} is not 1–36 of A-Z a-z 0-9 _ . -"))
+}
+
+/// What is wrong with a network interface.
+fn nic_problem(nic: &Nic) -> Option<String> {
+    if nic.mac[0] & 1 != 0 {
+        return Some(format!("the address {:x?} is a group's", nic.mac));
+    }
+    if nic.mtu < 68 {
+        return Some(format!(
+            "an MTU of {} bytes is below the least, 68",
+            nic.mtu
+        ));
+    }
+    let queues = nic.taps.len();
+    (!(1..=32).contains(&queues)).then(|| format!("a tap has {queues} queues; 1 to 32 can be had"))
 }

@@ -38,6 +38,7 @@ fn spec(run_dir: &TempDir, test: &str) -> MachineSpec {
         disks: Vec::new(),
         spare_disks: 0,
         shares: Vec::new(),
+        nics: Vec::new(),
     }
 }
 

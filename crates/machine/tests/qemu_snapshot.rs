@@ -63,6 +63,7 @@ fn spec(run: &TempDir, disks: &[Disk], spare_disks: u32) -> MachineSpec {
         disks: disks.to_vec(),
         spare_disks,
         shares: Vec::new(),
+        nics: Vec::new(),
     }
 }
 

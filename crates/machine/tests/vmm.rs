@@ -50,6 +50,7 @@ fn spec(run_dir: &TempDir, disk: &str) -> MachineSpec {
         }],
         spare_disks: 0,
         shares: Vec::new(),
+        nics: Vec::new(),
     }
 }
 

@@ -19,6 +19,7 @@ use crate::{
     cgroup,
     checkpoint::Attached,
     guest_spec,
+    network::Links,
     plan::{FIRST_DISK, Plan, Root},
     pod::{self, First, Role},
     process::Process,
@@ -81,7 +82,7 @@ pub(crate) struct Exec {
 impl Sandbox {
     /// Starts a machine sized for the first container, and builds the container
     /// in it. On failure nothing is left.
-    pub async fn create(mut config: SandboxConfig, first: &ContainerRequest) -> Result<Self> {
+    pub async fn create(mut config: SandboxConfig, first: &ContainerRequest) -> Result<Arc<Self>> {
         let steps = Steps::new();
         let plan = Plan::new(first, FIRST_DISK)?;
         config.settings = config.settings.asked_by(&plan.spec, first.own)?;
@@ -93,42 +94,60 @@ impl Sandbox {
             true => Some(VirtioFs::start(&volumes, &config.run_dir).await?),
             false => None,
         };
+        let mut links = Links::take(config.network, &plan.spec, size.vcpus).await?;
+        steps.done("links taken");
         let parts = start::Parts {
             size,
+            nics: std::mem::take(&mut links.nics),
             disks: plan.image().iter().map(|root| root.disk.clone()).collect(),
             shares: shared.iter().map(VirtioFs::share).collect(),
         };
         let started = start::start(&config, parts, steps).await?;
         steps.done("agent greeted");
-        let sandbox = Self::new(config, started, shared, size, cgroup);
+        let mut sandbox = Self::new(config, started, shared, size, cgroup);
+        sandbox.networked = !links.is_empty();
         sandbox.configure(&plan.spec).await?;
+        sandbox.configure_network(&links).await?;
         steps.done("sandbox configured");
         let volumes = (0..volumes.len()).collect();
         sandbox.build(first, plan, ends, volumes).await?;
         steps.done("container created");
+        let sandbox = Arc::new(sandbox);
+        if let Some(inlet) = links.inlet.take() {
+            sandbox.carry_ports(inlet)?;
+        }
         Ok(sandbox)
     }
 
     /// Starts a machine for a pod, whose containers are to come ([`Self::add`]). On failure
     /// nothing is left.
-    pub async fn create_pod(mut config: SandboxConfig, pod: &PodRequest) -> Result<Self> {
+    pub async fn create_pod(mut config: SandboxConfig, pod: &PodRequest) -> Result<Arc<Self>> {
         let steps = Steps::new();
         let spec = pod.spec()?;
         config.settings = config.settings.asked_by(&spec, false)?;
         let size = sizing::size(&spec, &config.settings);
         let cgroup = cgroup::enter(&config, size.memory);
         let shared = VirtioFs::start(&[], &config.run_dir).await?;
+        let mut links = Links::take(config.network, &spec, size.vcpus).await?;
+        steps.done("links taken");
         let parts = start::Parts {
             size,
+            nics: std::mem::take(&mut links.nics),
             disks: Vec::new(),
             shares: vec![shared.share()],
         };
         let started = start::start(&config, parts, steps).await?;
         steps.done("agent greeted");
         let mut sandbox = Self::new(config, started, Some(shared), size, cgroup);
+        sandbox.networked = !links.is_empty();
         sandbox.pod = Some(pod.parts());
         sandbox.configure(&spec).await?;
+        sandbox.configure_network(&links).await?;
         steps.done("sandbox configured");
+        let sandbox = Arc::new(sandbox);
+        if let Some(inlet) = links.inlet.take() {
+            sandbox.carry_ports(inlet)?;
+        }
         Ok(sandbox)
     }
 

@@ -46,6 +46,9 @@ pub enum Error {
     /// Volumes or the root file system could not be prepared.
     #[error(transparent)]
     Storage(#[from] walnut_storage::Error),
+    /// A network could not be made the guest's.
+    #[error(transparent)]
+    Network(#[from] walnut_network::Error),
 }
 
 impl Error {

@@ -25,10 +25,12 @@ mod layout;
 mod lock;
 mod log;
 mod memory;
+mod network;
 mod plan;
 mod pod;
 mod pod_request;
 mod pool;
+mod ports;
 mod process;
 mod record;
 mod sandbox;
@@ -49,6 +51,7 @@ pub use error::{Error, Result};
 pub use layout::{Assets, Layout};
 pub use lock::Lock;
 pub use log::{LogLine, LogReader};
+pub use network::Network;
 pub use pod_request::PodRequest;
 pub use pool::{
     Given, Handover, Member, Place, Pool, PoolSize, Pools, Post, Visit, Visitor, host_memory, leave,

@@ -28,8 +28,8 @@ use walnut_protocol::{
 use walnut_storage::VirtioFs;
 
 use crate::{
-    ANNOTATION_LOG, Assets, Error, ExitInfo, ProcessState, Result, Settings, Shape, StdioTargets,
-    Templates, Wanted,
+    ANNOTATION_LOG, Assets, Error, ExitInfo, Network, ProcessState, Result, Settings, Shape,
+    StdioTargets, Templates, Wanted,
     agent::{self, fault, patient, soon},
     checkpoint::Attached,
     containers::{Container, Exec},
@@ -38,6 +38,7 @@ use crate::{
     plan::FIRST_DISK,
     pod,
     pod_request::PodParts,
+    ports::Carrying,
     process::Process,
     record::now_ns,
     sizing,
@@ -65,6 +66,8 @@ pub struct SandboxConfig {
     pub settings: Settings,
     /// Directory in which the KVM probe's verdict may be kept.
     pub cache: Option<PathBuf>,
+    /// Where its network comes from.
+    pub network: Network,
     /// Where to look for a template to start from, if the settings have one used.
     pub templates: Option<Templates>,
 }
@@ -137,6 +140,10 @@ pub struct Sandbox {
     pub(crate) shape: Option<Shape>,
     /// Its machine's disks, in the order in which they came.
     pub(crate) disks: StdMutex<Vec<Attached>>,
+    /// It has links of the host's.
+    pub(crate) networked: bool,
+    /// Connections to its loopback on the host are the guest's.
+    pub(crate) carrying: StdMutex<Option<Carrying>>,
     /// Held exclusively while the machine is saved.
     pub(crate) saving: RwLock<()>,
     pub(crate) size: Sizes,
@@ -178,6 +185,8 @@ impl Sandbox {
             wanted: started.wanted,
             shape: started.shape,
             disks: StdMutex::new(started.disks),
+            networked: false,
+            carrying: StdMutex::default(),
             saving: RwLock::default(),
             size: Sizes::new(size, started.max),
             pod: None,
@@ -188,6 +197,11 @@ impl Sandbox {
     /// Number of a disk that the machine does not have yet.
     pub(crate) fn next_disk(&self) -> u32 {
         self.disk.fetch_add(1, Ordering::Relaxed)
+    }
+
+    /// Number of a stream that there has not been yet.
+    pub(crate) fn next_stream(&self) -> u32 {
+        self.streams.fetch_add(1, Ordering::Relaxed)
     }
 
     /// The template that its machine began from.
@@ -272,7 +286,7 @@ impl Sandbox {
             if !wanted {
                 continue;
             }
-            *number = self.streams.fetch_add(1, Ordering::Relaxed);
+            *number = self.next_stream();
             let guest = agent::stream(self.machine.as_ref(), *number).await?;
             let ended = process.ended();
             outputs.push(stdio::spawn_output(
@@ -285,7 +299,7 @@ impl Sandbox {
         }
         let input = match ends.stdin {
             Some(client) => {
-                stdio.stdin = self.streams.fetch_add(1, Ordering::Relaxed);
+                stdio.stdin = self.next_stream();
                 let guest = agent::stream(self.machine.as_ref(), stdio.stdin).await?;
                 Some(stdio::spawn_input(
                     guest,

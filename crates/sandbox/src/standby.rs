@@ -12,7 +12,7 @@ use oci_spec::runtime::Spec;
 
 use crate::{
     ANNOTATION_LOG, ContainerRequest, Error, Result, RootfsMount, Sandbox, SandboxConfig,
-    StdioTargets, Wanted, cgroup,
+    StdioTargets, Wanted, cgroup, network,
     plan::{FIRST_DISK, Plan},
     sizing::{self, Size},
     start::{self, Parts, Steps},
@@ -39,6 +39,7 @@ impl Sandbox {
             size,
             disks: Vec::new(),
             shares: Vec::new(),
+            nics: Vec::new(),
         };
         let started = start::start(&config, parts, steps).await?;
         let sandbox = Self::new(config, started, None, size, cgroup);
@@ -102,6 +103,7 @@ impl Sandbox {
         Ok(self.size.max.holds(size)
             && size.holds(self.size.now())
             && !plan.needs_sharing()
+            && (request.own || network::named(&plan.spec).is_none())
             && asked.machine == self.settings.machine)
     }
 

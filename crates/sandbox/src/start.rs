@@ -4,7 +4,7 @@
 use std::time::{Duration, Instant};
 
 use tracing::debug;
-use walnut_machine::{Disk, Driver, Machine, MachineSpec, Programs, Share};
+use walnut_machine::{Disk, Driver, Machine, MachineSpec, Nic, Programs, Share};
 use walnut_protocol::agent_ttrpc::AgentClient;
 
 use crate::{
@@ -56,6 +56,7 @@ pub(crate) struct Parts {
     pub(crate) size: Size,
     pub(crate) disks: Vec<Disk>,
     pub(crate) shares: Vec<Share>,
+    pub(crate) nics: Vec<Nic>,
 }
 
 pub(crate) async fn start(config: &SandboxConfig, parts: Parts, steps: Steps) -> Result<Started> {
@@ -73,6 +74,7 @@ pub(crate) async fn start(config: &SandboxConfig, parts: Parts, steps: Steps) ->
         // A clone's memory is its own alone, and shares want others to see it.
         config.settings.machine.templates
             && parts.shares.is_empty()
+            && parts.nics.is_empty()
             && parts.disks.len() <= spec.spare_disks as usize
     });
     let mut wanted = None;
@@ -125,6 +127,7 @@ pub(crate) async fn start(config: &SandboxConfig, parts: Parts, steps: Steps) ->
     let shape = Shape::of(driver.as_ref(), &spec)?;
     spec.disks.clone_from(&parts.disks);
     spec.shares = parts.shares;
+    spec.nics = parts.nics;
     let machine = driver.start(spec).await?;
     steps.done("machine started");
     machine.ready(config.settings.boot_timeout()).await?;

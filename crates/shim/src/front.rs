@@ -9,7 +9,7 @@ use std::{
 
 use async_trait::async_trait;
 use containerd_shim_protos::api::CreateTaskRequest;
-use walnut_sandbox::{Error, ExitInfo, Result, Sandbox, StdioTargets};
+use walnut_sandbox::{Error, ExitInfo, Network, Result, Sandbox, StdioTargets};
 
 /// Where a sandbox lies.
 #[derive(Debug, Clone, Copy)]
@@ -22,6 +22,8 @@ pub(crate) struct Place<'a> {
     pub(crate) node: Option<(&'a Path, &'a Path)>,
     /// Its bundles are of Walnut's making.
     pub(crate) own: bool,
+    /// Where its network comes from.
+    pub(crate) network: Network,
 }
 
 /// What happens in a sandbox.

@@ -12,7 +12,7 @@ use async_trait::async_trait;
 use tokio::{io::AsyncReadExt, net::unix::pipe, sync::watch, time::timeout};
 use tracing::{error, warn};
 use walnut_sandbox::{
-    Error, ExitInfo, Input, Output, Record, Result, Sandbox, Status, StdioTargets,
+    Error, ExitInfo, Input, Network, Output, Record, Result, Sandbox, Status, StdioTargets,
 };
 
 use crate::{
@@ -198,6 +198,7 @@ impl Front for Owner {
             run_dir: &self.run_dir,
             node: self.node(),
             own: true,
+            network: Network::None,
         }
     }
 

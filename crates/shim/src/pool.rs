@@ -16,8 +16,8 @@ use tokio::{
 };
 use tracing::{info, warn};
 use walnut_sandbox::{
-    Assets, Given, Lock, Place, Pools, Sandbox, SandboxConfig, Settings, Templates, Visit, Wanted,
-    host_memory, leave,
+    Assets, Given, Lock, Network, Place, Pools, Sandbox, SandboxConfig, Settings, Templates, Visit,
+    Wanted, host_memory, leave,
 };
 
 use crate::{
@@ -283,6 +283,7 @@ async fn prepared(
         settings,
         cache: Some(stand_by.run_dir.clone()),
         templates: Some(templates.clone()),
+        network: Network::None,
     };
     let sandbox = Sandbox::standby(config, &stand_by.wanted)
         .await

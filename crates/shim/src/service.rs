@@ -93,6 +93,7 @@ impl TaskService {
             settings,
             cache: place.node.map(|(_, run)| run.into()),
             templates: template::store(place),
+            network: place.network,
         }
     }
 
@@ -135,9 +136,11 @@ impl TaskService {
         let config = self.config(settings);
         let sandbox = match checkpoint {
             "" => Sandbox::create(config, request).await,
-            from => Sandbox::restore(config, request, from.as_ref()).await,
+            from => Sandbox::restore(config, request, from.as_ref())
+                .await
+                .map(Arc::new),
         };
-        Ok(Arc::new(sandbox.map_err(|e| fault(&e))?))
+        sandbox.map_err(|e| fault(&e))
     }
 
     /// The sandbox with a container more; whether it is the first.
@@ -559,7 +562,7 @@ fn fault(error: &Error) -> ttrpc::Error {
         Error::NotFound(_) => Code::NOT_FOUND,
         Error::AlreadyExists(_) => Code::ALREADY_EXISTS,
         Error::WrongState(_) => Code::FAILED_PRECONDITION,
-        Error::Invalid(_) | Error::Storage(_) => Code::INVALID_ARGUMENT,
+        Error::Invalid(_) | Error::Storage(_) | Error::Network(_) => Code::INVALID_ARGUMENT,
         // As runc's shim, so that clients see the program's name in the text.
         Error::ProgramNotFound(_) => Code::OUT_OF_RANGE,
         Error::ProgramDenied(_) => Code::PERMISSION_DENIED,

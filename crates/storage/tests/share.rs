@@ -36,6 +36,7 @@ async fn a_guest_reads_and_writes_what_it_may() {
         disks: Vec::new(),
         spare_disks: 0,
         shares: vec![shared.share()],
+        nics: Vec::new(),
     };
     let machine = driver.start(spec).await.unwrap();
     machine.ready(Duration::from_secs(60)).await.unwrap();

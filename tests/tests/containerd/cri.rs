@@ -7,9 +7,9 @@ use k8s_cri::v1::{
     ContainerStatusRequest, CreateContainerRequest, ExecSyncRequest, ExecSyncResponse, ImageSpec,
     LinuxPodSandboxConfig, LinuxSandboxSecurityContext, ListContainerStatsRequest, NamespaceMode,
     NamespaceOption, PodSandboxConfig, PodSandboxMetadata, PodSandboxState,
-    PodSandboxStatusRequest, RemoveContainerRequest, RemovePodSandboxRequest, RunPodSandboxRequest,
-    StartContainerRequest, StopContainerRequest, StopPodSandboxRequest,
-    runtime_service_client::RuntimeServiceClient,
+    PodSandboxStatusRequest, PortMapping, RemoveContainerRequest, RemovePodSandboxRequest,
+    RunPodSandboxRequest, StartContainerRequest, StatusRequest, StopContainerRequest,
+    StopPodSandboxRequest, runtime_service_client::RuntimeServiceClient,
 };
 use tokio::runtime::Runtime;
 use tonic::transport::{Channel, Endpoint};
@@ -43,6 +43,13 @@ pub(crate) struct Pod {
     pub(crate) config: PodSandboxConfig,
 }
 
+/// The namespaces that a pod is to have.
+pub(crate) fn namespaces(config: &mut PodSandboxConfig) -> &mut NamespaceOption {
+    let context = &mut config.linux.as_mut().unwrap().security_context;
+    let options = &mut context.as_mut().unwrap().namespace_options;
+    options.as_mut().unwrap()
+}
+
 impl Kubelet {
     pub(crate) fn new(daemon: &Daemon) -> Self {
         Self::with(daemon, "walnut")
@@ -55,18 +62,34 @@ impl Kubelet {
         let channel = runtime
             .block_on(Endpoint::try_from(address).unwrap().connect())
             .unwrap();
-        Self {
+        let mut kubelet = Self {
             runtime,
             client: RuntimeServiceClient::new(channel),
             handler,
-        }
+        };
+        // It answers others before it has recovered its pods.
+        until("containerd speaks to kubelets", || {
+            let request = StatusRequest { verbose: false };
+            call!(kubelet, status, request).is_ok()
+        });
+        kubelet
     }
 
+    /// A pod of the node's network.
     pub(crate) fn run_pod(&mut self, daemon: &Daemon) -> Pod {
         self.run_pod_with(daemon, |_| {}).unwrap()
     }
 
-    /// A pod, of which more is said than the usual.
+    /// A pod with a network of its own, some of whose ports are the node's as well.
+    pub(crate) fn run_networked_pod(&mut self, daemon: &Daemon, ports: Vec<PortMapping>) -> Pod {
+        let pod = self.run_pod_with(daemon, |config| {
+            namespaces(config).network = NamespaceMode::Pod.into();
+            config.port_mappings = ports;
+        });
+        pod.unwrap()
+    }
+
+    /// A pod of the node's network, unless `more` says something else of it.
     pub(crate) fn run_pod_with(
         &mut self,
         daemon: &Daemon,
@@ -122,6 +145,33 @@ impl Kubelet {
         };
         let reply = call!(self, pod_sandbox_status, request)?;
         Ok((reply.status.unwrap().state(), reply.info))
+    }
+
+    /// The pod's addresses, as Kubernetes knows them.
+    pub(crate) fn addresses(&mut self, pod: &Pod) -> Vec<String> {
+        let request = PodSandboxStatusRequest {
+            pod_sandbox_id: pod.id.clone(),
+            verbose: false,
+        };
+        let status = call!(self, pod_sandbox_status, request).unwrap().status;
+        let network = status.unwrap().network.unwrap();
+        let more = network.additional_ips.into_iter().map(|ip| ip.ip);
+        std::iter::once(network.ip).chain(more).collect()
+    }
+
+    /// The pod's network namespace on the host.
+    pub(crate) fn namespace(&mut self, pod: &Pod) -> String {
+        let request = PodSandboxStatusRequest {
+            pod_sandbox_id: pod.id.clone(),
+            verbose: true,
+        };
+        let info = call!(self, pod_sandbox_status, request).unwrap().info;
+        let info: serde_json::Value = serde_json::from_str(&info["info"]).unwrap();
+        let all = info["runtimeSpec"]["linux"]["namespaces"]
+            .as_array()
+            .unwrap();
+        let network = all.iter().find(|one| one["type"] == "network").unwrap();
+        network["path"].as_str().unwrap().to_owned()
     }
 
     /// Creates and starts a container that runs `script`.

@@ -109,6 +109,53 @@ const POD_NETWORK: &str = r#"{
 /// Stands for the daemon's own directory in [`POD_NETWORK`].
 const DAEMON_STATE: &str = "@state@";
 
+/// What a containerd has on disk when it has the images: unpacking them takes longer than
+/// most tests. The first caller makes it, for every version of containerd one.
+fn seed() -> PathBuf {
+    let version = finish(Command::new(program("containerd")).arg("--version"), b"").exits(0);
+    let word = |c: char| if c.is_alphanumeric() { c } else { '-' };
+    let version: String = version.stdout.trim().chars().map(word).collect();
+    let seed = image().with_extension(version);
+    let lock = fs::File::create(seed.with_extension("lock")).unwrap();
+    lock.lock().unwrap();
+    if !seed.exists() {
+        let mut daemon = Daemon::launch(Kind::Kubernetes, None);
+        let import = |namespace: &str, base: &str, file: &Path| {
+            let mut args = vec!["--namespace", namespace, "image", "import"];
+            args.extend(["--base-name", base, file.to_str().unwrap()]);
+            daemon.ctr(&args).exits(0);
+        };
+        import(NAMESPACE, IMAGE.trim_end_matches(":latest"), &image());
+        import(
+            KUBERNETES,
+            KUBERNETES_IMAGE.trim_end_matches(":latest"),
+            &image(),
+        );
+        import(KUBERNETES, PAUSE_IMAGE, &pause_image(&daemon.state));
+        // So that what it has written is whole.
+        kill(
+            Pid::from_raw(daemon.child.id().cast_signed()),
+            Signal::SIGTERM,
+        )
+        .unwrap();
+        daemon.child.wait().unwrap();
+        fs::rename(daemon.root.join("containerd"), &seed).unwrap();
+    }
+    seed
+}
+
+/// Copies a daemon's directory. Its files are shared but for its databases, which are all
+/// that it writes to in place.
+fn copy(seed: &Path, to: &Path) {
+    let run = |command: &mut Command| drop(finish(command, b"").exits(0));
+    run(Command::new("cp")
+        .args(["--archive", "--link"])
+        .arg(seed)
+        .arg(to));
+    let script = r#"find "$0" -name '*.db' -exec cp --archive {} {}.own \; -exec mv {}.own {} \;"#;
+    run(Command::new("sh").args(["-c", script]).arg(to));
+}
+
 /// What a containerd is for.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 enum Kind {
@@ -121,49 +168,35 @@ enum Kind {
 }
 
 impl Daemon {
-    /// Starts it, and gives it the image.
+    /// Starts it. It has the image.
     pub(crate) fn start() -> Self {
-        let daemon = Self::launch(Kind::Plain);
-        let image = image();
-        let image = image.to_str().unwrap();
-        daemon
-            .ctr(&["image", "import", "--base-name", "demo", image])
-            .exits(0);
-        daemon
+        Self::launch(Kind::Plain, Some(&seed()))
     }
 
     /// Starts it with its interface for Kubernetes, and with Walnut set up in it by
     /// `walnut install`.
     pub(crate) fn start_for_kubernetes() -> Self {
-        Self::launch_for_kubernetes(Kind::Kubernetes)
+        Self::launch(Kind::Kubernetes, Some(&seed()))
     }
 
     /// The same with a network for pods: CNI's plugins as Debian has them, a bridge with
     /// addresses of both families and ports of the node's, in a network namespace that
     /// stands for the node ([`Daemon::on_the_node`]).
     pub(crate) fn start_with_pod_network() -> Self {
-        Self::launch_for_kubernetes(Kind::Networked)
+        Self::launch(Kind::Networked, Some(&seed()))
     }
 
-    fn launch_for_kubernetes(kind: Kind) -> Self {
-        let daemon = Self::launch(kind);
-        let import = |base: &str, file: &Path| {
-            let mut args = vec!["--namespace", KUBERNETES, "image", "import", "--base-name"];
-            args.extend([base, file.to_str().unwrap()]);
-            daemon.ctr(&args).exits(0);
-        };
-        import(KUBERNETES_IMAGE.trim_end_matches(":latest"), &image());
-        import(PAUSE_IMAGE, &pause_image(&daemon.state));
-        daemon
-    }
-
-    fn launch(kind: Kind) -> Self {
+    /// With a copy of the images, unless it is to begin without.
+    fn launch(kind: Kind, seed: Option<&Path>) -> Self {
         let name = unique("ctd");
         let root = cache().join("e2e").join(&name);
         // Short: sockets' addresses are.
         let state = Path::new("/tmp").join(&name);
         for dir in [&root, &state] {
             fs::create_dir_all(dir).unwrap();
+        }
+        if let Some(seed) = seed {
+            copy(seed, &root.join("containerd"));
         }
         let format = Format::of_daemon();
         let (root_dir, state_dir) = (root.display(), state.display());

@@ -16,6 +16,7 @@ mod cri;
 mod daemon;
 mod events;
 mod lifecycle;
+mod network;
 mod options;
 mod pods;
 mod programs;

@@ -16,8 +16,8 @@ use containerd_shim_protos::{
     shim_async::{Client, TaskClient},
 };
 use k8s_cri::v1::{
-    ContainerState, DnsConfig, LinuxContainerResources, NamespaceMode, NamespaceOption,
-    PodSandboxConfig, PodSandboxState,
+    ContainerState, DnsConfig, LinuxContainerResources, NamespaceMode, PodSandboxConfig,
+    PodSandboxState,
 };
 use nix::{
     sys::signal::{Signal, kill},
@@ -29,7 +29,7 @@ use walnut_tests::{machine, until};
 
 use crate::{
     bootstrap::Bench,
-    cri::{Kubelet, Pod, SERVE},
+    cri::{Kubelet, Pod, SERVE, namespaces},
     daemon::Daemon,
     programs::{BY_SANDBOX_API, Format},
 };
@@ -41,12 +41,6 @@ fn start() -> Option<Daemon> {
         return None;
     }
     Some(Daemon::start_with_pod_network())
-}
-
-fn namespaces(config: &mut PodSandboxConfig) -> &mut NamespaceOption {
-    let context = &mut config.linux.as_mut().unwrap().security_context;
-    let options = &mut context.as_mut().unwrap().namespace_options;
-    options.as_mut().unwrap()
 }
 
 /// A pod with a network of its own: containerd up to 2.2 dies of others, when shims make
@@ -116,6 +110,20 @@ fn a_pod_is_a_machine_without_a_container_of_its_own() {
     let setting = "cat /proc/sys/net/core/somaxconn";
     assert_eq!(says(&mut kubelet, &first, setting), "321");
     assert_eq!(says(&mut kubelet, &first, "nproc"), "2");
+
+    // It is on the network that CNI's plugin made.
+    let addresses = kubelet.addresses(&pod);
+    let seen = says(&mut kubelet, &first, "cat /proc/net/fib_trie");
+    assert!(seen.contains(&addresses[0]), "{addresses:?}: {seen}");
+    let listen = "setsid python3 -c 'import socket; socket.create_server((\"\", 7000)).accept()' >/dev/null 2>&1 & exit 0";
+    says(&mut kubelet, &second, &format!("{listen}"));
+    let reach = format!(
+        "import socket; socket.create_connection(('{}', 7000), 5)",
+        addresses[0]
+    );
+    until("it is reached from the node", || {
+        daemon.on_the_node(&["python3", "-c", &reach]).code == 0
+    });
 
     // Containers come and go; the pod stays.
     kubelet.stop(&first);

@@ -12,7 +12,7 @@ use walnut_tests::{
     unique, until,
 };
 
-use crate::place::Place;
+use crate::{network::Namespace, place::Place};
 
 /// Name of the image in it.
 const IMAGE: &str = "localhost/demo:latest";
@@ -22,7 +22,32 @@ pub(crate) struct Engine {
     pub(crate) place: Place,
     /// What must not lie on an overlay: containers' layers.
     root: PathBuf,
+    /// Where it is, if not on the host: its network stands for a node's.
+    node: Option<Namespace>,
 }
+
+/// The network of its containers.
+const NETWORK: &str = r#"{
+    "cniVersion": "0.4.0",
+    "name": "podman",
+    "plugins": [
+        {
+            "type": "bridge",
+            "bridge": "engine0",
+            "isGateway": true,
+            "ipMasq": true,
+            "hairpinMode": true,
+            "ipam": {
+                "type": "host-local",
+                "dataDir": "@dir@/addresses",
+                "ranges": [[{"subnet": "10.76.0.0/24"}]],
+                "routes": [{"dst": "0.0.0.0/0"}]
+            }
+        },
+        {"type": "portmap", "capabilities": {"portMappings": true}},
+        {"type": "firewall"}
+    ]
+}"#;
 
 /// An image store that podmans share, and write to no more; the first caller makes it.
 fn store() -> PathBuf {
@@ -75,20 +100,50 @@ impl Engine {
         fs::write(&runtime, script).unwrap();
         fs::set_permissions(&runtime, fs::Permissions::from_mode(0o755)).unwrap();
         // This host's settings are not the tests'.
-        fs::write(place.dir.join("containers.conf"), "").unwrap();
+        let networks = place.dir.join("networks");
+        fs::create_dir(&networks).unwrap();
+        let network = NETWORK.replace("@dir@", place.mark());
+        fs::write(networks.join("podman.conflist"), network).unwrap();
+        let conf =
+            format!("[network]\nnetwork_backend = \"cni\"\nnetwork_config_dir = {networks:?}\n");
+        fs::write(place.dir.join("containers.conf"), conf).unwrap();
         let storage = format!(
             "[storage]\ndriver = \"overlay\"\nrunroot = {:?}\ngraphroot = {:?}\n",
             place.dir.join("run"),
             root.join("store"),
         );
         fs::write(place.dir.join("storage.conf"), storage).unwrap();
-        Self { place, root }
+        Self {
+            place,
+            root,
+            node: None,
+        }
+    }
+
+    /// One on a node.
+    pub(crate) fn on(node: Namespace) -> Self {
+        let mut engine = Self::new();
+        engine.node = Some(node);
+        engine
+    }
+
+    /// A program on the node.
+    #[track_caller]
+    pub(crate) fn on_the_node(&self, program: &str, args: &[&str]) -> Done {
+        finish(self.program(program).args(args), b"")
+    }
+
+    fn program(&self, program: &str) -> Command {
+        match &self.node {
+            Some(node) => node.within(program),
+            None => Command::new(program),
+        }
     }
 
     /// A podman command line; the image is `demo`.
     pub(crate) fn command(&self, args: &[&str]) -> Command {
         let dir = &self.place.dir;
-        let mut command = Command::new("podman");
+        let mut command = self.program("podman");
         for (option, at) in [
             ("--root", self.root.join("store")),
             ("--runroot", dir.join("run")),

@@ -13,6 +13,7 @@
 mod bundle;
 mod engine;
 mod killed;
+mod network;
 mod place;
 mod podman;
 mod refused;

@@ -125,7 +125,6 @@ async fn make(state: &BundleState, spec: &Spec, child: &Child) -> Result<Supervi
     for point in [Point::Prestart, Point::CreateRuntime] {
         hooks::run(spec, point, state, child.id()).await?;
     }
-    network::check(spec, child.id())?;
     let request = CreateTaskRequest {
         id: state.id.clone(),
         bundle: state.bundle.display().to_string(),

@@ -4,7 +4,7 @@
 use std::os::fd::RawFd;
 
 use super::{Accel, plug, sockets};
-use crate::{Error, MachineSpec};
+use crate::{Error, MachineSpec, Nic};
 
 /// virtio-mmio transports of a microvm without ACPI. With ACPI there are 24, but
 /// then the kernel has no legacy timer: where the calibration of its TSC fails,
@@ -52,6 +52,8 @@ pub(super) struct Fds {
     pub(super) vsock: RawFd,
     pub(super) disks: Vec<RawFd>,
     pub(super) shares: Vec<RawFd>,
+    /// The queues of each network interface.
+    pub(super) nics: Vec<Vec<RawFd>>,
 }
 
 /// Refuses what cannot be turned into a machine, with a sentence.
@@ -72,7 +74,7 @@ fn problem(spec: &MachineSpec) -> Option<String> {
     let devices = devices(spec);
     if devices >= SLOTS {
         return Some(format!(
-            "{devices} disks, spare disks and shares were asked for; a microvm has room for {}",
+            "{devices} disks, spare disks, shares and network interfaces were asked for; a microvm has room for {}",
             SLOTS - 1
         ));
     }
@@ -90,7 +92,7 @@ pub(super) fn spare(spec: &MachineSpec) -> usize {
 
 /// Transports that the spec's own devices take.
 fn devices(spec: &MachineSpec) -> usize {
-    spec.disks.len() + spec.shares.len() + spare(spec)
+    spec.disks.len() + spec.shares.len() + spec.nics.len() + spare(spec)
 }
 
 /// Transports for what a guest can do without.
@@ -218,6 +220,9 @@ pub(super) fn arguments(
             disk.serial
         ));
     }
+    for (n, (nic, queues)) in spec.nics.iter().zip(&fds.nics).enumerate() {
+        args.nic(n, nic, queues);
+    }
     // Read-only, and so must be what they become: what its driver has agreed to, and
     // what QEMU itself has asked of the drive, stays.
     for n in 0..spare(spec) {
@@ -243,6 +248,22 @@ impl Args {
     fn device(&mut self, device: &str) {
         let slot = self.1.next();
         self.add("-device", format!("{device},bus=virtio-mmio-bus.{slot}"));
+    }
+
+    /// A network interface on a tap, whose frames QEMU itself moves: there may be no vhost.
+    fn nic(&mut self, n: usize, nic: &Nic, queues: &[RawFd]) {
+        let numbers: Vec<_> = queues.iter().map(RawFd::to_string).collect();
+        self.add(
+            "-netdev",
+            format!("tap,id=net{n},fds={},vhost=off", numbers.join(":")),
+        );
+        let pairs: Vec<_> = nic.mac.iter().map(|byte| format!("{byte:02x}")).collect();
+        let several = if queues.len() > 1 { ",mq=on" } else { "" };
+        self.device(&format!(
+            "virtio-net-device,netdev=net{n},mac={},host_mtu={}{several}",
+            pairs.join(":"),
+            nic.mtu
+        ));
     }
 
     fn base(&mut self, accel: Accel, spec: &MachineSpec, fds: &Fds, threads: Threads) {
@@ -313,6 +334,7 @@ mod tests {
             disks: vec![],
             spare_disks: 0,
             shares: vec![],
+            nics: vec![],
         }
     }
 

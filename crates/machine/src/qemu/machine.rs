@@ -209,6 +209,7 @@ fn spawn_qemu(
     }
     let mut all = |fds: Vec<OwnedFd>| fds.into_iter().map(|fd| spawn.inherit(fd)).collect();
     let (disks, shares) = (all(inherited.devices.disks), all(inherited.devices.shares));
+    let nics = inherited.devices.nics.into_iter().map(all).collect();
     let fds = command::Fds {
         memory: spawn.inherit(inherited.memory),
         qmp: spawn.inherit(its_monitor),
@@ -216,6 +217,7 @@ fn spawn_qemu(
         vsock: spawn.inherit(inherited.vsock),
         disks,
         shares,
+        nics,
     };
     let tsc_khz = match (driver.accel, begin) {
         (Accel::Tcg, Begin::Boot { .. }) => driver.made.rate_khz(),
@@ -459,8 +461,10 @@ impl Machine for QemuMachine {
     }
 
     fn as_snapshot(&self) -> Option<&dyn Snapshot> {
-        // QEMU does not save virtio-fs, whose state another process has.
-        match self.shared.spec.shares.is_empty() {
+        // QEMU does not save virtio-fs, whose state another process has, and a clone has
+        // no transport for a network interface.
+        let spec = &self.shared.spec;
+        match spec.shares.is_empty() && spec.nics.is_empty() {
             true => Some(self),
             false => None,
         }

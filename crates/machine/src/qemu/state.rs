@@ -195,6 +195,7 @@ mod tests {
                 .collect(),
             spare_disks: 2,
             shares: vec![],
+            nics: Vec::new(),
         }
     }
 

@@ -22,8 +22,8 @@ use walnut_vmm_api::{
 
 use super::{Vmm, control::Control};
 use crate::{
-    Disk, Error, Exit, HotPlug, Machine, MachineSpec, Pause, Pluggable, Resize, Share, Snapshot,
-    SnapshotFiles, SpareDisks,
+    Disk, Error, Exit, HotPlug, Machine, MachineSpec, Nic, Pause, Pluggable, Resize, Share,
+    Snapshot, SnapshotFiles, SpareDisks,
     agent::{self, CONSOLE_MAX, Door, GUEST_CID, host, or_end},
     console,
     files::{self, Files},
@@ -76,7 +76,7 @@ impl Fds {
 }
 
 fn check(spec: &MachineSpec) -> Result<(), Error> {
-    let devices = spec.disks.len() + spec.shares.len();
+    let devices = spec.disks.len() + spec.shares.len() + spec.nics.len();
     let problem = spec::problem(spec).or_else(|| {
         // Which of them are the saved machine's nothing would say.
         let spare = usize::try_from(spec.spare_disks).unwrap_or(usize::MAX);
@@ -89,7 +89,9 @@ fn check(spec: &MachineSpec) -> Result<(), Error> {
     });
     let problem = problem.or_else(|| {
         (devices > DEVICES_MAX).then(|| {
-            format!("{devices} disks and shares were asked for; there is room for {DEVICES_MAX}")
+            format!(
+                "{devices} disks, shares and network interfaces were asked for; there is room for {DEVICES_MAX}"
+            )
         })
     });
     spec::refuse(spec, problem)
@@ -186,6 +188,18 @@ pub(super) fn block(disk: &Disk, file: FdIndex, queues: u16) -> Attachment {
     attachment(&block_name(disk), device)
 }
 
+fn net(n: usize, nic: &Nic, taps: Vec<FdIndex>) -> Attachment {
+    let device = Device::Net {
+        taps,
+        mac: nic.mac,
+        mtu: Some(nic.mtu),
+        only_own_mac: true,
+        receive: Limits::default(),
+        send: Limits::default(),
+    };
+    attachment(&format!("net-{n}"), device)
+}
+
 /// The devices of `spec`, in the order of their slots.
 fn devices(
     spec: &MachineSpec,
@@ -204,6 +218,10 @@ fn devices(
     }
     for (disk, file) in spec.disks.iter().zip(devices.disks) {
         attachments.push(block(disk, fds.add(file), vcpus(spec).into()));
+    }
+    for (n, (nic, taps)) in spec.nics.iter().zip(devices.nics).enumerate() {
+        let taps = taps.into_iter().map(|tap| fds.add(tap)).collect();
+        attachments.push(net(n, nic, taps));
     }
     attachments.push(attachment("rng", Device::Rng));
     attachments.push(attachment("balloon", Device::Balloon));

@@ -75,6 +75,11 @@ impl Sandbox {
         let mut alone = Some(self.saving.write().await);
         let container = self.container(id)?;
         let (record, sealed) = self.what_to_seal(id, &container, options)?;
+        if self.networked {
+            return Err(Error::Invalid(format!(
+                "save container {id}: its machine is on a network, and what is saved of one could not be on another"
+            )));
+        }
         let Some(subject) = Subject::of(self.machine.as_ref(), &container) else {
             return Err(self.cannot(id));
         };

@@ -169,6 +169,7 @@ pub(crate) fn machine(run_dir: &Path, assets: &Assets, span: Span) -> MachineSpe
         disks: Vec::new(),
         spare_disks: SPARE_DISKS,
         shares: Vec::new(),
+        nics: Vec::new(),
     }
 }
 

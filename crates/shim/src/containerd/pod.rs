@@ -24,7 +24,7 @@ use containerd_shim_protos::{
 };
 use tokio::{sync::watch, task::JoinHandle};
 use tracing::{debug, warn};
-use walnut_sandbox::{ExitInfo, Layout, Result, Sandbox, SandboxDir, StdioTargets};
+use walnut_sandbox::{ExitInfo, Layout, Network, Result, Sandbox, SandboxDir, StdioTargets};
 
 use super::{
     INIT_PID, SOCKET,
@@ -186,6 +186,7 @@ impl Front for Pod {
             run_dir: self.dir.path(),
             node: Some((&self.layout.state, &self.layout.run)),
             own: false,
+            network: Network::Named,
         }
     }
 

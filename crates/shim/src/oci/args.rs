@@ -6,11 +6,11 @@ use walnut_sandbox::Lock;
 
 use crate::options::inherited;
 
-/// A network namespace to live in.
+/// Where a supervisor lives: in which network namespace.
 #[derive(Debug, Clone, PartialEq, Eq)]
-pub(crate) enum Network {
+pub(crate) enum Lives {
     /// The one it was started in.
-    Same,
+    Here,
     /// One of its own.
     New,
     /// An existing one.
@@ -30,7 +30,7 @@ pub(crate) struct ServeBundle {
     pub(crate) stdout: OwnedFd,
     /// None where a terminal carries both.
     pub(crate) stderr: Option<OwnedFd>,
-    pub(crate) network: Network,
+    pub(crate) network: Lives,
 }
 
 /// Reads the arguments after the command.
@@ -38,7 +38,7 @@ pub(crate) fn read(mut args: impl Iterator<Item = String>) -> Result<ServeBundle
     let (mut id, mut container_dir, mut run_dir) = (None, None, None);
     let (mut socket, mut lock, mut lease) = (None, None, None);
     let (mut stdin, mut stdout, mut stderr) = (None, None, None);
-    let mut network = Network::Same;
+    let mut network = Lives::Here;
     while let Some(name) = args.next() {
         let value = args.next().ok_or_else(|| format!("{name} needs a value"))?;
         let fd = || inherited(&name, &value);
@@ -52,8 +52,8 @@ pub(crate) fn read(mut args: impl Iterator<Item = String>) -> Result<ServeBundle
             "--stdin-fd" => stdin = Some(fd()?),
             "--stdout-fd" => stdout = Some(fd()?),
             "--stderr-fd" => stderr = Some(fd()?),
-            "--network" if value == "new" => network = Network::New,
-            "--network" => network = Network::At(value.into()),
+            "--network" if value == "new" => network = Lives::New,
+            "--network" => network = Lives::At(value.into()),
             _ => return Err(format!("serve-bundle: unknown option {name}")),
         }
     }

@@ -21,11 +21,11 @@ use async_trait::async_trait;
 use tokio::{sync::watch, time::timeout};
 use tracing::{error, warn};
 use walnut_sandbox::{
-    BundleState, BundleStatus, Error, ExitInfo, Inherited, Input, Layout, Output, Result, Sandbox,
-    SandboxDir, StdioTargets, now_ns,
+    BundleState, BundleStatus, Error, ExitInfo, Inherited, Input, Layout, Network, Output, Result,
+    Sandbox, SandboxDir, StdioTargets, now_ns,
 };
 
-use self::args::Network;
+use self::args::Lives;
 use crate::{
     front::{Count, Event, Front, Place, Streams},
     listen,
@@ -39,7 +39,7 @@ const END_GRACE: Duration = Duration::from_secs(5);
 
 /// Supervises a container made from a bundle; its exit code.
 pub(crate) async fn serve(serve: ServeBundle) -> Anyhow<u8> {
-    enter(&serve.network)?;
+    let network = enter(&serve.network)?;
     let lease = serve.lease;
     let dir = SandboxDir::inherited(serve.run_dir, serve.lock);
     let layout = Layout::from_env()?;
@@ -63,6 +63,7 @@ pub(crate) async fn serve(serve: ServeBundle) -> Anyhow<u8> {
         layout,
         streams: Mutex::new(Some(streams)),
         terminal,
+        network,
         phase: watch::Sender::default(),
     });
     let mut server = listen(serve.socket, front.clone(), None).await?;
@@ -78,17 +79,17 @@ fn output(fd: OwnedFd) -> Output {
 
 /// Lives in the container's network namespace from here on, as its processes would:
 /// what others do to that of this PID, they do to the container's.
-fn enter(network: &Network) -> Anyhow<()> {
-    let entered = match network {
-        Network::Same => return Ok(()),
-        Network::New => {
+fn enter(lives: &Lives) -> Anyhow<Network> {
+    let entered = match lives {
+        Lives::Here => return Ok(Network::None),
+        Lives::New => {
             // SAFETY: no other thread relies on the namespace that this one leaves.
             match unsafe { libc::unshare(libc::CLONE_NEWNET) } {
                 0 => Ok(()),
                 _ => Err(io::Error::last_os_error()),
             }
         }
-        Network::At(path) => {
+        Lives::At(path) => {
             let namespace = File::open(path)
                 .with_context(|| format!("open the network namespace {}", path.display()))?;
             nix::sched::setns(namespace.as_fd(), nix::sched::CloneFlags::CLONE_NEWNET)
@@ -99,9 +100,11 @@ fn enter(network: &Network) -> Anyhow<()> {
         // Without the privilege there is none to be touched by others either.
         Err(e) if e.kind() == io::ErrorKind::PermissionDenied => {
             warn!("the container has no network namespace on the host: {e}");
-            Ok(())
+            Ok(Network::None)
         }
-        other => other.context("enter the container's network namespace"),
+        other => other
+            .map(|()| Network::Own)
+            .context("enter the container's network namespace"),
     }
 }
 
@@ -129,6 +132,7 @@ struct Bundle {
     streams: Mutex<Option<StdioTargets>>,
     /// Its terminal's outer side.
     terminal: Option<File>,
+    network: Network,
     phase: watch::Sender<Phase>,
 }
 
@@ -258,6 +262,7 @@ impl Front for Bundle {
             run_dir: self.dir.path(),
             node: Some((&self.layout.state, &self.layout.run)),
             own: false,
+            network: self.network,
         }
     }
 

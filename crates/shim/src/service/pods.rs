@@ -29,7 +29,7 @@ impl TaskService {
     ) -> Reply<Arc<Sandbox>> {
         let _one = self.creating.lock().await;
         let made = Sandbox::create_pod(self.config(settings), request).await;
-        let sandbox = Arc::new(made.map_err(|e| fault(&e))?);
+        let sandbox = made.map_err(|e| fault(&e))?;
         *self.sandbox.lock().unwrap_or_else(|e| e.into_inner()) = Some(sandbox.clone());
         self.front.up(&sandbox, id);
         pressure::watch(&sandbox, id);

@@ -15,12 +15,13 @@ use ttrpc::{Code, Error, Result, get_status};
 use walnut_agent::names::{ContainerPaths, below_guest_root, check_id};
 use walnut_agent::wire::{Status, Verb};
 use walnut_protocol::agent::{
-    AdoptContainerRequest, AdoptContainerResponse, ConfigureSandboxRequest, ContainerRequest,
-    ContainerStatsResponse, CreateContainerRequest, CreateContainerResponse, Empty, Event,
-    ExecProcessRequest, ExecProcessResponse, GuestMemoryResponse, HelloRequest, HelloResponse,
-    ListProcessesResponse, OnlineCpusRequest, OnlineCpusResponse, ProcessRequest,
-    ReclaimMemoryRequest, ReclaimMemoryResponse, ResizeTerminalRequest, SetClockRequest,
-    SignalProcessRequest, Stdio, UpdateContainerRequest, WaitProcessResponse,
+    AdoptContainerRequest, AdoptContainerResponse, ConfigureNetworkRequest,
+    ConfigureSandboxRequest, ConnectPortRequest, ContainerRequest, ContainerStatsResponse,
+    CreateContainerRequest, CreateContainerResponse, Empty, Event, ExecProcessRequest,
+    ExecProcessResponse, GuestMemoryResponse, HelloRequest, HelloResponse, ListProcessesResponse,
+    OnlineCpusRequest, OnlineCpusResponse, ProcessRequest, ReclaimMemoryRequest,
+    ReclaimMemoryResponse, ResizeTerminalRequest, SetClockRequest, SignalProcessRequest, Stdio,
+    UpdateContainerRequest, WaitProcessResponse,
 };
 use walnut_protocol::agent_ttrpc::Agent;
 
@@ -28,13 +29,14 @@ use crate::container::{Container, EXECS_MAX, ExecRefused, State};
 use crate::events::{Events, OomWatch};
 use crate::gate::Gate;
 use crate::helper::{Answer, Helpers, Refusal};
+use crate::ports::Ports;
 use crate::power::{self, Fatal};
 use crate::process::{Process, Streams};
 use crate::reaper::Reaper;
 use crate::remove::remove;
 use crate::streams::Pending;
 use crate::table::{CONTAINERS_MAX, Refused, Table};
-use crate::{adopt, cpus, memory, pressure, scale, stats, system};
+use crate::{adopt, cpus, memory, network, pressure, scale, stats, system};
 
 /// How long freezing may take.
 const FREEZE_WITHIN: Duration = Duration::from_secs(10);
@@ -51,17 +53,18 @@ pub(crate) struct Service {
     events: Arc<Events>,
     oom: Arc<OomWatch>,
     gate: Arc<Gate>,
+    ports: Ports,
 }
 
-fn status(code: Code, text: impl Into<String>) -> Error {
+pub(crate) fn status(code: Code, text: impl Into<String>) -> Error {
     Error::RpcStatus(get_status(code, text.into()))
 }
 
-fn invalid(e: impl ToString) -> Error {
+pub(crate) fn invalid(e: impl ToString) -> Error {
     status(Code::INVALID_ARGUMENT, e.to_string())
 }
 
-fn internal(what: &str, e: impl std::fmt::Display) -> Error {
+pub(crate) fn internal(what: &str, e: impl std::fmt::Display) -> Error {
     status(Code::INTERNAL, format!("{what}: {e}"))
 }
 
@@ -90,6 +93,7 @@ impl Service {
             oom: OomWatch::start(Arc::clone(&events))?,
             events,
             gate: Arc::default(),
+            ports: Ports::default(),
         })
     }
 
@@ -462,6 +466,20 @@ impl Agent for Service {
         }
         // A container comes next; after the first one nobody has seen to this.
         self.helpers.prepare();
+        Ok(Empty::new())
+    }
+
+    async fn configure_network(
+        &self,
+        _: &TtrpcContext,
+        request: ConfigureNetworkRequest,
+    ) -> Result<Empty> {
+        network::serve(&request).await?;
+        Ok(Empty::new())
+    }
+
+    async fn connect_port(&self, _: &TtrpcContext, request: ConnectPortRequest) -> Result<Empty> {
+        self.ports.serve(&request, &self.streams).await?;
         Ok(Empty::new())
     }
 

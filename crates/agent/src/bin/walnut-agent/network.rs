@@ -1,0 +1,392 @@
+//! The sandbox's network interfaces, as the host wants them.
+
+use std::fs;
+use std::io;
+use std::path::Path;
+use std::time::{Duration, Instant};
+
+use ttrpc::Code;
+use walnut_protocol::agent::{Address, ConfigureNetworkRequest, Interface, Neighbour, Route};
+
+use crate::netlink::{Message, Netlink, REPLACES, attribute};
+use crate::service::status;
+
+/// Interfaces at most, and addresses, routes and neighbours of each.
+const INTERFACES_MAX: usize = 64;
+const ENTRIES_MAX: usize = 1024;
+/// How long an interface may take to come, and between two looks.
+const WITHIN: Duration = Duration::from_secs(10);
+const PAUSE: Duration = Duration::from_millis(5);
+/// Where the kernel has them.
+const LINKS: &str = "/sys/class/net";
+
+// linux/rtnetlink.h, if_link.h, if_addr.h, neighbour.h
+const RTM_NEWLINK: u16 = 16;
+const RTM_NEWADDR: u16 = 20;
+const RTM_NEWROUTE: u16 = 24;
+const RTM_NEWNEIGH: u16 = 28;
+const IFLA_IFNAME: u16 = 3;
+const IFLA_MTU: u16 = 4;
+const IFA_ADDRESS: u16 = 1;
+const IFA_LOCAL: u16 = 2;
+const IFA_BROADCAST: u16 = 4;
+/// Whether the address is somebody else's has been found out on the host.
+const IFA_F_NODAD: u8 = 2;
+const RTA_DST: u16 = 1;
+const RTA_OIF: u16 = 4;
+const RTA_GATEWAY: u16 = 5;
+const RTA_PRIORITY: u16 = 6;
+const RTA_PREFSRC: u16 = 7;
+const RTA_METRICS: u16 = 8;
+const RTAX_MTU: u16 = 2;
+const RT_TABLE_MAIN: u8 = 254;
+const RTPROT_BOOT: u8 = 3;
+const RTN_UNICAST: u8 = 1;
+const RTNH_F_ONLINK: u32 = 4;
+const NDA_DST: u16 = 1;
+const NDA_LLADDR: u16 = 2;
+const NUD_PERMANENT: u16 = 0x80;
+
+/// Why an interface is not as it should be.
+#[derive(Debug, thiserror::Error)]
+enum Refused {
+    /// The request is not what it must be.
+    #[error("{0}")]
+    Invalid(String),
+    /// There is no such interface.
+    #[error("no interface has the address {0}")]
+    Missing(String),
+    /// The kernel did not do it.
+    #[error("{0}: {1}")]
+    Kernel(String, #[source] io::Error),
+}
+
+/// Makes them that as the host asks for it.
+pub(crate) async fn serve(request: &ConfigureNetworkRequest) -> ttrpc::Result<()> {
+    configure(request).await.map_err(|e| {
+        let code = match e {
+            Refused::Invalid(_) => Code::INVALID_ARGUMENT,
+            Refused::Missing(_) => Code::NOT_FOUND,
+            Refused::Kernel(..) => Code::INTERNAL,
+        };
+        status(code, format!("configure the network: {e}"))
+    })
+}
+
+fn invalid<T>(problem: String) -> Result<T, Refused> {
+    Err(Refused::Invalid(problem))
+}
+
+/// Makes the interfaces what the request says.
+async fn configure(request: &ConfigureNetworkRequest) -> Result<(), Refused> {
+    let wanted = &request.interfaces;
+    if wanted.len() > INTERFACES_MAX {
+        return invalid(format!(
+            "{} interfaces; {INTERFACES_MAX} at most",
+            wanted.len()
+        ));
+    }
+    for interface in wanted {
+        check(interface)?;
+    }
+    let mut kernel =
+        Netlink::new().map_err(|e| Refused::Kernel("open a netlink socket".into(), e))?;
+    let mut found = Vec::with_capacity(wanted.len());
+    for interface in wanted {
+        found.push(wait_for(&interface.mac).await?);
+    }
+    // Names may be each other's: all go before any comes.
+    for (interface, link) in wanted.iter().zip(&found) {
+        if link.name != interface.name {
+            rename(&mut kernel, link.index, &format!("walnut{}", link.index))?;
+        }
+    }
+    for (interface, link) in wanted.iter().zip(&found) {
+        if link.name != interface.name {
+            rename(&mut kernel, link.index, &interface.name)?;
+        }
+        furnish(&mut kernel, link.index, interface)?;
+    }
+    Ok(())
+}
+
+fn check(interface: &Interface) -> Result<(), Refused> {
+    let name = &interface.name;
+    let good = |byte: u8| byte.is_ascii_graphic() && byte != b'/' && byte != b':';
+    if !(1..=15).contains(&name.len()) || !name.bytes().all(good) || name == "." || name == ".." {
+        return invalid(format!("{name:?} is no name of an interface"));
+    }
+    if interface.mac.len() != 6 {
+        return invalid(format!(
+            "{name}: the address has {} bytes, not 6",
+            interface.mac.len()
+        ));
+    }
+    let entries = [
+        interface.addresses.len(),
+        interface.routes.len(),
+        interface.neighbours.len(),
+    ];
+    if let Some(many) = entries.into_iter().find(|&count| count > ENTRIES_MAX) {
+        return invalid(format!(
+            "{name}: {many} entries; {ENTRIES_MAX} at most of a kind"
+        ));
+    }
+    Ok(())
+}
+
+struct Link {
+    index: u32,
+    name: String,
+}
+
+/// The interface with this address, which may be on its way.
+async fn wait_for(mac: &[u8]) -> Result<Link, Refused> {
+    let pairs: Vec<_> = mac.iter().map(|byte| format!("{byte:02x}")).collect();
+    let mac = pairs.join(":");
+    let since = Instant::now();
+    loop {
+        match look(Path::new(LINKS), &mac) {
+            Ok(Some(link)) => return Ok(link),
+            Ok(None) if since.elapsed() < WITHIN => tokio::time::sleep(PAUSE).await,
+            Ok(None) => return Err(Refused::Missing(mac)),
+            Err(e) => return Err(Refused::Kernel(format!("look for {mac}"), e)),
+        }
+    }
+}
+
+fn look(links: &Path, mac: &str) -> io::Result<Option<Link>> {
+    for entry in fs::read_dir(links)? {
+        let path = entry?.path();
+        // One may go meanwhile, or not be quite there yet; then it is not the one.
+        let read = |name: &str| fs::read_to_string(path.join(name)).unwrap_or_default();
+        if read("address").trim() != mac {
+            continue;
+        }
+        let name = path
+            .file_name()
+            .map(|name| name.to_string_lossy().into_owned());
+        if let (Ok(index), Some(name)) = (read("ifindex").trim().parse(), name) {
+            return Ok(Some(Link { index, name }));
+        }
+    }
+    Ok(None)
+}
+
+/// `struct ifinfomsg` for a change of `IFF_UP`, if any.
+fn link(index: u32, up: Option<bool>) -> Vec<u8> {
+    let flag = libc::IFF_UP.cast_unsigned();
+    let (flags, change) = match up {
+        Some(true) => (flag, flag),
+        Some(false) => (0, flag),
+        None => (0, 0),
+    };
+    [0, index, flags, change]
+        .into_iter()
+        .flat_map(u32::to_ne_bytes)
+        .collect()
+}
+
+fn rename(kernel: &mut Netlink, index: u32, name: &str) -> Result<(), Refused> {
+    let zero_ended: Vec<u8> = name.bytes().chain([0]).collect();
+    // It must be down for that.
+    let message =
+        Message::new(RTM_NEWLINK, 0, &link(index, Some(false))).with(IFLA_IFNAME, &zero_ended);
+    let done = kernel.ask(message);
+    done.map_err(|e| Refused::Kernel(format!("call interface {index} {name}"), e))
+}
+
+fn furnish(kernel: &mut Netlink, index: u32, interface: &Interface) -> Result<(), Refused> {
+    let name = &interface.name;
+    let mut ask = |what: String, message: Message| {
+        let done = kernel.ask(message);
+        done.map_err(|e| Refused::Kernel(format!("{name}: {what}"), e))
+    };
+    let mut up = Message::new(RTM_NEWLINK, 0, &link(index, Some(true)));
+    if interface.mtu > 0 {
+        up = up.with(IFLA_MTU, &interface.mtu.to_ne_bytes());
+    }
+    ask("bring it up".into(), up)?;
+    for entry in &interface.addresses {
+        let what = format!("add the address {}/{}", Ip(&entry.ip), entry.prefix);
+        ask(what, address(index, entry)?)?;
+    }
+    for entry in &interface.neighbours {
+        let what = format!("add the neighbour {}", Ip(&entry.ip));
+        ask(what, neighbour(index, entry)?)?;
+    }
+    for entry in &interface.routes {
+        let what = format!("add the route {}/{}", Ip(&entry.destination), entry.prefix);
+        ask(what, route(index, entry)?)?;
+    }
+    Ok(())
+}
+
+/// The family of an address, whose prefix must fit it.
+fn family(ip: &[u8], prefix: u32) -> Result<(u8, u8), Refused> {
+    let (family, bits) = match ip.len() {
+        4 => (libc::AF_INET, 32),
+        16 => (libc::AF_INET6, 128),
+        length => return invalid(format!("an IP address of {length} bytes")),
+    };
+    match (u8::try_from(family), u8::try_from(prefix)) {
+        (Ok(family), Ok(prefix)) if prefix <= bits => Ok((family, prefix)),
+        _ => invalid(format!("{}/{prefix} is no network", Ip(ip))),
+    }
+}
+
+/// Refuses an address of another family.
+fn same_family(ip: &[u8], others: &[&[u8]]) -> Result<(), Refused> {
+    match others.iter().find(|o| !o.is_empty() && o.len() != ip.len()) {
+        Some(other) => invalid(format!("{} and {} do not go together", Ip(ip), Ip(other))),
+        None => Ok(()),
+    }
+}
+
+fn address(index: u32, entry: &Address) -> Result<Message, Refused> {
+    let (family, prefix) = family(&entry.ip, entry.prefix)?;
+    same_family(&entry.ip, &[&entry.peer, &entry.broadcast])?;
+    // struct ifaddrmsg
+    let mut body = vec![family, prefix, IFA_F_NODAD, 0];
+    body.extend(index.to_ne_bytes());
+    let other_end = match entry.peer.is_empty() {
+        true => &entry.ip,
+        false => &entry.peer,
+    };
+    Ok(Message::new(RTM_NEWADDR, REPLACES, &body)
+        .with(IFA_LOCAL, &entry.ip)
+        .with(IFA_ADDRESS, other_end)
+        .with(IFA_BROADCAST, &entry.broadcast))
+}
+
+fn route(index: u32, entry: &Route) -> Result<Message, Refused> {
+    let (family, prefix) = family(&entry.destination, entry.prefix)?;
+    same_family(&entry.destination, &[&entry.gateway, &entry.source])?;
+    let scope =
+        u8::try_from(entry.scope).or_else(|_| invalid(format!("{} is no scope", entry.scope)))?;
+    // struct rtmsg
+    let mut body = vec![
+        family,
+        prefix,
+        0,
+        0,
+        RT_TABLE_MAIN,
+        RTPROT_BOOT,
+        scope,
+        RTN_UNICAST,
+    ];
+    body.extend(if entry.onlink { RTNH_F_ONLINK } else { 0 }.to_ne_bytes());
+    let mut message = Message::new(RTM_NEWROUTE, REPLACES, &body)
+        .with(RTA_OIF, &index.to_ne_bytes())
+        .with(RTA_GATEWAY, &entry.gateway)
+        .with(RTA_PREFSRC, &entry.source);
+    if prefix > 0 {
+        message = message.with(RTA_DST, &entry.destination);
+    }
+    if entry.metric > 0 {
+        message = message.with(RTA_PRIORITY, &entry.metric.to_ne_bytes());
+    }
+    if entry.mtu > 0 {
+        message = message.with(RTA_METRICS, &attribute(RTAX_MTU, &entry.mtu.to_ne_bytes()));
+    }
+    Ok(message)
+}
+
+fn neighbour(index: u32, entry: &Neighbour) -> Result<Message, Refused> {
+    let (family, _) = family(&entry.ip, 0)?;
+    // struct ndmsg
+    let mut body = vec![family, 0, 0, 0];
+    body.extend(index.to_ne_bytes());
+    body.extend(NUD_PERMANENT.to_ne_bytes());
+    body.extend([0, 0]);
+    Ok(Message::new(RTM_NEWNEIGH, REPLACES, &body)
+        .with(NDA_DST, &entry.ip)
+        .with(NDA_LLADDR, &entry.mac))
+}
+
+/// Shows an IP address.
+struct Ip<'a>(&'a [u8]);
+
+impl std::fmt::Display for Ip<'_> {
+    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
+        if let Ok(bytes) = <[u8; 4]>::try_from(self.0) {
+            write!(f, "{}", std::net::Ipv4Addr::from(bytes))
+        } else if let Ok(bytes) = <[u8; 16]>::try_from(self.0) {
+            write!(f, "{}", std::net::Ipv6Addr::from(bytes))
+        } else {
+            write!(f, "{:?}", self.0)
+        }
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    fn interface() -> Interface {
+        Interface {
+            name: "eth0".into(),
+            mac: vec![2, 0, 0, 0, 0, 1],
+            mtu: 1500,
+            ..Default::default()
+        }
+    }
+
+    #[test]
+    fn odd_requests_are_refused_with_a_sentence() {
+        let refused = |change: fn(&mut Interface)| {
+            let mut interface = interface();
+            change(&mut interface);
+            check(&interface).unwrap_err().to_string()
+        };
+        assert!(check(&interface()).is_ok());
+        assert!(refused(|i| i.name = "a/b".into()).contains("no name"));
+        assert!(refused(|i| i.name = "..".into()).contains("no name"));
+        assert!(refused(|i| i.name = "sixteen-letters-".into()).contains("no name"));
+        assert!(refused(|i| i.mac = vec![1]).contains("1 bytes, not 6"));
+        assert!(refused(|i| i.routes = vec![Route::default(); 1025]).contains("1025 entries"));
+    }
+
+    #[test]
+    fn addresses_must_fit_their_families() {
+        let error = |result: Result<Message, Refused>| result.unwrap_err().to_string();
+        let ip = vec![10, 0, 0, 1];
+        let address = |ip: Vec<u8>, prefix, peer| {
+            let entry = Address {
+                ip,
+                prefix,
+                peer,
+                ..Default::default()
+            };
+            super::address(2, &entry)
+        };
+        assert!(address(ip.clone(), 32, vec![]).is_ok());
+        assert!(address(vec![0; 16], 128, vec![]).is_ok());
+        assert!(error(address(ip.clone(), 33, vec![])).contains("10.0.0.1/33"));
+        assert!(error(address(vec![0; 5], 1, vec![])).contains("5 bytes"));
+        assert!(error(address(ip.clone(), 8, vec![0; 16])).contains("10.0.0.1 and ::"));
+        let entry = Route {
+            destination: ip,
+            scope: 300,
+            ..Default::default()
+        };
+        assert!(error(route(2, &entry)).contains("300 is no scope"));
+    }
+
+    #[test]
+    fn links_are_known_by_their_addresses() {
+        let dir = tempfile::tempdir().unwrap();
+        for (name, mac, index) in [
+            ("lo", "00:00:00:00:00:00", "1"),
+            ("eth7", "02:00:00:00:00:0a", "9"),
+        ] {
+            let link = dir.path().join(name);
+            fs::create_dir(&link).unwrap();
+            fs::write(link.join("address"), format!("{mac}\n")).unwrap();
+            fs::write(link.join("ifindex"), format!("{index}\n")).unwrap();
+        }
+        let found = look(dir.path(), "02:00:00:00:00:0a").unwrap().unwrap();
+        assert_eq!((found.index, found.name.as_str()), (9, "eth7"));
+        assert!(look(dir.path(), "02:00:00:00:00:0b").unwrap().is_none());
+    }
+}

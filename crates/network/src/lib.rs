@@ -1,0 +1,165 @@
+//! A pod's network: from the namespace that a CNI plugin has furnished to taps for a
+//! machine, and to what the guest must know to be on the network as the namespace is.
+//!
+//! [`connect`] reads every link of the namespace (addresses, routes, permanent
+//! neighbours), makes a tap beside each, and has the kernel pass frames between the two
+//! (`tc`: an ingress qdisc with u32 filters that redirect). The link keeps its
+//! addresses, so that plugins find what they left; what arrives on it goes to the
+//! guest before the namespace's own stack sees it. Frames of the guest's with another
+//! source than the link's address do not leave the tap.
+//!
+//! It knows namespaces, links and taps; it knows no machine, no agent and no front end.
+
+mod error;
+mod inlet;
+mod inventory;
+mod namespace;
+mod redirect;
+mod tap;
+
+use std::{net::IpAddr, os::fd::OwnedFd, path::PathBuf};
+
+use tracing::debug;
+
+pub use error::{Error, Result};
+pub use inlet::{Inlet, is_meant};
+
+/// An Ethernet address.
+pub type Mac = [u8; 6];
+
+/// The network namespace of a pod.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub enum Namespace {
+    /// The one that this file stands for, such as `/var/run/netns/NAME`; not the caller's.
+    At(PathBuf),
+    /// The caller's own.
+    Own,
+}
+
+/// A namespace that a machine is on.
+#[derive(Debug)]
+pub struct Connection {
+    /// Its links.
+    pub links: Vec<Link>,
+    /// Its loopback. None where there are no links, and where the kernel or the caller's
+    /// privileges do not allow it.
+    pub inlet: Option<Inlet>,
+}
+
+/// A link of a namespace, with a tap through which a machine takes its place.
+#[derive(Debug)]
+pub struct Link {
+    /// What the guest must know of it.
+    pub interface: Interface,
+    /// The tap's queues: descriptors of `/dev/net/tun` with `IFF_VNET_HDR`. With the
+    /// last of them the tap goes.
+    pub taps: Vec<OwnedFd>,
+}
+
+/// A network interface, as the guest is to have it.
+#[derive(Debug, Clone, Default, PartialEq, Eq)]
+pub struct Interface {
+    /// Its name, such as `eth0`.
+    pub name: String,
+    /// Its address.
+    pub mac: Mac,
+    /// Bytes in a packet at most.
+    pub mtu: u32,
+    /// Addresses, but for those of link scope, which a kernel makes by itself.
+    pub addresses: Vec<Address>,
+    /// Routes of the main table over it, but for those that come with an address, in the
+    /// order in which they can be made.
+    pub routes: Vec<Route>,
+    /// Neighbours that are there for good.
+    pub neighbours: Vec<Neighbour>,
+}
+
+/// An address of an interface.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct Address {
+    /// The address.
+    pub ip: IpAddr,
+    /// Bits of its network.
+    pub prefix: u8,
+    /// The other end of a link with two, if that is not in the network.
+    pub peer: Option<IpAddr>,
+    /// The network's broadcast address.
+    pub broadcast: Option<IpAddr>,
+}
+
+/// A route of the main table.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct Route {
+    /// The network; all of the family for a default route.
+    pub destination: IpAddr,
+    /// Bits of it.
+    pub prefix: u8,
+    /// The next hop; none for what is on the link.
+    pub gateway: Option<IpAddr>,
+    /// The next hop is on the link, whatever addresses say.
+    pub onlink: bool,
+    /// The source of packets that have none yet.
+    pub source: Option<IpAddr>,
+    /// The kernel's `RT_SCOPE_*`.
+    pub scope: u8,
+    /// The lower the better.
+    pub metric: u32,
+    /// Bytes in a packet at most; 0: the interface's.
+    pub mtu: u32,
+}
+
+/// A neighbour.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct Neighbour {
+    /// Its address.
+    pub ip: IpAddr,
+    /// Its Ethernet address.
+    pub mac: Mac,
+}
+
+/// Connects each link of a namespace that is up, but for loopback, to a tap with
+/// `queues` queues. Fails on a link that is not Ethernet's. On failure no tap is left,
+/// and the links pass their frames on as before.
+///
+/// # Errors
+/// If the namespace cannot be entered, is the host's own, or the kernel refuses.
+pub async fn connect(namespace: &Namespace, queues: u16) -> Result<Connection> {
+    let namespace = namespace.clone();
+    namespace::within(namespace, move || Box::pin(connect_all(queues))).await
+}
+
+async fn connect_all(queues: u16) -> Result<Connection> {
+    let (connection, handle, _) =
+        rtnetlink::new_connection().map_err(Error::system("open a netlink socket"))?;
+    let serving = tokio::spawn(connection);
+    let result = async {
+        let found = inventory::read(&handle).await?;
+        let mut links = Vec::with_capacity(found.len());
+        let mut done = Vec::with_capacity(found.len());
+        for (index, interface) in found {
+            let name = interface.name.clone();
+            match redirect::connect(&handle, index, &interface, queues).await {
+                Ok(taps) => links.push(Link { interface, taps }),
+                Err(e) => {
+                    done.push((index, name));
+                    for (index, name) in &done {
+                        redirect::disconnect(&handle, *index, name).await;
+                    }
+                    return Err(e);
+                }
+            }
+            done.push((index, name));
+        }
+        Ok(links)
+    }
+    .await;
+    serving.abort();
+    let links = result?;
+    let inlet = match links.is_empty() {
+        true => None,
+        false => Inlet::open()
+            .inspect_err(|e| debug!("no connections to the pod's loopback: {e}"))
+            .ok(),
+    };
+    Ok(Connection { links, inlet })
+}

@@ -1,0 +1,327 @@
+//! Links of real namespaces, taken over. Needs root.
+
+#![allow(clippy::unwrap_used, clippy::panic)]
+
+use std::{
+    io::{Read, Write},
+    net::IpAddr,
+    os::fd::OwnedFd,
+    path::PathBuf,
+    process::{Child, Command, Stdio},
+    time::{Duration, Instant},
+};
+
+use walnut_network::{
+    Address, Error, Interface, Link, Mac, Namespace, Neighbour, Route, connect, is_meant,
+};
+
+const MAC: Mac = [2, 0, 0, 0, 0, 1];
+/// Longest anything here may take.
+const WITHIN: Duration = Duration::from_secs(60);
+
+/// A network namespace, as long as it is in scope.
+struct Net(Child);
+
+impl Net {
+    fn new() -> Self {
+        let mut command = Command::new("unshare");
+        command.args(["--net", "sh", "-c", "echo; exec sleep infinity"]);
+        let mut child = command.stdout(Stdio::piped()).spawn().unwrap();
+        // It is there when the shell speaks.
+        let mut newline = [0];
+        let stdout = child.stdout.as_mut().unwrap();
+        stdout.read_exact(&mut newline).unwrap();
+        Self(child)
+    }
+
+    fn path(&self) -> PathBuf {
+        format!("/proc/{}/ns/net", self.0.id()).into()
+    }
+
+    fn at(&self) -> Namespace {
+        Namespace::At(self.path())
+    }
+
+    /// What `ip` says there.
+    fn ip(&self, words: &str) -> String {
+        let net = format!("--net={}", self.path().display());
+        let mut command = Command::new("nsenter");
+        let done = command.args([&net, "ip"]).args(words.split(' '));
+        let done = done.output().unwrap();
+        assert!(done.status.success(), "ip {words}: {done:?}");
+        String::from_utf8(done.stdout).unwrap()
+    }
+}
+
+impl Drop for Net {
+    fn drop(&mut self) {
+        let _ = self.0.kill();
+        let _ = self.0.wait();
+    }
+}
+
+/// A pod's namespace, and that of a node with the address 10.0.0.1.
+fn pod_and_node() -> (Net, Net) {
+    let (pod, node) = (Net::new(), Net::new());
+    pod.ip("link add eth0 address 02:00:00:00:00:01 mtu 1300 type veth peer name pod");
+    pod.ip(&format!("link set pod netns {}", node.0.id()));
+    pod.ip("link set lo up");
+    pod.ip("link set eth0 up");
+    node.ip("link set pod up");
+    node.ip("address add 10.0.0.1/24 dev pod");
+    pod.ip("address add 10.0.0.2/24 broadcast 10.0.0.255 dev eth0");
+    (pod, node)
+}
+
+async fn only(namespace: &Namespace, queues: u16) -> Link {
+    let mut links = connect(namespace, queues).await.unwrap().links;
+    assert_eq!(links.len(), 1, "{links:?}");
+    links.remove(0)
+}
+
+/// A tap, read and written with a virtio-net header before each frame.
+struct Tap(std::fs::File);
+
+const HEADER: usize = 10;
+
+impl Tap {
+    fn new(tap: OwnedFd) -> Self {
+        Self(tap.into())
+    }
+
+    fn send(&mut self, frame: &[u8]) {
+        let all = [&[0; HEADER], frame].concat();
+        assert_eq!(self.0.write(&all).unwrap(), all.len());
+    }
+
+    /// The next frame that `wanted` says yes to.
+    fn receive(&mut self, wanted: impl Fn(&[u8]) -> bool) -> Vec<u8> {
+        let since = Instant::now();
+        let mut room = vec![0; 70_000];
+        while since.elapsed() < WITHIN {
+            match self.0.read(&mut room) {
+                Ok(length) if wanted(&room[HEADER..length]) => {
+                    return room[HEADER..length].to_vec();
+                }
+                Ok(_) => {}
+                Err(e) if e.kind() == std::io::ErrorKind::WouldBlock => {
+                    std::thread::sleep(Duration::from_millis(1));
+                }
+                Err(e) => panic!("read the tap: {e}"),
+            }
+        }
+        panic!("no such frame");
+    }
+}
+
+/// "Who has 10.0.0.1?"
+fn question(from: Mac) -> Vec<u8> {
+    let mut frame = [[0xff; 6], from].concat();
+    frame.extend([8, 6, 0, 1, 8, 0, 6, 4, 0, 1]);
+    frame.extend(from);
+    frame.extend([10, 0, 0, 2]);
+    frame.extend([0; 6]);
+    frame.extend([10, 0, 0, 1]);
+    frame
+}
+
+fn is_answer(frame: &[u8]) -> bool {
+    frame.get(12..14) == Some(&[8, 6]) && frame.get(20..22) == Some(&[0, 2])
+}
+
+#[tokio::test]
+async fn frames_go_both_ways_and_none_that_is_forged() {
+    let (pod, node) = pod_and_node();
+    for queues in [1, 3] {
+        let mut link = only(&pod.at(), queues).await;
+        assert_eq!(link.taps.len(), usize::from(queues));
+        let mut tap = Tap::new(link.taps.remove(0));
+        // A forged frame comes back, and nobody else has seen it.
+        let forged: Mac = [2, 0, 0, 0, 0, 9];
+        tap.send(&question(forged));
+        if queues == 1 {
+            tap.receive(|frame| frame == question(forged));
+        }
+        tap.send(&question(MAC));
+        if queues == 1 {
+            let answer = tap.receive(is_answer);
+            assert_eq!(answer[..6], MAC);
+        }
+        let since = Instant::now();
+        while !node.ip("neighbour").contains("02:00:00:00:00:01") {
+            assert!(since.elapsed() < WITHIN, "{}", node.ip("neighbour"));
+        }
+        assert!(!node.ip("neighbour").contains("02:00:00:00:00:09"));
+        node.ip("neighbour flush all");
+        // The next machine takes over what this one leaves.
+        drop((tap, link));
+        let since = Instant::now();
+        while pod.ip("link").contains("walnut") {
+            assert!(since.elapsed() < WITHIN, "the tap outlives its descriptors");
+        }
+    }
+}
+
+#[tokio::test]
+async fn a_guest_hears_of_all_that_a_link_has() {
+    let (pod, _node) = pod_and_node();
+    for words in [
+        "link set eth0 down",
+        "address add fd00::2/64 dev eth0 nodad",
+        "address add 10.9.0.1 peer 10.9.0.9/32 dev eth0",
+        "link set eth0 up",
+        // As calico has it: a gateway on no network.
+        "route add 169.254.1.1 dev eth0 scope link",
+        "route add default via 169.254.1.1 dev eth0",
+        "route add 10.5.0.0/16 via 10.0.0.1 src 10.0.0.2 metric 7 mtu 1200 dev eth0",
+        "route add 10.6.0.0/16 via 192.0.2.1 onlink dev eth0",
+        "route add default via fd00::1 dev eth0",
+        "route add 10.7.0.0/16 dev eth0 table 100",
+        "route add blackhole 10.8.0.0/16",
+        "neighbour add 169.254.1.1 lladdr ee:ee:ee:ee:ee:ee nud permanent dev eth0",
+        "link add idle type veth peer name other",
+    ] {
+        pod.ip(words);
+    }
+    let Interface {
+        name,
+        mac,
+        mtu,
+        addresses,
+        routes,
+        neighbours,
+    } = only(&pod.at(), 1).await.interface;
+    assert_eq!((name.as_str(), mac, mtu), ("eth0", MAC, 1300));
+    let ip = |text: &str| text.parse::<IpAddr>().unwrap();
+    let address = |text, prefix, peer: Option<&str>, broadcast: Option<&str>| Address {
+        ip: ip(text),
+        prefix,
+        peer: peer.map(ip),
+        broadcast: broadcast.map(ip),
+    };
+    assert_eq!(
+        addresses,
+        [
+            address("10.0.0.2", 24, None, Some("10.0.0.255")),
+            address("10.9.0.1", 32, Some("10.9.0.9"), None),
+            address("fd00::2", 64, None, None),
+        ]
+    );
+    let route = |destination, prefix, gateway: Option<&str>| Route {
+        destination: ip(destination),
+        prefix,
+        gateway: gateway.map(ip),
+        onlink: false,
+        source: None,
+        scope: 0,
+        metric: 0,
+        mtu: 0,
+    };
+    let on_link = Route {
+        scope: 253,
+        ..route("169.254.1.1", 32, None)
+    };
+    let wanted = [
+        on_link,
+        Route {
+            source: Some(ip("10.0.0.2")),
+            metric: 7,
+            mtu: 1200,
+            ..route("10.5.0.0", 16, Some("10.0.0.1"))
+        },
+        Route {
+            onlink: true,
+            ..route("10.6.0.0", 16, Some("192.0.2.1"))
+        },
+        route("0.0.0.0", 0, Some("169.254.1.1")),
+        Route {
+            metric: 1024,
+            ..route("::", 0, Some("fd00::1"))
+        },
+    ];
+    assert_eq!(routes, wanted);
+    let gateway = Neighbour {
+        ip: ip("169.254.1.1"),
+        mac: [0xee; 6],
+    };
+    assert_eq!(neighbours, [gateway]);
+}
+
+#[tokio::test]
+async fn what_cannot_be_taken_over_is_refused_and_nothing_stays() {
+    let host = Namespace::At("/proc/self/ns/net".into());
+    let error = connect(&host, 1).await.unwrap_err();
+    assert!(matches!(error, Error::Host(_)), "{error}");
+    let nowhere = Namespace::At("/proc/self/there-is-none".into());
+    let error = connect(&nowhere, 1).await.unwrap_err().to_string();
+    assert!(error.contains("there-is-none: No such file"), "{error}");
+    let file = Namespace::At("/proc/self/status".into());
+    let error = connect(&file, 1).await.unwrap_err().to_string();
+    assert!(error.contains("Invalid argument"), "{error}");
+
+    let (pod, _node) = pod_and_node();
+    pod.ip("tuntap add dev point mode tun");
+    pod.ip("link set point up");
+    let error = connect(&pod.at(), 1).await.unwrap_err().to_string();
+    assert!(
+        error.contains("link point to a machine: it is not"),
+        "{error}"
+    );
+    assert!(!pod.ip("link").contains("walnut"));
+
+    let empty = Net::new();
+    empty.ip("link set lo up");
+    let connection = connect(&empty.at(), 1).await.unwrap();
+    assert!(connection.links.is_empty() && connection.inlet.is_none());
+}
+
+#[tokio::test]
+async fn connections_to_loopback_are_the_callers() {
+    let (pod, _node) = pod_and_node();
+    let inlet = connect(&pod.at(), 1).await.unwrap().inlet.unwrap();
+    let (listener, attachment) = inlet.into_parts();
+    let python = |code: &str| {
+        let net = format!("--net={}", pod.path().display());
+        let mut command = Command::new("nsenter");
+        command.args([&net, "python3", "-c", code]);
+        command.stdout(Stdio::piped()).spawn().unwrap()
+    };
+    // Nobody listens on any of these.
+    for (address, meant) in [
+        ("127.0.0.1", true),
+        ("127.9.9.9", true),
+        ("::1", true),
+        ("10.0.0.2", false),
+    ] {
+        let says = format!(
+            "import socket; print(socket.create_connection(('{address}', 1234), 60).recv(9))"
+        );
+        let child = python(&says);
+        let since = Instant::now();
+        let (mut stream, _) = loop {
+            match listener.accept() {
+                Ok(accepted) => break accepted,
+                Err(e) if e.kind() == std::io::ErrorKind::WouldBlock => {
+                    assert!(since.elapsed() < WITHIN, "{address}: no connection");
+                    std::thread::sleep(Duration::from_millis(1));
+                }
+                Err(e) => panic!("{e}"),
+            }
+        };
+        let to = stream.local_addr().unwrap();
+        assert_eq!((to.port(), is_meant(to)), (1234, meant), "{to}");
+        stream.write_all(b"hello").unwrap();
+        drop(stream);
+        let said = child.wait_with_output().unwrap().stdout;
+        assert_eq!(String::from_utf8_lossy(&said), "b'hello'\n");
+    }
+    // It goes with its descriptors.
+    drop((listener, attachment));
+    let refused = python(
+        "import socket
+try: socket.create_connection(('127.0.0.1', 1234), 60)
+except ConnectionRefusedError: print('refused')",
+    );
+    let said = refused.wait_with_output().unwrap().stdout;
+    assert_eq!(String::from_utf8_lossy(&said), "refused\n");
+}

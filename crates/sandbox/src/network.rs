@@ -1,0 +1,174 @@
+//! A sandbox's network: the links of a namespace of the host's, in the guest.
+
+use std::{path::PathBuf, sync::Arc};
+
+use oci_spec::runtime::{LinuxNamespaceType, Spec};
+use walnut_machine::Nic;
+use walnut_network::{Connection, Inlet, Interface, Link, Namespace};
+use walnut_protocol::agent::{
+    Address, ConfigureNetworkRequest, Interface as AgentInterface, Neighbour, Route,
+};
+
+use crate::{Error, Result, Sandbox, agent::soon};
+
+/// Queues of a tap at most: each is a descriptor, and two rings of the guest's.
+const QUEUES_MAX: u16 = 8;
+
+/// Where a sandbox's network comes from.
+#[derive(Debug, Clone, Copy, Default, PartialEq, Eq)]
+pub enum Network {
+    /// There is none: the guest has loopback.
+    #[default]
+    None,
+    /// The namespace whose path the first container's spec has, if it has one.
+    Named,
+    /// The network namespace that the caller lives in.
+    Own,
+}
+
+impl Network {
+    /// The namespace that a sandbox with this first container takes its links from.
+    fn namespace(self, spec: &Spec) -> Option<Namespace> {
+        match self {
+            Self::None => None,
+            Self::Own => Some(Namespace::Own),
+            Self::Named => named(spec).map(Namespace::At),
+        }
+    }
+}
+
+/// The network namespace that a spec names.
+pub(crate) fn named(spec: &Spec) -> Option<PathBuf> {
+    let namespaces = spec.linux().as_ref()?.namespaces().as_ref()?;
+    let network = namespaces
+        .iter()
+        .find(|namespace| namespace.typ() == LinuxNamespaceType::Network)?;
+    network.path().clone()
+}
+
+/// What a machine needs to be on the network, and what its guest must know of it.
+#[derive(Debug, Default)]
+pub(crate) struct Links {
+    pub(crate) nics: Vec<Nic>,
+    interfaces: Vec<Interface>,
+    /// Connections to the namespace's loopback.
+    pub(crate) inlet: Option<Inlet>,
+}
+
+impl Links {
+    /// Takes over the links of the namespace.
+    pub(crate) async fn take(network: Network, spec: &Spec, vcpus: u32) -> Result<Self> {
+        let Some(namespace) = network.namespace(spec) else {
+            return Ok(Self::default());
+        };
+        let queues = u16::try_from(vcpus).unwrap_or(QUEUES_MAX).min(QUEUES_MAX);
+        let Connection { links, inlet } = walnut_network::connect(&namespace, queues).await?;
+        let mut all = Self {
+            inlet,
+            ..Self::default()
+        };
+        for Link { interface, taps } in links {
+            let mtu = u16::try_from(interface.mtu).map_err(|_| {
+                Error::Invalid(format!(
+                    "connect the link {} to a machine: its MTU is {}, a machine's is 65535 at most",
+                    interface.name, interface.mtu
+                ))
+            })?;
+            all.nics.push(Nic {
+                mac: interface.mac,
+                mtu,
+                taps: taps.into_iter().map(Arc::new).collect(),
+            });
+            all.interfaces.push(interface);
+        }
+        Ok(all)
+    }
+
+    pub(crate) fn is_empty(&self) -> bool {
+        self.interfaces.is_empty()
+    }
+}
+
+impl Sandbox {
+    /// Tells the guest what its links are.
+    pub(crate) async fn configure_network(&self, links: &Links) -> Result<()> {
+        if links.is_empty() {
+            return Ok(());
+        }
+        let request = ConfigureNetworkRequest {
+            interfaces: links.interfaces.iter().map(interface).collect(),
+            ..Default::default()
+        };
+        let reply = self.agent.configure_network(soon(), &request).await;
+        self.call("configure the network", reply).await?;
+        Ok(())
+    }
+}
+
+fn bytes(ip: std::net::IpAddr) -> Vec<u8> {
+    match ip {
+        std::net::IpAddr::V4(ip) => ip.octets().to_vec(),
+        std::net::IpAddr::V6(ip) => ip.octets().to_vec(),
+    }
+}
+
+fn interface(interface: &Interface) -> AgentInterface {
+    let addresses = interface.addresses.iter().map(|address| Address {
+        ip: bytes(address.ip),
+        prefix: address.prefix.into(),
+        peer: address.peer.map(bytes).unwrap_or_default(),
+        broadcast: address.broadcast.map(bytes).unwrap_or_default(),
+        ..Default::default()
+    });
+    let routes = interface.routes.iter().map(|route| Route {
+        destination: bytes(route.destination),
+        prefix: route.prefix.into(),
+        gateway: route.gateway.map(bytes).unwrap_or_default(),
+        source: route.source.map(bytes).unwrap_or_default(),
+        scope: route.scope.into(),
+        metric: route.metric,
+        mtu: route.mtu,
+        onlink: route.onlink,
+        ..Default::default()
+    });
+    let neighbours = interface.neighbours.iter().map(|neighbour| Neighbour {
+        ip: bytes(neighbour.ip),
+        mac: neighbour.mac.to_vec(),
+        ..Default::default()
+    });
+    AgentInterface {
+        mac: interface.mac.to_vec(),
+        name: interface.name.clone(),
+        mtu: interface.mtu,
+        addresses: addresses.collect(),
+        routes: routes.collect(),
+        neighbours: neighbours.collect(),
+        ..Default::default()
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn a_namespace_is_taken_from_where_the_front_end_says() {
+        let spec = |namespaces: &str| -> Spec {
+            let json = format!(
+                r#"{{"ociVersion":"1.0.2","process":{{"cwd":"/","args":["a"],"user":{{"uid":0,"gid":0}}}},"root":{{"path":"r"}},"linux":{{"namespaces":[{namespaces}]}}}}"#
+            );
+            serde_json::from_str(&json).unwrap()
+        };
+        let pod = spec(r#"{"type":"pid"},{"type":"network","path":"/run/netns/x"}"#);
+        let at = Namespace::At("/run/netns/x".into());
+        assert_eq!(Network::Named.namespace(&pod), Some(at));
+        assert_eq!(Network::Own.namespace(&pod), Some(Namespace::Own));
+        assert_eq!(Network::None.namespace(&pod), None);
+        // A namespace that is new has nothing in it, and the host's is not named.
+        assert_eq!(
+            Network::Named.namespace(&spec(r#"{"type":"network"}"#)),
+            None
+        );
+        assert_eq!(Network::Named.namespace(&spec(r#"{"type":"pid"}"#)), None);
+    }
+}
