@@ -14,7 +14,7 @@ use walnut_protocol::agent::{
 use walnut_storage::{VirtioFs, Volume};
 
 use crate::{
-    ContainerRequest, Error, ExitInfo, ProcessState, Result, Sandbox, SandboxConfig,
+    ContainerRequest, Error, ExitInfo, PodRequest, ProcessState, Result, Sandbox, SandboxConfig,
     agent::{self, fault, soon},
     cgroup,
     checkpoint::Attached,
@@ -125,6 +125,38 @@ impl Sandbox {
         let volumes = (0..volumes.len()).collect();
         sandbox.build(first, plan, ends, volumes).await?;
         steps.done("container created");
+        let sandbox = Arc::new(sandbox);
+        if let Some(inlet) = links.inlet.take() {
+            sandbox.carry_ports(inlet)?;
+        }
+        Ok(sandbox)
+    }
+
+    /// Starts a machine for a pod, whose containers are to come ([`Self::add`]). On failure
+    /// nothing is left.
+    pub async fn create_pod(mut config: SandboxConfig, pod: &PodRequest) -> Result<Arc<Self>> {
+        let steps = Steps::new();
+        let spec = pod.spec()?;
+        config.settings = config.settings.asked_by(&spec, false)?;
+        let size = sizing::size(&spec, &config.settings);
+        let cgroup = cgroup::enter(&config, size.memory);
+        let shared = VirtioFs::start(&[], &config.run_dir).await?;
+        let mut links = Links::take(config.network, &spec, size.vcpus).await?;
+        steps.done("links taken");
+        let parts = start::Parts {
+            size,
+            nics: std::mem::take(&mut links.nics),
+            disks: Vec::new(),
+            shares: vec![shared.share()],
+        };
+        let started = start::start(&config, parts, steps).await?;
+        steps.done("agent greeted");
+        let mut sandbox = Self::new(config, started, Some(shared), size, cgroup);
+        sandbox.networked = !links.is_empty();
+        sandbox.pod = Some(pod.parts());
+        sandbox.configure(&spec).await?;
+        sandbox.configure_network(&links).await?;
+        steps.done("sandbox configured");
         let sandbox = Arc::new(sandbox);
         if let Some(inlet) = links.inlet.take() {
             sandbox.carry_ports(inlet)?;
@@ -254,7 +286,7 @@ impl Sandbox {
         };
         let files = match plan.role {
             Role::First => Vec::new(),
-            _ => guest_spec::files(&plan.spec, id),
+            _ => guest_spec::files(&plan.spec, id, self.pod.as_ref()),
         };
         let place = guest_spec::Place {
             root: &root,
@@ -262,6 +294,7 @@ impl Sandbox {
             files: &files,
             role: plan.role,
             first: first.as_ref(),
+            guests_shm: self.pod.is_some() && plan.role == Role::Member,
         };
         let limits = Limits::of(&plan.spec);
         let spec = guest_spec::translate(plan.spec, id, &place)?;

@@ -9,6 +9,7 @@ use walnut_protocol::{GUEST_ROOT, agent::GuestFile};
 use crate::{
     Error, Result,
     pod::{self, First, Role},
+    pod_request::PodParts,
 };
 
 /// Largest `config.json` that is read, bytes; the agent's own limit.
@@ -34,6 +35,8 @@ pub(crate) struct Place<'a> {
     pub(crate) files: &'a [(GuestFile, PathBuf)],
     pub(crate) role: Role,
     pub(crate) first: Option<&'a First>,
+    /// The guest's own shared memory is the pod's.
+    pub(crate) guests_shm: bool,
 }
 
 /// Reads a bundle's `config.json`.
@@ -117,6 +120,9 @@ pub(crate) fn translate(mut spec: Spec, container: &str, place: &Place<'_>) -> R
     }
     for mount in &mut mounts {
         forget_copy_up(mount);
+        if place.guests_shm {
+            pod::share_shm(mount);
+        }
     }
     for (file, destination) in place.files {
         let mut mount = Mount::default();
@@ -166,10 +172,18 @@ fn forget_host_cpus(linux: &mut Linux) {
     }
 }
 
-/// `/etc/hosts` and `/etc/hostname` of a container, where the spec has no mount
-/// of its own on them.
-pub(crate) fn files(spec: &Spec, container: &str) -> Vec<(GuestFile, PathBuf)> {
-    let hostname = spec.hostname().clone().unwrap_or_else(|| "walnut".into());
+/// `/etc/hosts` and `/etc/hostname` of a container, and the pod's `/etc/resolv.conf` if it
+/// has one, where the spec has no mount of its own on them.
+pub(crate) fn files(
+    spec: &Spec,
+    container: &str,
+    pod: Option<&PodParts>,
+) -> Vec<(GuestFile, PathBuf)> {
+    let pods = pod
+        .map(|pod| pod.hostname.clone())
+        .filter(|n| !n.is_empty());
+    let hostname = pods.or_else(|| spec.hostname().clone());
+    let hostname = hostname.unwrap_or_else(|| "walnut".into());
     let hosts = format!(
         "127.0.0.1\tlocalhost\n::1\tlocalhost ip6-localhost ip6-loopback\n127.0.1.1\t{hostname}\n"
     );
@@ -178,6 +192,10 @@ pub(crate) fn files(spec: &Spec, container: &str) -> Vec<(GuestFile, PathBuf)> {
         ("hostname", "/etc/hostname", format!("{hostname}\n")),
     ]
     .into_iter()
+    .chain(
+        pod.and_then(|pod| pod.resolv_conf.clone())
+            .map(|text| ("resolv.conf", "/etc/resolv.conf", text)),
+    )
     .filter(|(_, destination, _)| {
         !spec
             .mounts()
@@ -239,13 +257,14 @@ mod tests {
     #[test]
     fn the_guest_never_hears_of_host_paths() {
         let spec = spec();
-        let files = files(&spec, "c1");
+        let files = files(&spec, "c1", None);
         let place = Place {
             root: "/run/walnut/c1/rootfs",
             binds: &[(1, "/run/walnut/shared/0".into())],
             files: &files,
             role: Role::Alone,
             first: None,
+            guests_shm: false,
         };
         let guest = translate(spec, "c1", &place).unwrap();
         let text = String::from_utf8(guest.clone()).unwrap();
@@ -261,6 +280,42 @@ mod tests {
                 .iter()
                 .any(|m| m.destination() == Path::new("/etc/hosts"))
         );
+    }
+
+    #[test]
+    fn a_pod_without_a_container_of_its_own_is_in_the_others() {
+        let mut spec = spec();
+        let mut shm = Mount::default();
+        shm.set_destination("/dev/shm".into())
+            .set_typ(Some("tmpfs".into()))
+            .set_source(Some("shm".into()))
+            .set_options(Some(vec!["size=65536k".into()]));
+        spec.set_mounts(Some(vec![shm]));
+        let parts = PodParts {
+            hostname: "pod".into(),
+            resolv_conf: Some("nameserver 10.0.0.1\n".into()),
+        };
+        let files = files(&spec, "c1", Some(&parts));
+        let text = |name: &str| {
+            let found = files.iter().find(|(_, path)| path == Path::new(name));
+            String::from_utf8(found.unwrap().0.data.clone()).unwrap()
+        };
+        assert_eq!(text("/etc/hostname"), "pod\n");
+        assert!(text("/etc/hosts").contains("\tpod\n"));
+        assert_eq!(text("/etc/resolv.conf"), "nameserver 10.0.0.1\n");
+        let place = Place {
+            root: "/run/walnut/c1/rootfs",
+            binds: &[],
+            files: &[],
+            role: Role::Member,
+            first: None,
+            guests_shm: true,
+        };
+        let guest: Spec = serde_json::from_slice(&translate(spec, "c1", &place).unwrap()).unwrap();
+        let mounts = guest.mounts().clone().unwrap();
+        assert_eq!(mounts[0].typ().as_deref(), Some("bind"));
+        assert_eq!(mounts[0].source(), &Some("/dev/shm".into()));
+        assert!(!options(&mounts[0]).any(|o| o.starts_with("size")));
     }
 
     #[test]

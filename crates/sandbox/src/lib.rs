@@ -28,6 +28,7 @@ mod memory;
 mod network;
 mod plan;
 mod pod;
+mod pod_request;
 mod pool;
 mod ports;
 mod process;
@@ -51,6 +52,7 @@ pub use layout::{Assets, Layout};
 pub use lock::Lock;
 pub use log::{LogLine, LogReader};
 pub use network::Network;
+pub use pod_request::PodRequest;
 pub use pool::{
     Given, Handover, Member, Place, Pool, PoolSize, Pools, Post, Visit, Visitor, host_memory, leave,
 };
@@ -60,6 +62,7 @@ pub use sandbox::{
     ContainerRequest, ContainerState, ExecRequest, RootfsMount, Sandbox, SandboxConfig,
 };
 pub use settings::{Annotation, BOOT_TIMEOUT, Bytes, SETTINGS_FILE, Settings};
+pub use sizing::PodLimits;
 pub use stdio::{Input, Output, StdioTargets};
 pub use template::{Listed, Shape, Template, Templates, Wanted};
 pub use walnut_machine as machine;

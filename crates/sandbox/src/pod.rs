@@ -10,7 +10,9 @@ use std::{
     path::{Path, PathBuf},
 };
 
-use oci_spec::runtime::{LinuxNamespace, LinuxNamespaceBuilder, LinuxNamespaceType as Type, Spec};
+use oci_spec::runtime::{
+    LinuxNamespace, LinuxNamespaceBuilder, LinuxNamespaceType as Type, Mount, Spec,
+};
 use walnut_protocol::{GUEST_ROOT, agent::Storage};
 
 use crate::{Error, Result, guest_spec::HostBind};
@@ -109,6 +111,18 @@ pub(crate) fn shm(binds: &[HostBind], spec: &Spec) -> Option<HostBind> {
             mount.is_some_and(|mount| mount.destination() == Path::new(SHM))
         })
         .cloned()
+}
+
+/// Makes a container's own `/dev/shm` that of the guest, which its pod shares.
+pub(crate) fn share_shm(mount: &mut Mount) {
+    if mount.destination() != Path::new(SHM) || mount.typ().as_deref() != Some("tmpfs") {
+        return;
+    }
+    let options = ["rbind", "nosuid", "nodev", "noexec"].map(Into::into);
+    mount
+        .set_typ(Some("bind".into()))
+        .set_source(Some(SHM.into()))
+        .set_options(Some(options.into()));
 }
 
 /// Where the shared memory of the pod lies whose first container is `guest_id`.

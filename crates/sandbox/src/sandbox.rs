@@ -37,6 +37,7 @@ use crate::{
     log::{LogWriter, Stream},
     plan::FIRST_DISK,
     pod,
+    pod_request::PodParts,
     ports::Carrying,
     process::Process,
     record::now_ns,
@@ -146,6 +147,8 @@ pub struct Sandbox {
     /// Held exclusively while the machine is saved.
     pub(crate) saving: RwLock<()>,
     pub(crate) size: Sizes,
+    /// What its containers get from a pod that has no container of its own.
+    pub(crate) pod: Option<PodParts>,
     /// Goes last: by then its processes have ended.
     cgroup: StdMutex<Option<Cgroup>>,
 }
@@ -186,6 +189,7 @@ impl Sandbox {
             carrying: StdMutex::default(),
             saving: RwLock::default(),
             size: Sizes::new(size, started.max),
+            pod: None,
             cgroup: StdMutex::new(cgroup),
         }
     }

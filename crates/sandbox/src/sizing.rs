@@ -88,6 +88,30 @@ const POD_MEMORY_LIMIT: &str = "io.kubernetes.cri.sandbox-memory";
 const POD_CPU_QUOTA: &str = "io.kubernetes.cri.sandbox-cpu-quota";
 const POD_CPU_PERIOD: &str = "io.kubernetes.cri.sandbox-cpu-period";
 
+/// Bounds of all of a pod's containers together; 0 and less is none.
+#[derive(Debug, Clone, Copy, Default, PartialEq, Eq)]
+pub struct PodLimits {
+    /// Bytes.
+    pub memory: i64,
+    /// CFS quota and period, microseconds.
+    pub cpu_quota: i64,
+    /// 0: the usual one.
+    pub cpu_period: i64,
+}
+
+impl PodLimits {
+    /// As containerd's CRI plugin says them.
+    pub(crate) fn annotations(self) -> impl Iterator<Item = (String, String)> {
+        [
+            (POD_MEMORY_LIMIT, self.memory),
+            (POD_CPU_QUOTA, self.cpu_quota),
+            (POD_CPU_PERIOD, self.cpu_period),
+        ]
+        .into_iter()
+        .map(|(name, value)| (name.into(), value.to_string()))
+    }
+}
+
 /// Size of a machine for its first container: the limits of one that is alone, those of
 /// the pod for a pod's; plus what the guest itself needs. Without limits it is the node's
 /// to say, and in any case as large as the pod asked for.

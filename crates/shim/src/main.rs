@@ -30,7 +30,7 @@ use std::{
 };
 
 use anyhow::{Context, Result};
-use containerd_shim_protos::shim_async::create_task;
+use containerd_shim_protos::{sandbox_async::create_sandbox, shim_async::create_task};
 use tokio::net::UnixListener;
 use ttrpc::asynchronous::{Server, transport::Listener};
 use walnut_sandbox::{Layout, Lock, Sandbox, SandboxDir};
@@ -40,7 +40,7 @@ use crate::{
     front::Front,
     options::{Command, Options, ServePod},
     owner::Owner,
-    service::TaskService,
+    service::{SandboxService, SharedSandboxService, TaskService},
 };
 
 /// Most that is read of a runtime's options.
@@ -144,11 +144,16 @@ async fn serve(options: Options, standby: Option<Arc<Sandbox>>) -> Result<()> {
 async fn serve_pod(serve: ServePod) -> Result<()> {
     let socket = options::own(serve.socket_fd).context("take the socket")?;
     let lock = options::own(serve.lock_fd).context("take the lock")?;
-    let dir = SandboxDir::inherited(serve.dir, Lock::inherited(lock));
+    let dir = SandboxDir::inherited(serve.dir.clone(), Lock::inherited(lock));
     let layout = Layout::from_env()?;
+    let options = containerd::kept_options(&serve.dir)?;
     let names = (serve.namespace, serve.id);
     let pod = Pod::new(names, dir, layout, serve.ttrpc_address.as_deref());
-    let mut server = listen(socket, pod.clone(), None).await?;
+    let service = Arc::new(TaskService::new(pod.clone(), None)?);
+    let sandboxes = Arc::new(SandboxService::new(service.clone(), options));
+    let sandboxes = create_sandbox(Arc::new(SharedSandboxService(sandboxes)));
+    let mut server = server(socket, &service)?.register_service(sandboxes);
+    server.start().await.context("serve containerd")?;
     pod.supervise().await;
     server.shutdown().await.context("stop serving")?;
     pod.clean_up();
@@ -161,23 +166,28 @@ async fn listen(
     front: Arc<dyn Front>,
     standby: Option<Arc<Sandbox>>,
 ) -> Result<Server> {
+    let service = Arc::new(TaskService::new(front, standby)?);
+    let mut server = server(socket, &service)?;
+    server.start().await.context("serve the Task API")?;
+    Ok(server)
+}
+
+/// A server of the Task API on a socket that listens.
+fn server(socket: OwnedFd, service: &Arc<TaskService>) -> Result<Server> {
     let listener = std::os::unix::net::UnixListener::from(socket);
     listener
         .set_nonblocking(true)
         .context("set up the socket")?;
     let listener = UnixListener::from_std(listener).context("set up the socket")?;
-    let service = Arc::new(TaskService::new(front, standby)?);
     let tasks = create_task(service.clone());
     // containerd 1.x asks for the same service under its older name.
-    let older = create_task(service)
+    let older = create_task(service.clone())
         .into_iter()
         .map(|(name, service)| (name.replace(".v3.", ".v2."), service));
-    let mut server = Server::new()
+    Ok(Server::new()
         .register_service(tasks)
         .register_service(older.collect())
-        .add_listener(Listener::from(listener));
-    server.start().await.context("serve the Task API")?;
-    Ok(server)
+        .add_listener(Listener::from(listener)))
 }
 
 /// Does what containerd asks for, and answers.

@@ -6,6 +6,9 @@ use containerd_shim_protos::{
 };
 use walnut_sandbox::{ContainerStats, GuestMemoryResponse, METRICS_GUEST_MEMORY};
 
+/// What they are, as containerd names it.
+pub(crate) const KIND: &str = "io.containerd.cgroups.v2.Metrics";
+
 /// The container's figures, with what the guest says of all its memory beside them.
 pub(crate) fn encode(
     container: &ContainerStats,

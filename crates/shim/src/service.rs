@@ -1,8 +1,17 @@
-//! containerd's Task API over a [`Sandbox`]: translation, and nothing else.
+//! containerd's Task API over a [`Sandbox`]: translation, and nothing else. [`sandbox_api`]
+//! is the Sandbox API beside it.
+
+mod pods;
+mod sandbox_api;
+
+pub(crate) use sandbox_api::{SandboxService, Shared as SharedSandboxService};
 
 use std::{
     path::Path,
-    sync::{Arc, Mutex as StdMutex},
+    sync::{
+        Arc, Mutex as StdMutex,
+        atomic::{AtomicBool, Ordering},
+    },
     time::Duration,
 };
 
@@ -52,6 +61,8 @@ pub(crate) struct TaskService {
     /// A machine for the first container, if it fits.
     standby: Mutex<Option<Arc<Sandbox>>>,
     tasks: Arc<Tasks>,
+    /// The machine is that of a pod of the Sandbox API, which says when it begins and ends.
+    announced: AtomicBool,
 }
 
 type Reply<T> = ttrpc::Result<T>;
@@ -68,7 +79,22 @@ impl TaskService {
             sandbox: StdMutex::default(),
             creating: Mutex::default(),
             tasks: Arc::default(),
+            announced: AtomicBool::new(false),
         })
+    }
+
+    /// What a machine of this supervisor's is made with.
+    fn config(&self, settings: Settings) -> SandboxConfig {
+        let place = self.front.place();
+        SandboxConfig {
+            id: place.id.to_owned(),
+            run_dir: place.run_dir.to_owned(),
+            assets: self.assets.clone(),
+            settings,
+            cache: place.node.map(|(_, run)| run.into()),
+            templates: template::store(place),
+            network: place.network,
+        }
     }
 
     /// The machine that stood by, with its container, if there is one that fits.
@@ -107,16 +133,7 @@ impl TaskService {
         settings: Settings,
         request: &ContainerRequest,
     ) -> Reply<Arc<Sandbox>> {
-        let place = self.front.place();
-        let config = SandboxConfig {
-            id: place.id.to_owned(),
-            run_dir: place.run_dir.to_owned(),
-            assets: self.assets.clone(),
-            settings,
-            cache: place.node.map(|(_, run)| run.into()),
-            templates: template::store(place),
-            network: place.network,
-        };
+        let config = self.config(settings);
         let sandbox = match checkpoint {
             "" => Sandbox::create(config, request).await,
             from => Sandbox::restore(config, request, from.as_ref())
@@ -147,6 +164,13 @@ impl TaskService {
             }
             sandbox.add(request).await.map_err(|e| fault(&e))?;
             return Ok((sandbox, false));
+        }
+        if self.announced.load(Ordering::Acquire) {
+            let early = format!(
+                "create container {}: its sandbox has not been started",
+                request.id
+            );
+            return Err(fault(&Error::WrongState(early)));
         }
         let sandbox = match self.stood_by(checkpoint, request).await? {
             Some(sandbox) => sandbox,
@@ -450,7 +474,7 @@ impl Task for TaskService {
             .map_err(|e| fault(&Error::Invalid(format!("encode the figures: {e}"))))?;
         Ok(StatsResponse {
             stats: MessageField::some(Any {
-                type_url: "io.containerd.cgroups.v2.Metrics".into(),
+                type_url: metrics::KIND.into(),
                 value,
                 ..Default::default()
             }),
@@ -497,6 +521,10 @@ impl Task for TaskService {
     async fn shutdown(&self, _: &TtrpcContext, req: ShutdownRequest) -> Reply<Empty> {
         // One that is being created counts.
         let _one = self.creating.lock().await;
+        if self.announced.load(Ordering::Acquire) {
+            // Whoever asked for the sandbox ends it (`ShutdownSandbox`).
+            return Ok(Empty::default());
+        }
         let ids = self.tasks.ids();
         let sandbox = self.sandbox().ok();
         let alive = |id: &&String| {

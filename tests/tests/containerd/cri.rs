@@ -8,8 +8,8 @@ use k8s_cri::v1::{
     LinuxPodSandboxConfig, LinuxSandboxSecurityContext, ListContainerStatsRequest, NamespaceMode,
     NamespaceOption, PodSandboxConfig, PodSandboxMetadata, PodSandboxState,
     PodSandboxStatusRequest, PortMapping, RemoveContainerRequest, RemovePodSandboxRequest,
-    RunPodSandboxRequest, StartContainerRequest, StopContainerRequest, StopPodSandboxRequest,
-    runtime_service_client::RuntimeServiceClient,
+    RunPodSandboxRequest, StartContainerRequest, StatusRequest, StopContainerRequest,
+    StopPodSandboxRequest, runtime_service_client::RuntimeServiceClient,
 };
 use tokio::runtime::Runtime;
 use tonic::transport::{Channel, Endpoint};
@@ -25,6 +25,8 @@ use crate::{
 pub(crate) struct Kubelet {
     runtime: Runtime,
     client: RuntimeServiceClient<Channel>,
+    /// Name of the runtime that it asks for.
+    handler: &'static str,
 }
 
 /// Calls a method to its answer.
@@ -38,45 +40,68 @@ macro_rules! call {
 /// A pod, and what its containers are made with.
 pub(crate) struct Pod {
     pub(crate) id: String,
-    config: PodSandboxConfig,
+    pub(crate) config: PodSandboxConfig,
+}
+
+/// The namespaces that a pod is to have.
+pub(crate) fn namespaces(config: &mut PodSandboxConfig) -> &mut NamespaceOption {
+    let context = &mut config.linux.as_mut().unwrap().security_context;
+    let options = &mut context.as_mut().unwrap().namespace_options;
+    options.as_mut().unwrap()
 }
 
 impl Kubelet {
     pub(crate) fn new(daemon: &Daemon) -> Self {
+        Self::with(daemon, "walnut")
+    }
+
+    /// One that asks for another runtime than the usual.
+    pub(crate) fn with(daemon: &Daemon, handler: &'static str) -> Self {
         let runtime = Runtime::new().unwrap();
         let address = format!("unix://{}", daemon.socket().display());
         let channel = runtime
             .block_on(Endpoint::try_from(address).unwrap().connect())
             .unwrap();
-        Self {
+        let mut kubelet = Self {
             runtime,
             client: RuntimeServiceClient::new(channel),
-        }
+            handler,
+        };
+        // It answers others before it has recovered its pods.
+        until("containerd speaks to kubelets", || {
+            let request = StatusRequest { verbose: false };
+            call!(kubelet, status, request).is_ok()
+        });
+        kubelet
     }
 
     /// A pod of the node's network.
-    fn run_pod(&mut self, daemon: &Daemon) -> Pod {
-        self.run_pod_on(daemon, NamespaceMode::Node, vec![])
+    pub(crate) fn run_pod(&mut self, daemon: &Daemon) -> Pod {
+        self.run_pod_with(daemon, |_| {}).unwrap()
     }
 
     /// A pod with a network of its own, some of whose ports are the node's as well.
     pub(crate) fn run_networked_pod(&mut self, daemon: &Daemon, ports: Vec<PortMapping>) -> Pod {
-        self.run_pod_on(daemon, NamespaceMode::Pod, ports)
+        let pod = self.run_pod_with(daemon, |config| {
+            namespaces(config).network = NamespaceMode::Pod.into();
+            config.port_mappings = ports;
+        });
+        pod.unwrap()
     }
 
-    fn run_pod_on(
+    /// A pod of the node's network, unless `more` says something else of it.
+    pub(crate) fn run_pod_with(
         &mut self,
         daemon: &Daemon,
-        network: NamespaceMode,
-        port_mappings: Vec<PortMapping>,
-    ) -> Pod {
+        more: impl FnOnce(&mut PodSandboxConfig),
+    ) -> Result<Pod, tonic::Status> {
         let name = unique("pod");
         let options = NamespaceOption {
-            network: network.into(),
+            network: NamespaceMode::Node.into(),
             pid: NamespaceMode::Container.into(),
             ..Default::default()
         };
-        let config = PodSandboxConfig {
+        let mut config = PodSandboxConfig {
             metadata: Some(PodSandboxMetadata {
                 name: name.clone(),
                 uid: name.clone(),
@@ -84,7 +109,6 @@ impl Kubelet {
                 attempt: 0,
             }),
             hostname: name,
-            port_mappings,
             log_directory: daemon.scratch().join("logs").display().to_string(),
             linux: Some(LinuxPodSandboxConfig {
                 security_context: Some(LinuxSandboxSecurityContext {
@@ -95,15 +119,32 @@ impl Kubelet {
             }),
             ..Default::default()
         };
+        more(&mut config);
         let request = RunPodSandboxRequest {
             config: Some(config.clone()),
-            runtime_handler: "walnut".into(),
+            runtime_handler: self.handler.into(),
         };
-        let id = call!(self, run_pod_sandbox, request)
-            .unwrap()
-            .pod_sandbox_id;
+        let id = call!(self, run_pod_sandbox, request)?.pod_sandbox_id;
         daemon.note(&id);
-        Pod { id, config }
+        Ok(Pod { id, config })
+    }
+
+    /// The pod's state, and what there is to say of it besides.
+    pub(crate) fn pod(&mut self, pod: &Pod) -> (PodSandboxState, HashMap<String, String>) {
+        self.try_pod(pod).unwrap()
+    }
+
+    /// The same where containerd may have lost the shim a moment ago.
+    pub(crate) fn try_pod(
+        &mut self,
+        pod: &Pod,
+    ) -> Result<(PodSandboxState, HashMap<String, String>), tonic::Status> {
+        let request = PodSandboxStatusRequest {
+            pod_sandbox_id: pod.id.clone(),
+            verbose: true,
+        };
+        let reply = call!(self, pod_sandbox_status, request)?;
+        Ok((reply.status.unwrap().state(), reply.info))
     }
 
     /// The pod's addresses, as Kubernetes knows them.
@@ -172,7 +213,7 @@ impl Kubelet {
     }
 
     /// State and exit code of a container.
-    fn status(&mut self, id: &str) -> (ContainerState, i32, String) {
+    pub(crate) fn status(&mut self, id: &str) -> (ContainerState, i32, String) {
         let request = ContainerStatusRequest {
             container_id: id.into(),
             verbose: false,
@@ -184,7 +225,7 @@ impl Kubelet {
         (status.state(), status.exit_code, status.reason)
     }
 
-    fn stop(&mut self, id: &str) {
+    pub(crate) fn stop(&mut self, id: &str) {
         let request = StopContainerRequest {
             container_id: id.into(),
             timeout: 60,
@@ -192,7 +233,7 @@ impl Kubelet {
         call!(self, stop_container, request).unwrap();
     }
 
-    fn remove(&mut self, id: &str) {
+    pub(crate) fn remove(&mut self, id: &str) {
         let request = RemoveContainerRequest {
             container_id: id.into(),
         };
@@ -210,7 +251,8 @@ impl Kubelet {
     }
 }
 
-const SERVE: &str = "trap 'exit 5' TERM; echo started; echo trouble >&2; sleep 1000 & wait";
+pub(crate) const SERVE: &str =
+    "trap 'exit 5' TERM; echo started; echo trouble >&2; sleep 1000 & wait";
 
 #[test]
 fn a_pod_lives_as_kubernetes_wants_it() {
@@ -258,15 +300,7 @@ fn a_pod_lives_as_kubernetes_wants_it() {
     // The sandbox outlives its last container.
     kubelet.stop(&second);
     kubelet.remove(&second);
-    let request = PodSandboxStatusRequest {
-        pod_sandbox_id: pod.id.clone(),
-        verbose: false,
-    };
-    let status = call!(kubelet, pod_sandbox_status, request)
-        .unwrap()
-        .status
-        .unwrap();
-    assert_eq!(status.state(), PodSandboxState::SandboxReady);
+    assert_eq!(kubelet.pod(&pod).0, PodSandboxState::SandboxReady);
     let third = kubelet.run(&pod, "third", "exit 4");
     until("it has ended", || {
         kubelet.status(&third).0 == ContainerState::ContainerExited

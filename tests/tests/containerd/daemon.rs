@@ -484,7 +484,10 @@ impl Daemon {
         );
         let pods = self.state.join("w/containerd");
         let bundles = self.state.join("containerd/io.containerd.runtime.v2.task");
-        for dir in [pods, bundles.join(NAMESPACE), bundles.join(KUBERNETES)] {
+        let sandboxes = "containerd/io.containerd.sandbox.controller.v1.shim";
+        let sandboxes = self.state.join(sandboxes).join(KUBERNETES);
+        let tasks = [NAMESPACE, KUBERNETES].map(|name| bundles.join(name));
+        for dir in tasks.into_iter().chain([pods, sandboxes]) {
             let entries = fs::read_dir(dir).into_iter().flatten().flatten();
             found.extend(entries.map(|e| e.path().display().to_string()));
         }

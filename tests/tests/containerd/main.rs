@@ -21,4 +21,5 @@ mod options;
 mod pods;
 mod programs;
 mod recovery;
+mod sandboxes;
 mod streams;

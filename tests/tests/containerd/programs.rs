@@ -37,6 +37,9 @@ pub(crate) fn path(first: &[&Path]) -> OsString {
     env::join_paths(all.chain(env::split_paths(&host))).unwrap()
 }
 
+/// Name of the runtime whose shims make sandboxes, of containerd 2.x.
+pub(crate) const BY_SANDBOX_API: &str = "walnut-sandboxes";
+
 /// How a containerd writes its configuration, as it says itself.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub(crate) enum Format {
@@ -110,11 +113,16 @@ impl Format {
                  sandbox = \"{pause_image}\"\n\
                  [plugins.\"io.containerd.shim.v1.manager\"]\n\
                  env = [\"MAX_SHIM_VERSION=3\"]\n\
+                 [plugins.\"io.containerd.cri.v1.runtime\"]\n\
+                 netns_mounts_under_state_dir = true\n\
                  [plugins.\"io.containerd.cri.v1.runtime\".containerd]\n\
                  default_runtime_name = \"walnut\"\n\
                  [plugins.\"io.containerd.cri.v1.runtime\".cni]\n\
                  bin_dirs = [\"{plugins}\"]\n\
-                 conf_dir = \"{networks}\"\n"
+                 conf_dir = \"{networks}\"\n\
+                 [plugins.\"io.containerd.cri.v1.runtime\".containerd.runtimes.{BY_SANDBOX_API}]\n\
+                 runtime_type = \"io.containerd.walnut.v2\"\n\
+                 sandboxer = \"shim\"\n"
             ),
         }
     }

@@ -10,7 +10,7 @@
 //!   write the runtime's options, and read a `BootstrapResult`.
 
 use containerd_shim_protos::{
-    bootstrap_api::{BootstrapParams, BootstrapResult},
+    bootstrap_api::{BootstrapParams, BootstrapResult, Extension},
     protobuf::{self, Message},
 };
 
@@ -36,6 +36,8 @@ pub(crate) struct Bootstrap {
     pub(crate) dialect: Dialect,
     /// Where events go.
     pub(crate) ttrpc_address: Option<String>,
+    /// The runtime's options, an encoded `Any`; empty if there are none.
+    pub(crate) options: Vec<u8>,
 }
 
 impl Bootstrap {
@@ -55,6 +57,7 @@ impl Bootstrap {
             return Self {
                 dialect: Dialect::Protobuf,
                 ttrpc_address: (!told.is_empty()).then_some(told).or(ttrpc_address),
+                options: extension(&params.extensions),
             };
         }
         let dialect = match env("MAX_SHIM_VERSION") {
@@ -67,8 +70,18 @@ impl Bootstrap {
         Self {
             dialect,
             ttrpc_address,
+            options: input.into(),
         }
     }
+}
+
+/// The extension that is a runtime's options.
+fn extension(all: &[Extension]) -> Vec<u8> {
+    let mut options = all.iter().filter_map(|one| one.value.as_ref());
+    let found = options.find(|any| any.type_url.ends_with("v1.Options"));
+    found
+        .and_then(|any| any.write_to_bytes().ok())
+        .unwrap_or_default()
 }
 
 impl Dialect {
@@ -97,7 +110,7 @@ impl Dialect {
 
 #[cfg(test)]
 mod tests {
-    use containerd_shim_protos::protobuf::well_known_types::any::Any;
+    use containerd_shim_protos::protobuf::{MessageField, well_known_types::any::Any};
 
     use super::*;
 
@@ -129,6 +142,7 @@ mod tests {
             let env = |name: &str| (name == "MAX_SHIM_VERSION").then(|| most.to_owned());
             let asked = Bootstrap::read(&options, NAMES, env);
             assert_eq!(asked.dialect, Dialect::Json(version), "{most}");
+            assert_eq!(asked.options, options);
         }
         let reply = Dialect::Json(2).answer("unix:///s").unwrap();
         let reply: serde_json::Value = serde_json::from_slice(&reply).unwrap();
@@ -138,9 +152,20 @@ mod tests {
 
     #[test]
     fn who_sends_parameters_gets_protobuf() {
+        let any = |kind: &str| Any {
+            type_url: kind.into(),
+            value: b"x".to_vec(),
+            ..Default::default()
+        };
+        let extension = |kind: &str| Extension {
+            value: MessageField::some(any(kind)),
+            ..Default::default()
+        };
+        let options = "type.googleapis.com/runtimeoptions.v1.Options";
         let params = BootstrapParams {
             instance_id: "abc".into(),
             namespace: "k8s.io".into(),
+            extensions: vec![extension("other.v1.Config"), extension(options)],
             containerd_ttrpc_address: "/told".into(),
             ..Default::default()
         };
@@ -148,6 +173,7 @@ mod tests {
         let asked = Bootstrap::read(&bytes, NAMES, none);
         assert_eq!(asked.dialect, Dialect::Protobuf);
         assert_eq!(asked.ttrpc_address.as_deref(), Some("/told"));
+        assert_eq!(asked.options, any(options).write_to_bytes().unwrap());
         let reply = asked.dialect.answer("unix:///s").unwrap();
         let reply = BootstrapResult::parse_from_bytes(&reply).unwrap();
         assert_eq!((reply.version, &*reply.protocol), (3, "ttrpc"));

@@ -16,6 +16,8 @@ use anyhow::{Context, Result, bail};
 use containerd_shim_protos::{
     api::{DeleteRequest, DeleteResponse, KillRequest, ShutdownRequest, StateRequest, WaitRequest},
     protobuf::{Message, MessageField},
+    sandbox_api::ShutdownSandboxRequest,
+    sandbox_async::SandboxClient,
     shim_async::TaskClient,
 };
 use nix::{
@@ -82,6 +84,7 @@ async fn forgotten(home: &Home, id: &str) -> bool {
     let Ok(client) = Client::connect(&address).await else {
         return false;
     };
+    let sandboxes = SandboxClient::new(client.clone());
     let tasks = TaskClient::new(client);
     let forgotten = taken_away(&tasks, id).await;
     let idle = ShutdownRequest {
@@ -90,6 +93,14 @@ async fn forgotten(home: &Home, id: &str) -> bool {
     };
     // It knows whether others need it.
     let _ = tasks.shutdown(soon(), &idle).await;
+    if id == home.group {
+        // A sandbox without a container of its own.
+        let over = ShutdownSandboxRequest {
+            sandbox_id: id.into(),
+            ..Default::default()
+        };
+        let _ = sandboxes.shutdown_sandbox(soon(), &over).await;
+    }
     forgotten
 }
 

@@ -14,6 +14,7 @@ mod group;
 mod info;
 mod logger;
 mod pod;
+mod pod_config;
 mod start;
 
 pub(crate) use args::{Action, Flags, parse};
@@ -22,6 +23,7 @@ pub(crate) use events::timestamp;
 use group::Outline;
 pub(crate) use info::info;
 pub(crate) use pod::Pod;
+pub(crate) use pod_config::read as pod_request;
 pub(crate) use start::start;
 
 use std::{
@@ -30,12 +32,15 @@ use std::{
 };
 
 use anyhow::{Context, Result};
+use containerd_shim_protos::protobuf::{Message, well_known_types::any::Any};
 use walnut_sandbox::{DaemonDirs, Layout};
 
 /// The socket in a sandbox's directory.
 const SOCKET: &str = "task.sock";
 /// PID of the supervisor, beside it.
 const SHIM_PID: &str = "shim.pid";
+/// The runtime's options, as containerd gave them when the supervisor was started.
+const OPTIONS: &str = "options";
 /// PID that stands for a container's, in its bundle.
 const INIT_PID: &str = "init.pid";
 
@@ -72,6 +77,15 @@ impl Home {
 
     fn socket(&self) -> PathBuf {
         self.path.join(SOCKET)
+    }
+}
+
+/// The options with which the supervisor of the sandbox in `dir` was started.
+pub(crate) fn kept_options(dir: &Path) -> Result<Option<Any>> {
+    match std::fs::read(dir.join(OPTIONS)) {
+        Ok(bytes) => Ok(Some(Any::parse_from_bytes(&bytes)?)),
+        Err(e) if e.kind() == std::io::ErrorKind::NotFound => Ok(None),
+        Err(e) => Err(e).context("read the runtime's options"),
     }
 }
 

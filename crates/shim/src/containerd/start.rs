@@ -21,7 +21,7 @@ use std::{
 use anyhow::{Context, Result, bail};
 use walnut_sandbox::SandboxDir;
 
-use super::{Flags, Home, SHIM_PID, SOCKET, bootstrap::Bootstrap};
+use super::{Flags, Home, OPTIONS, SHIM_PID, SOCKET, bootstrap::Bootstrap};
 use crate::options::ServePod;
 
 /// Most that is read of the standard input.
@@ -80,6 +80,10 @@ pub(crate) fn start(flags: &Flags) -> Result<Vec<u8>> {
 
 /// Starts a supervisor, which has everything that it needs before anybody asks it.
 fn launch(flags: &Flags, home: &Home, dir: SandboxDir, bootstrap: &Bootstrap) -> Result<()> {
+    if !bootstrap.options.is_empty() {
+        let file = dir.path().join(OPTIONS);
+        fs::write(file, &bootstrap.options).context("keep the runtime's options")?;
+    }
     let listener = UnixListener::bind(dir.path().join(SOCKET)).context("listen")?;
     let socket = OwnedFd::from(listener);
     let serve = ServePod {
