@@ -26,7 +26,7 @@ use crate::{
     record::now_ns,
     sandbox::{FAREWELL, lock, open_log},
     sizing::{self, Limits},
-    start::{self, Steps},
+    start::{self, Started, Steps},
     stdio::ClientEnds,
 };
 
@@ -79,6 +79,28 @@ pub(crate) struct Exec {
     pub(crate) request: Arc<Mutex<Option<Vec<u8>>>>,
 }
 
+/// A machine with these parts. The server of its volumes ends with the first machine that
+/// it serves: where that is a clone that fails, another one is started for one that boots.
+async fn machine(
+    config: &SandboxConfig,
+    mut parts: start::Parts,
+    shared: &mut Option<VirtioFs>,
+    volumes: &[Volume],
+    steps: Steps,
+) -> Result<Started> {
+    if let Some(started) = start::start(config, parts.clone(), steps).await? {
+        return Ok(started);
+    }
+    drop(shared.take());
+    let again = VirtioFs::start(volumes, &config.run_dir).await?;
+    parts.shares = vec![again.share()];
+    *shared = Some(again);
+    let mut boots = config.clone();
+    boots.settings.machine.templates = false;
+    let started = start::start(&boots, parts, steps).await?;
+    started.ok_or_else(|| Error::Machine("start the machine: it did not boot".into()))
+}
+
 impl Sandbox {
     /// Starts a machine sized for the first container, and builds the container
     /// in it. On failure nothing is left.
@@ -96,26 +118,13 @@ impl Sandbox {
         };
         let mut links = Links::take(config.network, &plan.spec, size.vcpus).await?;
         steps.done("links taken");
-        let mut parts = start::Parts {
+        let parts = start::Parts {
             size,
             nics: std::mem::take(&mut links.nics),
             disks: plan.image().iter().map(|root| root.disk.clone()).collect(),
             shares: shared.iter().map(VirtioFs::share).collect(),
         };
-        let started = match start::start(&config, parts.clone(), steps).await? {
-            Some(started) => started,
-            None => {
-                drop(shared.take());
-                let again = VirtioFs::start(&volumes, &config.run_dir).await?;
-                parts.shares = vec![again.share()];
-                shared = Some(again);
-                let mut boots = config.clone();
-                boots.settings.machine.templates = false;
-                let started = start::start(&boots, parts, steps).await?;
-                started
-                    .ok_or_else(|| Error::Machine("start the machine: it did not boot".into()))?
-            }
-        };
+        let started = machine(&config, parts, &mut shared, &volumes, steps).await?;
         steps.done("agent greeted");
         let mut sandbox = Self::new(config, started, shared, size, cgroup);
         sandbox.networked = !links.is_empty();
@@ -140,18 +149,18 @@ impl Sandbox {
         config.settings = config.settings.asked_by(&spec, false)?;
         let size = sizing::size(&spec, &config.settings);
         let cgroup = cgroup::enter(&config, size.memory);
-        let shared = VirtioFs::start(&[], &config.run_dir).await?;
+        let mut shared = Some(VirtioFs::start(&[], &config.run_dir).await?);
         let mut links = Links::take(config.network, &spec, size.vcpus).await?;
         steps.done("links taken");
         let parts = start::Parts {
             size,
             nics: std::mem::take(&mut links.nics),
             disks: Vec::new(),
-            shares: vec![shared.share()],
+            shares: shared.iter().map(VirtioFs::share).collect(),
         };
-        let started = start::start(&config, parts, steps).await?;
+        let started = machine(&config, parts, &mut shared, &[], steps).await?;
         steps.done("agent greeted");
-        let mut sandbox = Self::new(config, started, Some(shared), size, cgroup);
+        let mut sandbox = Self::new(config, started, shared, size, cgroup);
         sandbox.networked = !links.is_empty();
         sandbox.pod = Some(pod.parts());
         sandbox.configure(&spec).await?;
