@@ -101,10 +101,19 @@ impl Sandbox {
         let started = start::start(&config, parts, steps).await?;
         steps.done("agent greeted");
         let sandbox = Self::new(config, started, shared, size, cgroup);
-        sandbox.configure(&plan.spec).await?;
-        steps.done("sandbox configured");
         let volumes = (0..volumes.len()).collect();
-        sandbox.build(first, plan, ends, volumes).await?;
+        let built = async {
+            sandbox.configure(&plan.spec).await?;
+            steps.done("sandbox configured");
+            sandbox.build(first, plan, ends, volumes).await
+        };
+        tokio::select! {
+            built = built => built?,
+            // A guest that has lost its file server waits for it, and says nothing.
+            exit = sandbox.ended() => {
+                return Err(Error::Machine(format!("create container {}: {exit}", first.id)));
+            }
+        }
         steps.done("container created");
         Ok(sandbox)
     }

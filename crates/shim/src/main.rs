@@ -7,6 +7,7 @@
 //! OCI command line it stands for a container's first process; see [`oci`].
 
 mod background;
+mod calls;
 mod checkpoint;
 mod containerd;
 mod front;
@@ -27,6 +28,7 @@ use std::{
     os::fd::{AsFd, OwnedFd},
     process::ExitCode,
     sync::Arc,
+    time::Duration,
 };
 
 use anyhow::{Context, Result};
@@ -36,6 +38,7 @@ use ttrpc::asynchronous::{Server, transport::Listener};
 use walnut_sandbox::{Layout, Lock, Sandbox, SandboxDir};
 
 use crate::{
+    calls::Calls,
     containerd::{Action, Flags, Pod},
     front::Front,
     options::{Command, Options, ServePod},
@@ -45,6 +48,8 @@ use crate::{
 
 /// Most that is read of a runtime's options.
 const OPTIONS_MAX: u64 = 1 << 20;
+/// How long a supervisor of containerd's waits for its first container.
+const UNWANTED: Duration = Duration::from_secs(60);
 
 fn main() -> ExitCode {
     let command = match options::parse(std::env::args().skip(1)) {
@@ -130,7 +135,7 @@ async fn serve(options: Options, standby: Option<Arc<Sandbox>>) -> Result<()> {
         options.container_dir,
         options.run_dir,
     ));
-    let mut server = listen(options.socket, owner.clone(), standby).await?;
+    let (mut server, _) = listen(options.socket, owner.clone(), standby).await?;
     owner.supervise(options.lease).await;
     server.shutdown().await.context("stop serving")?;
     owner.clean_up().await;
@@ -144,11 +149,20 @@ async fn serve(options: Options, standby: Option<Arc<Sandbox>>) -> Result<()> {
 async fn serve_pod(serve: ServePod) -> Result<()> {
     let socket = options::own(serve.socket_fd).context("take the socket")?;
     let lock = options::own(serve.lock_fd).context("take the lock")?;
+    let lease = options::own(serve.lease_fd).context("take the lease")?;
     let dir = SandboxDir::inherited(serve.dir, Lock::inherited(lock));
     let layout = Layout::from_env()?;
     let names = (serve.namespace, serve.id);
     let pod = Pod::new(names, dir, layout, serve.ttrpc_address.as_deref());
-    let mut server = listen(socket, pod.clone(), None).await?;
+    let (mut server, service) = listen(socket, pod.clone(), None).await?;
+    tokio::spawn(async move {
+        // Who started it may have been killed before containerd knew of it, and
+        // containerd before it asked for a container.
+        if !owner::broken(lease).await {
+            tokio::time::sleep(UNWANTED).await;
+        }
+        service.end_if_empty().await;
+    });
     pod.supervise().await;
     server.shutdown().await.context("stop serving")?;
     pod.clean_up();
@@ -160,16 +174,17 @@ async fn listen(
     socket: OwnedFd,
     front: Arc<dyn Front>,
     standby: Option<Arc<Sandbox>>,
-) -> Result<Server> {
+) -> Result<(Server, Arc<TaskService>)> {
     let listener = std::os::unix::net::UnixListener::from(socket);
     listener
         .set_nonblocking(true)
         .context("set up the socket")?;
     let listener = UnixListener::from_std(listener).context("set up the socket")?;
     let service = Arc::new(TaskService::new(front, standby)?);
-    let tasks = create_task(service.clone());
+    let calls = Arc::new(Calls::new(service.clone()));
+    let tasks = create_task(calls.clone());
     // containerd 1.x asks for the same service under its older name.
-    let older = create_task(service)
+    let older = create_task(calls)
         .into_iter()
         .map(|(name, service)| (name.replace(".v3.", ".v2."), service));
     let mut server = Server::new()
@@ -177,13 +192,22 @@ async fn listen(
         .register_service(older.collect())
         .add_listener(Listener::from(listener));
     server.start().await.context("serve the Task API")?;
-    Ok(server)
+    Ok((server, service))
 }
 
 /// Does what containerd asks for, and answers.
 async fn answer(action: Action, flags: &Flags) -> Result<()> {
     let answer = match action {
-        Action::Start => containerd::start(flags)?,
+        Action::Start => {
+            let begun = containerd::start(flags)?;
+            std::io::stdout()
+                .write_all(&begun.answer)
+                .context("answer")?;
+            return match begun.lease {
+                Some(mut lease) => lease.write_all(&[1]).context("let the supervisor stay"),
+                None => Ok(()),
+            };
+        }
         Action::Delete => containerd::delete(flags).await?,
         Action::Info => {
             let mut options = Vec::new();

@@ -1,13 +1,14 @@
 //! containerd's Task API over a [`Sandbox`]: translation, and nothing else.
 
 use std::{
+    convert::Infallible,
     path::Path,
+    pin::pin,
     sync::{Arc, Mutex as StdMutex},
     time::Duration,
 };
 
 use anyhow::Context as _;
-use async_trait::async_trait;
 use containerd_shim_protos::{
     api::{
         CheckpointTaskRequest, CloseIORequest, ConnectRequest, ConnectResponse, CreateTaskRequest,
@@ -17,10 +18,15 @@ use containerd_shim_protos::{
         StatsResponse, Status as TaskStatus, UpdateTaskRequest, WaitRequest, WaitResponse,
     },
     protobuf::{MessageField, well_known_types::any::Any},
-    shim_async::Task,
 };
-use tokio::{sync::Mutex, time::timeout};
-use ttrpc::{Code, r#async::TtrpcContext, get_status};
+use tokio::{
+    sync::{
+        Mutex,
+        oneshot::{self, error::TryRecvError},
+    },
+    time::timeout,
+};
+use ttrpc::{Code, get_status};
 use walnut_sandbox::{
     ANNOTATION_RECLAIM, Assets, ContainerRequest, Error, ExecRequest, ProcessState, RootfsMount,
     Sandbox, SandboxConfig, Settings,
@@ -37,6 +43,9 @@ use crate::{
     template,
 };
 
+/// How long who connects waits for a creation that is under way. containerd waits for five
+/// seconds.
+const CREATION: Duration = Duration::from_secs(2);
 /// How long the end of a container waits for those of its other processes, which its
 /// kernel ends with it.
 const STRAGGLERS: Duration = Duration::from_secs(2);
@@ -54,7 +63,7 @@ pub(crate) struct TaskService {
     tasks: Arc<Tasks>,
 }
 
-type Reply<T> = ttrpc::Result<T>;
+pub(crate) type Reply<T> = ttrpc::Result<T>;
 
 impl TaskService {
     pub(crate) fn new(
@@ -217,10 +226,37 @@ impl TaskService {
     }
 }
 
-#[async_trait]
-impl Task for TaskService {
-    async fn create(&self, _: &TtrpcContext, req: CreateTaskRequest) -> Reply<CreateTaskResponse> {
+/// The calls, one each.
+impl TaskService {
+    /// `gone` comes when nobody waits for the answer any more.
+    pub(crate) async fn create(
+        &self,
+        req: CreateTaskRequest,
+        mut gone: oneshot::Receiver<Infallible>,
+    ) -> Reply<CreateTaskResponse> {
         let _one = self.creating.lock().await;
+        let id = req.id.clone();
+        let known = self.tasks.has(&id);
+        let first = self.sandbox().is_err();
+        let reply = {
+            let mut created = pin!(self.created(req));
+            tokio::select! {
+                reply = &mut created => reply,
+                // A machine ends when it is dropped; what is under way in one that others
+                // use has to come to its end first.
+                _ = &mut gone => match first {
+                    true => Err(fault(&Error::Invalid("nobody waits for it".into()))),
+                    false => created.await,
+                },
+            }
+        };
+        if !known && matches!(gone.try_recv(), Err(TryRecvError::Closed)) {
+            self.abandoned(&id, reply.is_ok()).await;
+        }
+        reply
+    }
+
+    async fn created(&self, req: CreateTaskRequest) -> Reply<CreateTaskResponse> {
         if self.tasks.has(&req.id) {
             let taken = format!("create container {}: it exists already", req.id);
             return Err(fault(&Error::AlreadyExists(taken)));
@@ -257,7 +293,7 @@ impl Task for TaskService {
         })
     }
 
-    async fn start(&self, _: &TtrpcContext, req: StartRequest) -> Reply<StartResponse> {
+    pub(crate) async fn start(&self, req: StartRequest) -> Reply<StartResponse> {
         let sandbox = self.sandbox()?;
         let (id, exec_id) = (&*req.id, &*req.exec_id);
         let started = sandbox.start(id, exec_id).await;
@@ -276,7 +312,7 @@ impl Task for TaskService {
         })
     }
 
-    async fn state(&self, _: &TtrpcContext, req: StateRequest) -> Reply<StateResponse> {
+    pub(crate) async fn state(&self, req: StateRequest) -> Reply<StateResponse> {
         let state = self
             .sandbox()?
             .state(&req.id, &req.exec_id)
@@ -307,7 +343,7 @@ impl Task for TaskService {
         Ok(reply)
     }
 
-    async fn exec(&self, _: &TtrpcContext, req: ExecProcessRequest) -> Reply<Empty> {
+    pub(crate) async fn exec(&self, req: ExecProcessRequest) -> Reply<Empty> {
         let sandbox = self.sandbox()?;
         let state = sandbox.state(&req.id, "").map_err(|e| fault(&e))?.state;
         let state = match state {
@@ -342,7 +378,7 @@ impl Task for TaskService {
         Ok(Empty::default())
     }
 
-    async fn wait(&self, _: &TtrpcContext, req: WaitRequest) -> Reply<WaitResponse> {
+    pub(crate) async fn wait(&self, req: WaitRequest) -> Reply<WaitResponse> {
         let sandbox = self.sandbox()?;
         let exit = sandbox
             .wait(&req.id, &req.exec_id)
@@ -355,7 +391,7 @@ impl Task for TaskService {
         })
     }
 
-    async fn kill(&self, _: &TtrpcContext, req: KillRequest) -> Reply<Empty> {
+    pub(crate) async fn kill(&self, req: KillRequest) -> Reply<Empty> {
         let sandbox = self.sandbox()?;
         let (id, exec_id) = (&*req.id, &*req.exec_id);
         let before = sandbox.state(id, exec_id).map_err(|e| fault(&e))?.state;
@@ -370,7 +406,7 @@ impl Task for TaskService {
         Ok(Empty::default())
     }
 
-    async fn resize_pty(&self, _: &TtrpcContext, req: ResizePtyRequest) -> Reply<Empty> {
+    pub(crate) async fn resize_pty(&self, req: ResizePtyRequest) -> Reply<Empty> {
         let sandbox = self.sandbox()?;
         sandbox
             .resize(&req.id, &req.exec_id, req.width, req.height)
@@ -379,7 +415,7 @@ impl Task for TaskService {
         Ok(Empty::default())
     }
 
-    async fn close_io(&self, _: &TtrpcContext, req: CloseIORequest) -> Reply<Empty> {
+    pub(crate) async fn close_io(&self, req: CloseIORequest) -> Reply<Empty> {
         if req.stdin {
             let sandbox = self.sandbox()?;
             sandbox
@@ -389,21 +425,21 @@ impl Task for TaskService {
         Ok(Empty::default())
     }
 
-    async fn pause(&self, _: &TtrpcContext, req: PauseRequest) -> Reply<Empty> {
+    pub(crate) async fn pause(&self, req: PauseRequest) -> Reply<Empty> {
         let sandbox = self.sandbox()?;
         sandbox.pause(&req.id).await.map_err(|e| fault(&e))?;
         self.front.tell(Event::Paused { id: &req.id });
         Ok(Empty::default())
     }
 
-    async fn resume(&self, _: &TtrpcContext, req: ResumeRequest) -> Reply<Empty> {
+    pub(crate) async fn resume(&self, req: ResumeRequest) -> Reply<Empty> {
         let sandbox = self.sandbox()?;
         sandbox.resume(&req.id).await.map_err(|e| fault(&e))?;
         self.front.tell(Event::Resumed { id: &req.id });
         Ok(Empty::default())
     }
 
-    async fn update(&self, _: &TtrpcContext, req: UpdateTaskRequest) -> Reply<Empty> {
+    pub(crate) async fn update(&self, req: UpdateTaskRequest) -> Reply<Empty> {
         let sandbox = self.sandbox()?;
         if let Some(bytes) = req.annotations.get(ANNOTATION_RECLAIM) {
             let bytes = bytes.parse().map_err(|e| {
@@ -423,7 +459,7 @@ impl Task for TaskService {
         Ok(Empty::default())
     }
 
-    async fn pids(&self, _: &TtrpcContext, req: PidsRequest) -> Reply<PidsResponse> {
+    pub(crate) async fn pids(&self, req: PidsRequest) -> Reply<PidsResponse> {
         let pids = self.sandbox()?.pids(&req.id).await.map_err(|e| fault(&e))?;
         Ok(PidsResponse {
             processes: self
@@ -439,7 +475,7 @@ impl Task for TaskService {
         })
     }
 
-    async fn stats(&self, _: &TtrpcContext, req: StatsRequest) -> Reply<StatsResponse> {
+    pub(crate) async fn stats(&self, req: StatsRequest) -> Reply<StatsResponse> {
         let sandbox = self.sandbox()?;
         let container = sandbox.stats(&req.id).await.map_err(|e| fault(&e))?;
         let guest = sandbox.guest_memory().await.map_err(|e| fault(&e))?;
@@ -455,7 +491,7 @@ impl Task for TaskService {
         })
     }
 
-    async fn delete(&self, _: &TtrpcContext, req: DeleteRequest) -> Reply<DeleteResponse> {
+    pub(crate) async fn delete(&self, req: DeleteRequest) -> Reply<DeleteResponse> {
         let (id, exec_id) = (&*req.id, &*req.exec_id);
         let (pid, exit) = self
             .sandbox()?
@@ -480,8 +516,15 @@ impl Task for TaskService {
         })
     }
 
-    async fn connect(&self, _: &TtrpcContext, req: ConnectRequest) -> Reply<ConnectResponse> {
-        // That there is nothing yet is no error: it is asked to see who answers.
+    pub(crate) async fn connect(&self, req: ConnectRequest) -> Reply<ConnectResponse> {
+        if self.front.wants_container() && !self.tasks.has(&req.id) {
+            // One may be being created for somebody who has gone, and goes as well.
+            let _one = timeout(CREATION, self.creating.lock()).await;
+            if !self.tasks.has(&req.id) {
+                let none = format!("connect to container {}: there is none", req.id);
+                return Err(fault(&Error::NotFound(none)));
+            }
+        }
         let state = self.sandbox().ok().and_then(|s| s.state(&req.id, "").ok());
         Ok(ConnectResponse {
             shim_pid: std::process::id(),
@@ -491,24 +534,51 @@ impl Task for TaskService {
         })
     }
 
-    async fn shutdown(&self, _: &TtrpcContext, req: ShutdownRequest) -> Reply<Empty> {
+    pub(crate) async fn shutdown(&self, req: ShutdownRequest) -> Reply<Empty> {
         // One that is being created counts.
         let _one = self.creating.lock().await;
+        self.front.shutdown(req.now, self.count());
+        Ok(Empty::default())
+    }
+
+    /// Ends what has no container, and creates none.
+    pub(crate) async fn end_if_empty(&self) {
+        let _one = self.creating.lock().await;
+        let count = self.count();
+        if count.all == 0 {
+            self.front.shutdown(false, count);
+        }
+    }
+
+    fn count(&self) -> Count {
         let ids = self.tasks.ids();
         let sandbox = self.sandbox().ok();
         let alive = |id: &&String| {
             let state = sandbox.as_ref().and_then(|s| s.state(id, "").ok());
             state.is_some_and(|s| !matches!(s.state, ProcessState::Stopped(_)))
         };
-        let count = Count {
+        Count {
             all: ids.len(),
             alive: ids.iter().filter(alive).count(),
-        };
-        self.front.shutdown(req.now, count);
-        Ok(Empty::default())
+        }
     }
 
-    async fn checkpoint(&self, _: &TtrpcContext, req: CheckpointTaskRequest) -> Reply<Empty> {
+    /// Who asked for a container has gone while it was being created, and nobody will ask
+    /// for it: it goes as well.
+    async fn abandoned(&self, id: &str, created: bool) {
+        if created {
+            let delete = DeleteRequest {
+                id: id.into(),
+                ..Default::default()
+            };
+            if let Err(e) = self.delete(delete).await {
+                tracing::warn!(id, "remove a container that nobody waits for: {e}");
+            }
+        }
+        self.front.abandoned(self.count());
+    }
+
+    pub(crate) async fn checkpoint(&self, req: CheckpointTaskRequest) -> Reply<Empty> {
         let options = checkpoint::options(req.options.as_ref()).map_err(|e| fault(&e))?;
         let sandbox = self.sandbox()?;
         let (id, path) = (&*req.id, &*req.path);

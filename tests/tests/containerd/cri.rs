@@ -1,174 +1,22 @@
 //! Pods, as Kubernetes' kubelet asks for them.
 
-use std::collections::HashMap;
-
 use k8s_cri::v1::{
-    ContainerConfig, ContainerMetadata, ContainerState, ContainerStatsRequest,
-    ContainerStatusRequest, CreateContainerRequest, ExecSyncRequest, ExecSyncResponse, ImageSpec,
-    LinuxPodSandboxConfig, LinuxSandboxSecurityContext, ListContainerStatsRequest, NamespaceMode,
-    NamespaceOption, PodSandboxConfig, PodSandboxMetadata, PodSandboxState,
-    PodSandboxStatusRequest, RemoveContainerRequest, RemovePodSandboxRequest, RunPodSandboxRequest,
-    StartContainerRequest, StopContainerRequest, StopPodSandboxRequest,
-    runtime_service_client::RuntimeServiceClient,
+    ContainerState, ContainerStatsRequest, ListContainerStatsRequest, PodSandboxState,
+    PodSandboxStatusRequest,
 };
-use tokio::runtime::Runtime;
-use tonic::transport::{Channel, Endpoint};
-use walnut_tests::{unique, until};
+use walnut_tests::until;
 
-use crate::daemon::{Daemon, KUBERNETES_IMAGE};
-
-/// A kubelet's connection.
-struct Kubelet {
-    runtime: Runtime,
-    client: RuntimeServiceClient<Channel>,
-}
-
-/// Calls a method to its answer.
-macro_rules! call {
-    ($kubelet:expr, $method:ident, $request:expr) => {{
-        let reply = $kubelet.runtime.block_on($kubelet.client.$method($request));
-        reply.map(tonic::Response::into_inner)
-    }};
-}
-
-/// A pod, and what its containers are made with.
-struct Pod {
-    id: String,
-    config: PodSandboxConfig,
-}
-
-impl Kubelet {
-    fn new(daemon: &Daemon) -> Self {
-        let runtime = Runtime::new().unwrap();
-        let address = format!("unix://{}", daemon.socket().display());
-        let channel = runtime
-            .block_on(Endpoint::try_from(address).unwrap().connect())
-            .unwrap();
-        Self {
-            runtime,
-            client: RuntimeServiceClient::new(channel),
-        }
-    }
-
-    fn run_pod(&mut self, daemon: &Daemon) -> Pod {
-        let name = unique("pod");
-        let options = NamespaceOption {
-            network: NamespaceMode::Node.into(),
-            pid: NamespaceMode::Container.into(),
-            ..Default::default()
-        };
-        let config = PodSandboxConfig {
-            metadata: Some(PodSandboxMetadata {
-                name: name.clone(),
-                uid: name.clone(),
-                namespace: "default".into(),
-                attempt: 0,
-            }),
-            hostname: name,
-            log_directory: daemon.scratch().join("logs").display().to_string(),
-            linux: Some(LinuxPodSandboxConfig {
-                security_context: Some(LinuxSandboxSecurityContext {
-                    namespace_options: Some(options),
-                    ..Default::default()
-                }),
-                ..Default::default()
-            }),
-            ..Default::default()
-        };
-        let request = RunPodSandboxRequest {
-            config: Some(config.clone()),
-            runtime_handler: "walnut".into(),
-        };
-        let id = call!(self, run_pod_sandbox, request)
-            .unwrap()
-            .pod_sandbox_id;
-        daemon.note(&id);
-        Pod { id, config }
-    }
-
-    /// Creates and starts a container that runs `script`.
-    fn run(&mut self, pod: &Pod, name: &str, script: &str) -> String {
-        let config = ContainerConfig {
-            metadata: Some(ContainerMetadata {
-                name: name.into(),
-                attempt: 0,
-            }),
-            image: Some(ImageSpec {
-                image: KUBERNETES_IMAGE.into(),
-                annotations: HashMap::default(),
-                ..Default::default()
-            }),
-            command: ["sh", "-c", script].map(Into::into).into(),
-            log_path: format!("{name}.log"),
-            ..Default::default()
-        };
-        let request = CreateContainerRequest {
-            pod_sandbox_id: pod.id.clone(),
-            config: Some(config),
-            sandbox_config: Some(pod.config.clone()),
-        };
-        let container_id = call!(self, create_container, request).unwrap().container_id;
-        let request = StartContainerRequest {
-            container_id: container_id.clone(),
-        };
-        call!(self, start_container, request).unwrap();
-        container_id
-    }
-
-    fn exec(&mut self, id: &str, script: &str) -> ExecSyncResponse {
-        let request = ExecSyncRequest {
-            container_id: id.into(),
-            cmd: ["sh", "-c", script].map(Into::into).into(),
-            timeout: 0,
-        };
-        call!(self, exec_sync, request).unwrap()
-    }
-
-    /// State and exit code of a container.
-    fn status(&mut self, id: &str) -> (ContainerState, i32, String) {
-        let request = ContainerStatusRequest {
-            container_id: id.into(),
-            verbose: false,
-        };
-        let status = call!(self, container_status, request)
-            .unwrap()
-            .status
-            .unwrap();
-        (status.state(), status.exit_code, status.reason)
-    }
-
-    fn stop(&mut self, id: &str) {
-        let request = StopContainerRequest {
-            container_id: id.into(),
-            timeout: 60,
-        };
-        call!(self, stop_container, request).unwrap();
-    }
-
-    fn remove(&mut self, id: &str) {
-        let request = RemoveContainerRequest {
-            container_id: id.into(),
-        };
-        call!(self, remove_container, request).unwrap();
-    }
-
-    fn end_pod(&mut self, pod: &Pod) {
-        let pod_sandbox_id = pod.id.clone();
-        let request = StopPodSandboxRequest {
-            pod_sandbox_id: pod_sandbox_id.clone(),
-        };
-        call!(self, stop_pod_sandbox, request).unwrap();
-        let request = RemovePodSandboxRequest { pod_sandbox_id };
-        call!(self, remove_pod_sandbox, request).unwrap();
-    }
-}
+use crate::{
+    daemon::Daemon,
+    kubelet::{Kubelet, call},
+};
 
 const SERVE: &str = "trap 'exit 5' TERM; echo started; echo trouble >&2; sleep 1000 & wait";
 
 #[test]
 fn a_pod_lives_as_kubernetes_wants_it() {
     let daemon = Daemon::start_for_kubernetes();
-    let mut kubelet = Kubelet::new(&daemon);
+    let kubelet = Kubelet::new(&daemon);
     let pod = kubelet.run_pod(&daemon);
     let first = kubelet.run(&pod, "first", SERVE);
     let done = kubelet.exec(&first, "hostname; echo oops >&2; exit 3");
@@ -196,7 +44,7 @@ fn a_pod_lives_as_kubernetes_wants_it() {
     let all = call!(kubelet, list_container_stats, request).unwrap().stats;
     assert_eq!(all.len(), 2);
 
-    kubelet.stop(&first);
+    kubelet.stop(&first).unwrap();
     assert_eq!(kubelet.status(&first).0, ContainerState::ContainerExited);
     assert_eq!(kubelet.status(&first).1, 5);
     assert_eq!(kubelet.status(&second).0, ContainerState::ContainerRunning);
@@ -204,11 +52,11 @@ fn a_pod_lives_as_kubernetes_wants_it() {
     let log = std::fs::read_to_string(log).unwrap();
     assert!(log.contains(" stdout F started\n"), "{log}");
     assert!(log.contains(" stderr F trouble\n"), "{log}");
-    kubelet.remove(&first);
+    kubelet.remove(&first).unwrap();
 
     // The sandbox outlives its last container.
-    kubelet.stop(&second);
-    kubelet.remove(&second);
+    kubelet.stop(&second).unwrap();
+    kubelet.remove(&second).unwrap();
     let request = PodSandboxStatusRequest {
         pod_sandbox_id: pod.id.clone(),
         verbose: false,
@@ -229,14 +77,14 @@ fn a_pod_lives_as_kubernetes_wants_it() {
 
 #[test]
 fn a_pod_outlives_containerd() {
-    let mut daemon = Daemon::start_for_kubernetes();
-    let mut kubelet = Kubelet::new(&daemon);
+    let daemon = Daemon::start_for_kubernetes();
+    let kubelet = Kubelet::new(&daemon);
     let pod = kubelet.run_pod(&daemon);
     let container = kubelet.run(&pod, "one", SERVE);
     daemon.restart(|| {});
-    let mut kubelet = Kubelet::new(&daemon);
+    kubelet.until_it_answers();
     assert_eq!(kubelet.exec(&container, "exit 6").exit_code, 6);
-    kubelet.stop(&container);
+    kubelet.stop(&container).unwrap();
     assert_eq!(kubelet.status(&container).1, 5);
     kubelet.end_pod(&pod);
 }

@@ -38,7 +38,7 @@ pub(crate) struct Daemon {
     root: PathBuf,
     /// Sockets, bundles, and what Walnut keeps.
     state: PathBuf,
-    child: Child,
+    child: Mutex<Child>,
     /// Names of everything that has run.
     names: Mutex<BTreeSet<String>>,
 }
@@ -76,6 +76,9 @@ fn pause_image(dir: &Path) -> PathBuf {
     }
     file
 }
+
+/// What is shown of a log after a failure.
+const LOG_LINES: usize = 300;
 
 /// Stands for the daemon's own directory in what is added to its configuration.
 const DAEMON_STATE: &str = "@state@";
@@ -141,7 +144,7 @@ impl Daemon {
         let daemon = Self {
             root,
             state,
-            child,
+            child: Mutex::new(child),
             names: Mutex::default(),
         };
         daemon.until_it_answers();
@@ -185,11 +188,12 @@ impl Daemon {
     }
 
     /// Kills it as `kill -9` does, and starts it again after `meanwhile`.
-    pub(crate) fn restart(&mut self, meanwhile: impl FnOnce()) {
-        self.child.kill().unwrap();
-        self.child.wait().unwrap();
+    pub(crate) fn restart(&self, meanwhile: impl FnOnce()) {
+        let mut child = self.child.lock().unwrap();
+        child.kill().unwrap();
+        child.wait().unwrap();
         meanwhile();
-        self.child = spawn(&self.root, &self.state);
+        *child = spawn(&self.root, &self.state);
         self.until_it_answers();
     }
 
@@ -323,8 +327,13 @@ impl Daemon {
         self.state.to_str().unwrap()
     }
 
+    /// Where what must not lie on an overlay is.
+    pub(crate) fn root(&self) -> &Path {
+        &self.root
+    }
+
     /// Everything of any container that is on the host.
-    fn traces(&self) -> Vec<String> {
+    pub(crate) fn traces(&self) -> Vec<String> {
         let mut found: Vec<_> = processes(self.mark())
             .into_iter()
             .map(|(pid, name)| format!("process {pid} {name}"))
@@ -346,8 +355,7 @@ impl Daemon {
         let pods = self.state.join("w/containerd");
         let bundles = self.state.join("containerd/io.containerd.runtime.v2.task");
         for dir in [pods, bundles.join(NAMESPACE), bundles.join(KUBERNETES)] {
-            let entries = fs::read_dir(dir).into_iter().flatten().flatten();
-            found.extend(entries.map(|e| e.path().display().to_string()));
+            found.extend(entries(&dir));
         }
         found
     }
@@ -364,6 +372,14 @@ impl Daemon {
         let lines = text.lines().filter(|line| !line.contains("plugin"));
         lines.map(|line| format!("{line}\n")).collect()
     }
+}
+
+/// What is in a directory, but for bundles that a containerd was removing when it was
+/// killed: it renames them first, and never comes back to them.
+pub(crate) fn entries(dir: &Path) -> Vec<String> {
+    let entries = fs::read_dir(dir).into_iter().flatten().flatten();
+    let names = entries.filter(|e| !e.file_name().to_string_lossy().starts_with('.'));
+    names.map(|e| e.path().display().to_string()).collect()
 }
 
 fn spawn(root: &Path, state: &Path) -> Child {
@@ -398,12 +414,21 @@ impl Drop for Daemon {
     fn drop(&mut self) {
         let failed = thread::panicking();
         if failed {
-            eprintln!("containerd's log:\n{}", self.log());
+            let kept = Path::new(env!("CARGO_TARGET_TMPDIR")).join("containerd.log");
+            let copied = fs::copy(self.state.join("log"), &kept);
+            let log = self.log();
+            let lines: Vec<_> = log.lines().collect();
+            let last = &lines[lines.len().saturating_sub(LOG_LINES)..];
+            eprintln!("containerd's log ends so:\n{}", last.join("\n"));
+            if copied.is_ok() {
+                eprintln!("all of it is in {}", kept.display());
+            }
         } else {
             self.assert_nothing_left();
         }
-        let _ = self.child.kill();
-        let _ = self.child.wait();
+        let child = self.child.get_mut().unwrap_or_else(|e| e.into_inner());
+        let _ = child.kill();
+        let _ = child.wait();
         for (pid, _) in processes(self.mark()) {
             let _ = kill(Pid::from_raw(pid), Signal::SIGKILL);
         }

@@ -14,6 +14,8 @@ mod bootstrap;
 mod cri;
 mod daemon;
 mod events;
+mod kill;
+mod kubelet;
 mod lifecycle;
 mod options;
 mod pods;

@@ -10,7 +10,7 @@ use crate::{daemon::Daemon, events::Events, pods::member};
 
 #[test]
 fn containers_outlive_containerd() {
-    let mut daemon = Daemon::start();
+    let daemon = Daemon::start();
     let (a, b) = (unique("a"), unique("b"));
     daemon.detached(&a, &["sleep", "1000"]);
     daemon.detached(&b, &["sleep", "1000"]);
@@ -54,7 +54,7 @@ fn a_killed_shim_takes_everything_along() {
 
 #[test]
 fn a_shim_killed_in_containerd_s_absence_is_cleaned_up_after() {
-    let mut daemon = Daemon::start();
+    let daemon = Daemon::start();
     let id = unique("c");
     daemon.detached(&id, &["sleep", "1000"]);
     let mark = daemon.scratch().to_owned();

@@ -65,7 +65,7 @@ pub(crate) async fn serve(serve: ServeBundle) -> Anyhow<u8> {
         terminal,
         phase: watch::Sender::default(),
     });
-    let mut server = listen(serve.socket, front.clone(), None).await?;
+    let (mut server, _) = listen(serve.socket, front.clone(), None).await?;
     let code = front.supervise(lease).await;
     server.shutdown().await.context("stop serving")?;
     front.clean_up();
