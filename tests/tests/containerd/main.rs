@@ -21,3 +21,4 @@ mod options;
 mod pods;
 mod recovery;
 mod streams;
+mod volumes;

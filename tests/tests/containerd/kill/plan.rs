@@ -71,7 +71,8 @@ pub(crate) enum Victim {
     FileServer,
     /// The guest's kernel panics, as it does when its first process, the agent, dies.
     Guest,
-    /// The command that starts a shim, or cleans up after one.
+    /// The command that starts a shim, or cleans up after one; at a moment of its own life,
+    /// which is short.
     Command,
     /// The shim, while containerd is away.
     ShimUnseen,
@@ -123,13 +124,10 @@ impl Kill {
         // Where such a command runs.
         let commands = [
             Step::RunPod,
-            Step::CreateFirst,
             Step::StartFirst,
             Step::StartSecond,
-            Step::RemoveFirst,
             Step::StopFirst,
             Step::StopPod,
-            Step::RemovePod,
         ];
         if commands.contains(&step) {
             victims.push(Victim::Command);

@@ -10,7 +10,7 @@ use std::{
 use k8s_cri::v1::{
     ContainerConfig, LinuxContainerConfig, LinuxContainerResources, PodSandboxConfig,
 };
-use tonic::Status;
+use tonic::{Code, Status};
 
 use super::{
     BOUND, Kill, SERVE, Step, Victim, World,
@@ -21,6 +21,10 @@ use super::{
 use crate::kubelet::{Pod, container_config, pod_config};
 
 const PAUSE: Duration = Duration::from_millis(50);
+/// Longest a machine takes to end whose kernel has panicked.
+const PANICS: Duration = Duration::from_secs(5);
+/// What a command of containerd's takes, about.
+const COMMAND: Duration = Duration::from_millis(20);
 /// More memory than a container may have, where its kernel panics for want of it.
 const PANIC: &str = "exec cat /dev/zero >/dev/shm/full";
 /// Bytes.
@@ -179,7 +183,9 @@ impl Walker {
                 let usual = world.usual.lock().unwrap()[index];
                 let (done, there) = (&done, &there);
                 scope.spawn(move || {
-                    thread::sleep(usual * kill.at / 100);
+                    if kill.victim != Victim::Command {
+                        thread::sleep(usual * kill.at / 100);
+                    }
                     self.strike(world, kill, there, done)
                 })
             });
@@ -252,16 +258,27 @@ impl Walker {
                 };
             }
             Victim::Guest => {
-                let said = match world.kubelet.try_exec(there, PANIC) {
+                let machines = world.family(&self.name);
+                let machines = machines.named(walnut_tests::machine().0);
+                let result = world.kubelet.try_exec(there, PANIC);
+                // Its container may have ended before; then nothing was executed in it.
+                let executed = match &result {
+                    Ok(_) => true,
+                    Err(e) => e.code() != Code::NotFound && !e.message().contains("EXITED"),
+                };
+                let begun = Instant::now();
+                let alive = || machines.iter().any(|machine| machine.is_there());
+                while executed && alive() && begun.elapsed() < PANICS {
+                    thread::sleep(PAUSE);
+                }
+                let hit = executed && !machines.is_empty() && !alive();
+                let said = match result {
                     Ok(done) => format!("exit code {}", done.exit_code),
                     Err(e) => text(&e),
                 };
-                // It may have been stopped before.
-                let alive = world.family(&self.name).shim.is_some()
-                    && world.kubelet.try_exec(there, "true").is_ok();
                 return Struck {
-                    hit: !alive,
-                    doomed: !alive,
+                    hit,
+                    doomed: hit,
                     what: format!("the guest's kernel: {said}"),
                 };
             }
@@ -282,7 +299,7 @@ impl Walker {
                     ..Default::default()
                 };
             }
-            thread::sleep(Duration::from_millis(2));
+            thread::sleep(Duration::from_millis(1));
         }
     }
 
@@ -291,6 +308,9 @@ impl Walker {
         let family = world.family(&self.name);
         let fitting = fitting(&family, kill.victim);
         let victim = fitting.get(random.below(fitting.len().max(1)))?;
+        if kill.victim == Victim::Command {
+            thread::sleep(COMMAND * kill.at / 100);
+        }
         victim.kill().then(|| (*victim).clone())
     }
 
