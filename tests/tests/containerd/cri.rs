@@ -1,5 +1,10 @@
 //! Pods, as Kubernetes' kubelet asks for them.
 
+use std::{
+    collections::BTreeSet,
+    sync::{Mutex, OnceLock},
+};
+
 use k8s_cri::v1::{
     ContainerState, ContainerStatsRequest, ListContainerStatsRequest, PodSandboxState,
     PodSandboxStatusRequest,
@@ -87,4 +92,39 @@ fn a_pod_outlives_containerd() {
     kubelet.stop(&container).unwrap();
     assert_eq!(kubelet.status(&container).1, 5);
     kubelet.end_pod(&pod);
+}
+
+/// So many pods are started, used and ended at a time: `WALNUT_PODS`, 20 if it is not set.
+#[test]
+#[ignore = "make pods: takes a gigabyte and a while"]
+fn many_pods_at_once() {
+    let count: usize = std::env::var("WALNUT_PODS").map_or(20, |text| text.parse().unwrap());
+    let daemon = Daemon::start_for_kubernetes();
+    let kubelet = Kubelet::new(&daemon);
+    let at_once = |work: &(dyn Fn(usize) + Sync)| {
+        std::thread::scope(|scope| {
+            for n in 0..count {
+                scope.spawn(move || work(n));
+            }
+        });
+    };
+    let begun = std::time::Instant::now();
+    let pods: Vec<_> = (0..count).map(|_| OnceLock::new()).collect();
+    at_once(&|n| {
+        let pod = kubelet.run_pod(&daemon);
+        let container = kubelet.run(&pod, "only", SERVE);
+        assert!(pods[n].set((pod, container)).is_ok());
+    });
+    println!("{count} pods run after {:.1?}", begun.elapsed());
+    let boots = Mutex::new(BTreeSet::new());
+    at_once(&|n| {
+        let (_, container) = pods[n].get().unwrap();
+        let done = kubelet.exec(container, "cat /proc/sys/kernel/random/boot_id");
+        assert_eq!(done.exit_code, 0, "{done:?}");
+        boots.lock().unwrap().insert(done.stdout);
+    });
+    assert_eq!(boots.lock().unwrap().len(), count, "machines are shared");
+    at_once(&|n| kubelet.end_pod(&pods[n].get().unwrap().0));
+    daemon.assert_nothing_left();
+    println!("and are gone after {:.1?}", begun.elapsed());
 }

@@ -122,7 +122,9 @@ impl Daemon {
     /// `tail` may name files below the daemon's own directory ([`DAEMON_STATE`]).
     fn launch(head: &str, tail: &str) -> Self {
         let name = unique("ctd");
-        let root = cache().join("e2e").join(&name);
+        // An emulated host has nothing but an overlay and memory.
+        let roots = std::env::var_os("WALNUT_TEST_ROOT").map(PathBuf::from);
+        let root = roots.unwrap_or_else(|| cache().join("e2e")).join(&name);
         // Short: sockets' addresses are.
         let state = Path::new("/tmp").join(&name);
         for dir in [&root, &state] {

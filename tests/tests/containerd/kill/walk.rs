@@ -264,7 +264,10 @@ impl Walker {
                 // Its container may have ended before; then nothing was executed in it.
                 let executed = match &result {
                     Ok(_) => true,
-                    Err(e) => e.code() != Code::NotFound && !e.message().contains("EXITED"),
+                    Err(e) => {
+                        let refusals = [Code::NotFound, Code::FailedPrecondition];
+                        !refusals.contains(&e.code()) && !e.message().contains("EXITED")
+                    }
                 };
                 let begun = Instant::now();
                 let alive = || machines.iter().any(|machine| machine.is_there());
