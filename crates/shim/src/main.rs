@@ -10,6 +10,7 @@ mod background;
 mod calls;
 mod checkpoint;
 mod containerd;
+mod fault;
 mod front;
 mod metrics;
 mod mount;

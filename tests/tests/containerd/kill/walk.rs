@@ -126,7 +126,7 @@ impl Walker {
             let now = kill.as_ref().filter(|kill| kill.step == step);
             let turn = world.turns.load(Ordering::SeqCst);
             let (result, struck) = self.step(world, step, now, &mut pod, &mut ids);
-            let interrupted = turn % 2 == 1 || world.turns.load(Ordering::SeqCst) != turn;
+            let interrupted = !turn.is_multiple_of(2) || world.turns.load(Ordering::SeqCst) != turn;
             let said = match &result {
                 Ok(()) => "done".to_owned(),
                 Err(e) => text(e),
@@ -336,7 +336,7 @@ impl Walker {
             if wrong.is_empty() {
                 return;
             }
-            if life.settled > BOUND && turn % 2 == 0 {
+            if life.settled > BOUND && turn.is_multiple_of(2) {
                 return life.trouble.extend(wrong);
             }
             thread::sleep(PAUSE);
@@ -352,7 +352,7 @@ impl Walker {
                 Ok(()) => return,
                 Err(wrong) => wrong,
             };
-            let interrupted = turn % 2 == 1 || world.turns.load(Ordering::SeqCst) != turn;
+            let interrupted = !turn.is_multiple_of(2) || world.turns.load(Ordering::SeqCst) != turn;
             if !interrupted {
                 // kubelet would ask again, and we do; but it should not have to.
                 life.trouble.push(format!("take it away: {wrong}"));
