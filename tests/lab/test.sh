@@ -130,7 +130,7 @@ kills() {
     local program
     program=$(programs walnut-tests containerd)
     # shellcheck disable=SC2016 # expanded in the lab
-    tests/lab/lab --timeout 3600 --memory 8192 --env WALNUT_TEST_ROOT=/tmp \
+    tests/lab/lab --timeout 3600 --memory 8192 --env WALNUT_TEST_ROOT=/tmp/root \
         --env "WALNUT_KILLS=${WALNUT_KILLS:-30}" --env "WALNUT_SEED=${WALNUT_SEED:-$(date +%s)}" \
         --env "WALNUT_PODS=${WALNUT_PODS:-1}" sh -c 'cd tests && exec "$0" "$@"' \
         "$program" --ignored --nocapture hundreds_of_kills </dev/null

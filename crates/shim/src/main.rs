@@ -204,10 +204,12 @@ async fn answer(action: Action, flags: &Flags) -> Result<()> {
             std::io::stdout()
                 .write_all(&begun.answer)
                 .context("answer")?;
-            return match begun.lease {
-                Some(mut lease) => lease.write_all(&[1]).context("let the supervisor stay"),
-                None => Ok(()),
-            };
+            if let Some(mut lease) = begun.lease {
+                // One that has been killed already is what containerd sees next, and asks to
+                // have cleaned up; after a failure here it would not.
+                let _ = lease.write_all(&[1]);
+            }
+            return Ok(());
         }
         Action::Delete => containerd::delete(flags).await?,
         Action::Info => {
