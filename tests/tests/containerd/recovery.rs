@@ -114,3 +114,34 @@ fn a_killed_shim_takes_its_whole_pod_along() {
         daemon.remove(id);
     }
 }
+
+#[test]
+fn a_killed_file_server_ends_its_containers() {
+    let daemon = Daemon::start();
+    let id = unique("c");
+    daemon.detached(&id, &["sleep", "1000"]);
+    daemon.kill_process("virtiofsd");
+    daemon.until_task_is(&id, "STOPPED");
+    daemon.delete(&id, 137);
+    daemon.assert_nothing_left();
+    daemon.ctr(&["container", "rm", &id]).exits(0);
+}
+
+#[test]
+fn what_is_being_created_when_containerd_is_killed_goes() {
+    let daemon = Daemon::start();
+    let id = unique("c");
+    std::thread::scope(|scope| {
+        // It is told that its connection is gone.
+        scope.spawn(|| daemon.run(&["-d"], &id, &["sleep", "1000"]));
+        let mark = daemon.scratch().to_str().unwrap();
+        until("its machine is being started", || {
+            let all = walnut_tests::processes(mark);
+            all.iter().any(|(_, name)| name == "virtiofsd")
+        });
+        daemon.restart(|| {});
+    });
+    assert!(daemon.task(&id).is_none());
+    daemon.assert_nothing_left();
+    daemon.ctr(&["container", "rm", &id]).exits(0);
+}
