@@ -10,7 +10,7 @@ TESTS = $(CARGO) test --release --workspace --features walnut-agent/guest-tests
 # Clones of one template that a test compares; `make e2e CLONES=200` takes minutes longer.
 CLONES ?= 40
 
-.PHONY: all deps build demo test unit e2e containerd-newer lab lab-short lint fuzz fuzz-short fmt bench bench-lab install uninstall clean help
+.PHONY: all deps build demo test unit e2e containerd-newer kill pods lab lab-short lint fuzz fuzz-short fmt bench bench-lab install uninstall clean help
 
 all: build
 
@@ -64,6 +64,18 @@ lab-short: build
 lab: build ## Tests with a real KVM, in an emulated host: all
 	@tests/image/build.sh
 	@tests/lab/test.sh
+
+# How many kills; WALNUT_SEED repeats them.
+WALNUT_KILLS ?= 300
+export WALNUT_KILLS
+
+kill: build ## Kill each process at each step of a pod's life, WALNUT_KILLS times
+	@tests/image/build.sh
+	@$(CARGO) test --release -p walnut-tests --test containerd -- --ignored --nocapture hundreds_of_kills
+
+pods: build ## Twenty pods at once, or WALNUT_PODS
+	@tests/image/build.sh
+	@$(CARGO) test --release -p walnut-tests --test containerd -- --ignored --nocapture many_pods_at_once
 
 # Inputs for each target; the build with its sanitizer takes longer than a short run.
 FUZZ_RUNS ?= 20000

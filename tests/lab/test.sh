@@ -7,6 +7,8 @@
 #   tests/lab/test.sh itself        the lab alone
 #   tests/lab/test.sh vmm [OPTION…] walnut-vmm alone; options of its test programs
 #   tests/lab/test.sh e2e [NAME…]   the end-to-end suite, or the tests so named
+#   tests/lab/test.sh kill          processes killed under containerd, WALNUT_KILLS times
+#                                   (default 30), drawn from WALNUT_SEED
 set -Eeuo pipefail
 cd "$(dirname "$0")/../.."
 
@@ -131,10 +133,23 @@ e2e() {
     return $failed
 }
 
+# containerd's files go into the lab's memory: its root is an overlay already.
+kills() {
+    echo '==> kills under containerd, on walnut-vmm, in the lab'
+    local program
+    program=$(programs walnut-tests containerd)
+    # shellcheck disable=SC2016 # expanded in the lab
+    tests/lab/lab --timeout 3600 --memory 8192 --env WALNUT_TEST_ROOT=/tmp/root \
+        --env "WALNUT_KILLS=${WALNUT_KILLS:-30}" --env "WALNUT_SEED=${WALNUT_SEED:-$(date +%s)}" \
+        --env "WALNUT_PODS=${WALNUT_PODS:-1}" sh -c 'cd tests && exec "$0" "$@"' \
+        "$program" --ignored --nocapture hundreds_of_kills </dev/null
+}
+
 case ${1:-all} in
     all) itself && vmm && e2e ;;
     itself) itself ;;
     vmm) shift && vmm "$@" ;;
     e2e) shift && e2e "$@" ;;
-    *) sed -n '2,9s/^# \{0,1\}//p' "$0" >&2 && exit 2 ;;
+    kill) kills ;;
+    *) sed -n '2,11s/^# \{0,1\}//p' "$0" >&2 && exit 2 ;;
 esac

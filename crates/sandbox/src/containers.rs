@@ -128,11 +128,20 @@ impl Sandbox {
         steps.done("agent greeted");
         let mut sandbox = Self::new(config, started, shared, size, cgroup);
         sandbox.networked = !links.is_empty();
-        sandbox.configure(&plan.spec).await?;
-        sandbox.configure_network(&links).await?;
-        steps.done("sandbox configured");
         let volumes = (0..volumes.len()).collect();
-        sandbox.build(first, plan, ends, volumes).await?;
+        let built = async {
+            sandbox.configure(&plan.spec).await?;
+            sandbox.configure_network(&links).await?;
+            steps.done("sandbox configured");
+            sandbox.build(first, plan, ends, volumes).await
+        };
+        tokio::select! {
+            built = built => built?,
+            // A guest that has lost its file server waits for it, and says nothing.
+            exit = sandbox.ended() => {
+                return Err(Error::Machine(format!("create container {}: {exit}", first.id)));
+            }
+        }
         steps.done("container created");
         let sandbox = Arc::new(sandbox);
         if let Some(inlet) = links.inlet.take() {

@@ -77,12 +77,12 @@ impl DaemonDirs {
     /// Takes the directory `path`, made empty; `None` if a supervisor has it.
     pub fn take(&self, path: &Path) -> Result<Option<SandboxDir>> {
         loop {
-            private_dir(path)?;
             let file = path.join(LOCK);
-            let lock = match Lock::try_take(&file) {
+            let lock = match private_dir(path).and_then(|()| Lock::try_take(&file)) {
                 Ok(Some(lock)) => lock,
                 Ok(None) => return Ok(None),
-                // Whoever had it has just moved it away.
+                // Whoever had it has just moved it away, or who sweeps took it for one that
+                // a killed supervisor left.
                 Err(Error::Io { source, .. }) if source.kind() == io::ErrorKind::NotFound => {
                     continue;
                 }
@@ -225,6 +225,31 @@ mod tests {
     }
 
     #[test]
+    fn a_sweep_is_in_nobodys_way() {
+        let run = tempfile::tempdir().unwrap();
+        let dirs = DaemonDirs::new(run.path()).unwrap();
+        std::thread::scope(|scope| {
+            let all: Vec<_> = (0..4)
+                .map(|n| {
+                    let (dirs, path) = (&dirs, dirs.path(&[&n.to_string()]));
+                    scope.spawn(move || {
+                        for _ in 0..500 {
+                            // Until a sweep lets go of it.
+                            while dirs.take(&path).unwrap().is_none_or(|dir| {
+                                dir.remove().unwrap();
+                                false
+                            }) {}
+                        }
+                    })
+                })
+                .collect();
+            while all.iter().any(|one| !one.is_finished()) {
+                dirs.sweep().unwrap();
+            }
+        });
+    }
+
+    #[test]
     fn a_sweep_removes_what_nobody_holds() {
         let run = tempfile::tempdir().unwrap();
         let dirs = DaemonDirs::new(run.path()).unwrap();
@@ -235,6 +260,41 @@ mod tests {
             .unwrap();
         dirs.sweep().unwrap();
         assert!(!dead.exists() && alive.exists());
+    }
+
+    #[test]
+    fn a_directory_can_be_taken_while_others_sweep() {
+        let run = tempfile::tempdir().unwrap();
+        let dirs = DaemonDirs::new(run.path()).unwrap();
+        let done = std::sync::atomic::AtomicBool::new(false);
+        std::thread::scope(|scope| {
+            for _ in 0..3 {
+                scope.spawn(|| {
+                    while !done.load(std::sync::atomic::Ordering::Relaxed) {
+                        dirs.sweep().unwrap();
+                    }
+                });
+            }
+            for n in 0..2000 {
+                let path = dirs.path(&[&n.to_string()]);
+                // Whoever sweeps has the lock for a moment.
+                let dir = loop {
+                    match dirs.take(&path) {
+                        Ok(Some(dir)) => break Ok(dir),
+                        Ok(None) => {}
+                        Err(e) => break Err(e),
+                    }
+                };
+                match dir {
+                    Ok(dir) => dir.remove().unwrap(),
+                    Err(e) => {
+                        done.store(true, std::sync::atomic::Ordering::Relaxed);
+                        panic!("{e}");
+                    }
+                }
+            }
+            done.store(true, std::sync::atomic::Ordering::Relaxed);
+        });
     }
 
     #[test]

@@ -149,6 +149,7 @@ pub(crate) fn translate(mut spec: Spec, container: &str, place: &Place<'_>) -> R
             linux.set_sysctl(None);
         }
         forget_host_cpus(linux);
+        name_propagation(linux);
     }
     serde_json::to_vec(&spec)
         .map_err(|e| Error::Invalid(format!("write the guest's spec of {container}: {e}")))
@@ -160,6 +161,15 @@ fn forget_copy_up(mount: &mut Mount) {
     if let Some(mut options) = mount.options().clone() {
         options.retain(|option| option != "tmpcopyup");
         mount.set_options(Some(options));
+    }
+}
+
+/// containerd asks for "rslave" where a volume follows the host's mounts, as runc takes it;
+/// the specification has the words without an "r", and the guest knows no others.
+fn name_propagation(linux: &mut Linux) {
+    let word = linux.rootfs_propagation().clone();
+    if let Some(known) = word.as_deref().and_then(|word| word.strip_prefix('r')) {
+        linux.set_rootfs_propagation(Some(known.into()));
     }
 }
 
@@ -316,6 +326,20 @@ mod tests {
         assert_eq!(mounts[0].typ().as_deref(), Some("bind"));
         assert_eq!(mounts[0].source(), &Some("/dev/shm".into()));
         assert!(!options(&mounts[0]).any(|o| o.starts_with("size")));
+    }
+
+    #[test]
+    fn propagation_has_the_specifications_words() {
+        for (asked, known) in [
+            ("rslave", "slave"),
+            ("rshared", "shared"),
+            ("slave", "slave"),
+        ] {
+            let mut linux = Linux::default();
+            linux.set_rootfs_propagation(Some(asked.into()));
+            name_propagation(&mut linux);
+            assert_eq!(linux.rootfs_propagation().as_deref(), Some(known));
+        }
     }
 
     #[test]

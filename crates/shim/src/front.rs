@@ -110,6 +110,15 @@ pub(crate) trait Front: Debug + Send + Sync + 'static {
         }
     }
 
+    /// Whether who connects is to hear that the container is not there. Others connect
+    /// to see whether anybody answers.
+    fn wants_container(&self) -> bool {
+        false
+    }
+
+    /// Who asked for a container has gone before there was one.
+    fn abandoned(&self, _: Count) {}
+
     /// Is asked to end.
     fn shutdown(&self, now: bool, count: Count);
 

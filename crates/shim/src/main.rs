@@ -7,8 +7,10 @@
 //! OCI command line it stands for a container's first process; see [`oci`].
 
 mod background;
+mod calls;
 mod checkpoint;
 mod containerd;
+mod fault;
 mod front;
 mod metrics;
 mod mount;
@@ -27,6 +29,7 @@ use std::{
     os::fd::{AsFd, OwnedFd},
     process::ExitCode,
     sync::Arc,
+    time::Duration,
 };
 
 use anyhow::{Context, Result};
@@ -36,6 +39,7 @@ use ttrpc::asynchronous::{Server, transport::Listener};
 use walnut_sandbox::{Layout, Lock, Sandbox, SandboxDir};
 
 use crate::{
+    calls::Calls,
     containerd::{Action, Flags, Pod},
     front::Front,
     options::{Command, Options, ServePod},
@@ -45,6 +49,8 @@ use crate::{
 
 /// Most that is read of a runtime's options.
 const OPTIONS_MAX: u64 = 1 << 20;
+/// How long a supervisor of containerd's waits for its first container.
+const UNWANTED: Duration = Duration::from_secs(60);
 
 fn main() -> ExitCode {
     let command = match options::parse(std::env::args().skip(1)) {
@@ -144,6 +150,7 @@ async fn serve(options: Options, standby: Option<Arc<Sandbox>>) -> Result<()> {
 async fn serve_pod(serve: ServePod) -> Result<()> {
     let socket = options::own(serve.socket_fd).context("take the socket")?;
     let lock = options::own(serve.lock_fd).context("take the lock")?;
+    let lease = options::own(serve.lease_fd).context("take the lease")?;
     let dir = SandboxDir::inherited(serve.dir.clone(), Lock::inherited(lock));
     let layout = Layout::from_env()?;
     let options = containerd::kept_options(&serve.dir)?;
@@ -154,6 +161,14 @@ async fn serve_pod(serve: ServePod) -> Result<()> {
     let sandboxes = create_sandbox(Arc::new(SharedSandboxService(sandboxes)));
     let mut server = server(socket, &service)?.register_service(sandboxes);
     server.start().await.context("serve containerd")?;
+    tokio::spawn(async move {
+        // Who started it may have been killed before containerd knew of it, and
+        // containerd before it asked for a container.
+        if !owner::broken(lease).await {
+            tokio::time::sleep(UNWANTED).await;
+        }
+        service.end_if_empty().await;
+    });
     pod.supervise().await;
     server.shutdown().await.context("stop serving")?;
     pod.clean_up();
@@ -179,9 +194,10 @@ fn server(socket: OwnedFd, service: &Arc<TaskService>) -> Result<Server> {
         .set_nonblocking(true)
         .context("set up the socket")?;
     let listener = UnixListener::from_std(listener).context("set up the socket")?;
-    let tasks = create_task(service.clone());
+    let calls = Arc::new(Calls::new(service.clone()));
+    let tasks = create_task(calls.clone());
     // containerd 1.x asks for the same service under its older name.
-    let older = create_task(service.clone())
+    let older = create_task(calls)
         .into_iter()
         .map(|(name, service)| (name.replace(".v3.", ".v2."), service));
     Ok(Server::new()
@@ -193,7 +209,18 @@ fn server(socket: OwnedFd, service: &Arc<TaskService>) -> Result<Server> {
 /// Does what containerd asks for, and answers.
 async fn answer(action: Action, flags: &Flags) -> Result<()> {
     let answer = match action {
-        Action::Start => containerd::start(flags)?,
+        Action::Start => {
+            let begun = containerd::start(flags)?;
+            std::io::stdout()
+                .write_all(&begun.answer)
+                .context("answer")?;
+            if let Some(mut lease) = begun.lease {
+                // One that has been killed already is what containerd sees next, and asks to
+                // have cleaned up; after a failure here it would not.
+                let _ = lease.write_all(&[1]);
+            }
+            return Ok(());
+        }
         Action::Delete => containerd::delete(flags).await?,
         Action::Info => {
             let mut options = Vec::new();

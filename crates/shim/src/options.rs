@@ -80,6 +80,8 @@ pub(crate) struct ServePod {
     pub(crate) ttrpc_address: Option<String>,
     pub(crate) socket_fd: RawFd,
     pub(crate) lock_fd: RawFd,
+    /// A pipe that ends before a byte comes if who started it has no use for it.
+    pub(crate) lease_fd: RawFd,
 }
 
 impl ServePod {
@@ -98,6 +100,8 @@ impl ServePod {
             self.socket_fd.to_string().into(),
             "--lock-fd".into(),
             self.lock_fd.to_string().into(),
+            "--lease-fd".into(),
+            self.lease_fd.to_string().into(),
         ]);
         if let Some(address) = &self.ttrpc_address {
             args.extend(["--ttrpc-address".into(), address.into()]);
@@ -110,7 +114,8 @@ impl ServePod {
 
     fn read(mut args: impl Iterator<Item = String>) -> Result<Self, String> {
         let (mut namespace, mut id, mut address, mut dir) = (None, None, None, None);
-        let (mut ttrpc_address, mut socket, mut lock, mut debug) = (None, None, None, false);
+        let (mut ttrpc_address, mut debug) = (None, false);
+        let (mut socket, mut lock, mut lease) = (None, None, None);
         while let Some(name) = args.next() {
             if name == "--debug" {
                 debug = true;
@@ -125,6 +130,7 @@ impl ServePod {
                 "--ttrpc-address" => ttrpc_address = Some(value),
                 "--socket-fd" => socket = Some(number(&name, &value)?),
                 "--lock-fd" => lock = Some(number(&name, &value)?),
+                "--lease-fd" => lease = Some(number(&name, &value)?),
                 _ => return Err(format!("unknown option {name}\n\n{USAGE}")),
             }
         }
@@ -138,6 +144,7 @@ impl ServePod {
             ttrpc_address,
             socket_fd: socket.ok_or_else(|| missing("--socket-fd"))?,
             lock_fd: lock.ok_or_else(|| missing("--lock-fd"))?,
+            lease_fd: lease.ok_or_else(|| missing("--lease-fd"))?,
         })
     }
 }
@@ -464,6 +471,7 @@ mod tests {
             ttrpc_address: Some("/c.ttrpc".into()),
             socket_fd: 7,
             lock_fd: 8,
+            lease_fd: 9,
         };
         let args = serve.args().into_iter().map(|a| a.into_string().unwrap());
         let Ok(Some(Command::ServePod(read))) = parse(args) else {

@@ -7,7 +7,9 @@ mod sandbox_api;
 pub(crate) use sandbox_api::{SandboxService, Shared as SharedSandboxService};
 
 use std::{
+    convert::Infallible,
     path::Path,
+    pin::pin,
     sync::{
         Arc, Mutex as StdMutex,
         atomic::{AtomicBool, Ordering},
@@ -16,7 +18,6 @@ use std::{
 };
 
 use anyhow::Context as _;
-use async_trait::async_trait;
 use containerd_shim_protos::{
     api::{
         CheckpointTaskRequest, CloseIORequest, ConnectRequest, ConnectResponse, CreateTaskRequest,
@@ -26,10 +27,14 @@ use containerd_shim_protos::{
         StatsResponse, Status as TaskStatus, UpdateTaskRequest, WaitRequest, WaitResponse,
     },
     protobuf::{MessageField, well_known_types::any::Any},
-    shim_async::Task,
 };
-use tokio::{sync::Mutex, time::timeout};
-use ttrpc::{Code, r#async::TtrpcContext, get_status};
+use tokio::{
+    sync::{
+        Mutex,
+        oneshot::{self, error::TryRecvError},
+    },
+    time::timeout,
+};
 use walnut_sandbox::{
     ANNOTATION_RECLAIM, Assets, ContainerRequest, Error, ExecRequest, ProcessState, RootfsMount,
     Sandbox, SandboxConfig, Settings,
@@ -38,6 +43,7 @@ use walnut_sandbox::{
 use crate::{
     checkpoint,
     containerd::timestamp,
+    fault::fault,
     front::{Count, Event, Front, Streams},
     metrics,
     mount::{self, Mount, Mounted, Way},
@@ -46,6 +52,9 @@ use crate::{
     template,
 };
 
+/// How long who connects waits for a creation that is under way. containerd waits for five
+/// seconds.
+const CREATION: Duration = Duration::from_secs(2);
 /// How long the end of a container waits for those of its other processes, which its
 /// kernel ends with it.
 const STRAGGLERS: Duration = Duration::from_secs(2);
@@ -65,7 +74,7 @@ pub(crate) struct TaskService {
     announced: AtomicBool,
 }
 
-type Reply<T> = ttrpc::Result<T>;
+pub(crate) type Reply<T> = ttrpc::Result<T>;
 
 impl TaskService {
     pub(crate) fn new(
@@ -244,10 +253,37 @@ impl TaskService {
     }
 }
 
-#[async_trait]
-impl Task for TaskService {
-    async fn create(&self, _: &TtrpcContext, req: CreateTaskRequest) -> Reply<CreateTaskResponse> {
+/// The calls, one each.
+impl TaskService {
+    /// `gone` comes when nobody waits for the answer any more.
+    pub(crate) async fn create(
+        &self,
+        req: CreateTaskRequest,
+        mut gone: oneshot::Receiver<Infallible>,
+    ) -> Reply<CreateTaskResponse> {
         let _one = self.creating.lock().await;
+        let id = req.id.clone();
+        let known = self.tasks.has(&id);
+        let first = self.sandbox().is_err();
+        let reply = {
+            let mut created = pin!(self.created(req));
+            tokio::select! {
+                reply = &mut created => reply,
+                // A machine ends when it is dropped; what is under way in one that others
+                // use has to come to its end first.
+                _ = &mut gone => match first {
+                    true => Err(fault(&Error::Invalid("nobody waits for it".into()))),
+                    false => created.await,
+                },
+            }
+        };
+        if !known && matches!(gone.try_recv(), Err(TryRecvError::Closed)) {
+            self.abandoned(&id, reply.is_ok()).await;
+        }
+        reply
+    }
+
+    async fn created(&self, req: CreateTaskRequest) -> Reply<CreateTaskResponse> {
         if self.tasks.has(&req.id) {
             let taken = format!("create container {}: it exists already", req.id);
             return Err(fault(&Error::AlreadyExists(taken)));
@@ -284,7 +320,7 @@ impl Task for TaskService {
         })
     }
 
-    async fn start(&self, _: &TtrpcContext, req: StartRequest) -> Reply<StartResponse> {
+    pub(crate) async fn start(&self, req: StartRequest) -> Reply<StartResponse> {
         let sandbox = self.sandbox()?;
         let (id, exec_id) = (&*req.id, &*req.exec_id);
         let started = sandbox.start(id, exec_id).await;
@@ -303,7 +339,7 @@ impl Task for TaskService {
         })
     }
 
-    async fn state(&self, _: &TtrpcContext, req: StateRequest) -> Reply<StateResponse> {
+    pub(crate) async fn state(&self, req: StateRequest) -> Reply<StateResponse> {
         let state = self
             .sandbox()?
             .state(&req.id, &req.exec_id)
@@ -334,7 +370,7 @@ impl Task for TaskService {
         Ok(reply)
     }
 
-    async fn exec(&self, _: &TtrpcContext, req: ExecProcessRequest) -> Reply<Empty> {
+    pub(crate) async fn exec(&self, req: ExecProcessRequest) -> Reply<Empty> {
         let sandbox = self.sandbox()?;
         let state = sandbox.state(&req.id, "").map_err(|e| fault(&e))?.state;
         let state = match state {
@@ -369,7 +405,7 @@ impl Task for TaskService {
         Ok(Empty::default())
     }
 
-    async fn wait(&self, _: &TtrpcContext, req: WaitRequest) -> Reply<WaitResponse> {
+    pub(crate) async fn wait(&self, req: WaitRequest) -> Reply<WaitResponse> {
         let sandbox = self.sandbox()?;
         let exit = sandbox
             .wait(&req.id, &req.exec_id)
@@ -382,7 +418,7 @@ impl Task for TaskService {
         })
     }
 
-    async fn kill(&self, _: &TtrpcContext, req: KillRequest) -> Reply<Empty> {
+    pub(crate) async fn kill(&self, req: KillRequest) -> Reply<Empty> {
         let sandbox = self.sandbox()?;
         let (id, exec_id) = (&*req.id, &*req.exec_id);
         let before = sandbox.state(id, exec_id).map_err(|e| fault(&e))?.state;
@@ -397,7 +433,7 @@ impl Task for TaskService {
         Ok(Empty::default())
     }
 
-    async fn resize_pty(&self, _: &TtrpcContext, req: ResizePtyRequest) -> Reply<Empty> {
+    pub(crate) async fn resize_pty(&self, req: ResizePtyRequest) -> Reply<Empty> {
         let sandbox = self.sandbox()?;
         sandbox
             .resize(&req.id, &req.exec_id, req.width, req.height)
@@ -406,7 +442,7 @@ impl Task for TaskService {
         Ok(Empty::default())
     }
 
-    async fn close_io(&self, _: &TtrpcContext, req: CloseIORequest) -> Reply<Empty> {
+    pub(crate) async fn close_io(&self, req: CloseIORequest) -> Reply<Empty> {
         if req.stdin {
             let sandbox = self.sandbox()?;
             sandbox
@@ -416,21 +452,21 @@ impl Task for TaskService {
         Ok(Empty::default())
     }
 
-    async fn pause(&self, _: &TtrpcContext, req: PauseRequest) -> Reply<Empty> {
+    pub(crate) async fn pause(&self, req: PauseRequest) -> Reply<Empty> {
         let sandbox = self.sandbox()?;
         sandbox.pause(&req.id).await.map_err(|e| fault(&e))?;
         self.front.tell(Event::Paused { id: &req.id });
         Ok(Empty::default())
     }
 
-    async fn resume(&self, _: &TtrpcContext, req: ResumeRequest) -> Reply<Empty> {
+    pub(crate) async fn resume(&self, req: ResumeRequest) -> Reply<Empty> {
         let sandbox = self.sandbox()?;
         sandbox.resume(&req.id).await.map_err(|e| fault(&e))?;
         self.front.tell(Event::Resumed { id: &req.id });
         Ok(Empty::default())
     }
 
-    async fn update(&self, _: &TtrpcContext, req: UpdateTaskRequest) -> Reply<Empty> {
+    pub(crate) async fn update(&self, req: UpdateTaskRequest) -> Reply<Empty> {
         let sandbox = self.sandbox()?;
         if let Some(bytes) = req.annotations.get(ANNOTATION_RECLAIM) {
             let bytes = bytes.parse().map_err(|e| {
@@ -450,7 +486,7 @@ impl Task for TaskService {
         Ok(Empty::default())
     }
 
-    async fn pids(&self, _: &TtrpcContext, req: PidsRequest) -> Reply<PidsResponse> {
+    pub(crate) async fn pids(&self, req: PidsRequest) -> Reply<PidsResponse> {
         let pids = self.sandbox()?.pids(&req.id).await.map_err(|e| fault(&e))?;
         Ok(PidsResponse {
             processes: self
@@ -466,7 +502,7 @@ impl Task for TaskService {
         })
     }
 
-    async fn stats(&self, _: &TtrpcContext, req: StatsRequest) -> Reply<StatsResponse> {
+    pub(crate) async fn stats(&self, req: StatsRequest) -> Reply<StatsResponse> {
         let sandbox = self.sandbox()?;
         let container = sandbox.stats(&req.id).await.map_err(|e| fault(&e))?;
         let guest = sandbox.guest_memory().await.map_err(|e| fault(&e))?;
@@ -482,7 +518,7 @@ impl Task for TaskService {
         })
     }
 
-    async fn delete(&self, _: &TtrpcContext, req: DeleteRequest) -> Reply<DeleteResponse> {
+    pub(crate) async fn delete(&self, req: DeleteRequest) -> Reply<DeleteResponse> {
         let (id, exec_id) = (&*req.id, &*req.exec_id);
         let (pid, exit) = self
             .sandbox()?
@@ -507,8 +543,17 @@ impl Task for TaskService {
         })
     }
 
-    async fn connect(&self, _: &TtrpcContext, req: ConnectRequest) -> Reply<ConnectResponse> {
-        // That there is nothing yet is no error: it is asked to see who answers.
+    pub(crate) async fn connect(&self, req: ConnectRequest) -> Reply<ConnectResponse> {
+        // containerd asks by the ID of a pod of the Sandbox API as well.
+        let announced = self.announced.load(Ordering::Acquire);
+        if !announced && self.front.wants_container() && !self.tasks.has(&req.id) {
+            // One may be being created for somebody who has gone, and goes as well.
+            let _one = timeout(CREATION, self.creating.lock()).await;
+            if !self.tasks.has(&req.id) {
+                let none = format!("connect to container {}: there is none", req.id);
+                return Err(fault(&Error::NotFound(none)));
+            }
+        }
         let state = self.sandbox().ok().and_then(|s| s.state(&req.id, "").ok());
         Ok(ConnectResponse {
             shim_pid: std::process::id(),
@@ -518,28 +563,55 @@ impl Task for TaskService {
         })
     }
 
-    async fn shutdown(&self, _: &TtrpcContext, req: ShutdownRequest) -> Reply<Empty> {
+    pub(crate) async fn shutdown(&self, req: ShutdownRequest) -> Reply<Empty> {
         // One that is being created counts.
         let _one = self.creating.lock().await;
         if self.announced.load(Ordering::Acquire) {
             // Whoever asked for the sandbox ends it (`ShutdownSandbox`).
             return Ok(Empty::default());
         }
+        self.front.shutdown(req.now, self.count());
+        Ok(Empty::default())
+    }
+
+    /// Ends what has no container, and is no pod that somebody asked for by itself.
+    pub(crate) async fn end_if_empty(&self) {
+        let _one = self.creating.lock().await;
+        let count = self.count();
+        if count.all == 0 && !self.announced.load(Ordering::Acquire) {
+            self.front.shutdown(false, count);
+        }
+    }
+
+    fn count(&self) -> Count {
         let ids = self.tasks.ids();
         let sandbox = self.sandbox().ok();
         let alive = |id: &&String| {
             let state = sandbox.as_ref().and_then(|s| s.state(id, "").ok());
             state.is_some_and(|s| !matches!(s.state, ProcessState::Stopped(_)))
         };
-        let count = Count {
+        Count {
             all: ids.len(),
             alive: ids.iter().filter(alive).count(),
-        };
-        self.front.shutdown(req.now, count);
-        Ok(Empty::default())
+        }
     }
 
-    async fn checkpoint(&self, _: &TtrpcContext, req: CheckpointTaskRequest) -> Reply<Empty> {
+    /// Who asked for a container has gone while it was being created, and nobody will ask
+    /// for it: it goes as well.
+    async fn abandoned(&self, id: &str, created: bool) {
+        if created {
+            let delete = DeleteRequest {
+                id: id.into(),
+                ..Default::default()
+            };
+            if let Err(e) = self.delete(delete).await {
+                tracing::warn!(id, "remove a container that nobody waits for: {e}");
+            }
+        }
+        self.front.abandoned(self.count());
+    }
+
+    pub(crate) async fn checkpoint(&self, req: CheckpointTaskRequest) -> Reply<Empty> {
         let options = checkpoint::options(req.options.as_ref()).map_err(|e| fault(&e))?;
         let sandbox = self.sandbox()?;
         let (id, path) = (&*req.id, &*req.path);
@@ -554,20 +626,4 @@ impl Task for TaskService {
         }
         Ok(Empty::default())
     }
-}
-
-/// An error with the code containerd's clients expect.
-fn fault(error: &Error) -> ttrpc::Error {
-    let code = match error {
-        Error::NotFound(_) => Code::NOT_FOUND,
-        Error::AlreadyExists(_) => Code::ALREADY_EXISTS,
-        Error::WrongState(_) => Code::FAILED_PRECONDITION,
-        Error::Invalid(_) | Error::Storage(_) | Error::Network(_) => Code::INVALID_ARGUMENT,
-        // As runc's shim, so that clients see the program's name in the text.
-        Error::ProgramNotFound(_) => Code::OUT_OF_RANGE,
-        Error::ProgramDenied(_) => Code::PERMISSION_DENIED,
-        Error::Machine(_) => Code::ABORTED,
-        _ => Code::UNKNOWN,
-    };
-    ttrpc::Error::RpcStatus(get_status(code, error.to_string()))
 }

@@ -106,12 +106,25 @@ impl VirtioFs {
 
     /// One more volume, for a machine that runs. Returns its number.
     pub async fn add(&self, volume: &Volume) -> Result<usize, Error> {
-        self.tree.add(self.pid(), volume).await
+        tokio::select! {
+            added = self.tree.add(self.pid(), volume) => added,
+            ended = self.ended() => Err(ended),
+        }
     }
 
     /// Takes a volume away. What the guest still has open stays until it lets go.
     pub async fn remove(&self, n: usize) -> Result<(), Error> {
-        self.tree.remove(self.pid(), n).await
+        tokio::select! {
+            removed = self.tree.remove(self.pid(), n) => removed,
+            ended = self.ended() => Err(ended),
+        }
+    }
+
+    /// Comes when virtiofsd has ended: there is no tree to change any more, and none will
+    /// come.
+    async fn ended(&self) -> Error {
+        let status = self.child.wait().await;
+        Error::VirtioFs(format!("change what virtiofsd shares: it {status}"))
     }
 
     /// What the machine attaches.

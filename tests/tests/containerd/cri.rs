@@ -1,255 +1,21 @@
 //! Pods, as Kubernetes' kubelet asks for them.
 
-use std::collections::HashMap;
+use std::{
+    collections::BTreeSet,
+    sync::{Mutex, OnceLock},
+};
 
 use k8s_cri::v1::{
-    ContainerConfig, ContainerMetadata, ContainerState, ContainerStatsRequest,
-    ContainerStatusRequest, CreateContainerRequest, ExecSyncRequest, ExecSyncResponse, ImageSpec,
-    LinuxPodSandboxConfig, LinuxSandboxSecurityContext, ListContainerStatsRequest, NamespaceMode,
-    NamespaceOption, PodSandboxConfig, PodSandboxMetadata, PodSandboxState,
-    PodSandboxStatusRequest, PortMapping, RemoveContainerRequest, RemovePodSandboxRequest,
-    RunPodSandboxRequest, StartContainerRequest, StatusRequest, StopContainerRequest,
-    StopPodSandboxRequest, runtime_service_client::RuntimeServiceClient,
+    ContainerState, ContainerStatsRequest, ListContainerStatsRequest, PodSandboxState,
 };
-use tokio::runtime::Runtime;
-use tonic::transport::{Channel, Endpoint};
-use walnut_tests::{unique, until};
+use walnut_tests::until;
 
 use crate::{
     bootstrap::assert_spoken,
-    daemon::{Daemon, KUBERNETES_IMAGE},
+    daemon::Daemon,
+    kubelet::{Kubelet, call},
     programs::Format,
 };
-
-/// A kubelet's connection.
-pub(crate) struct Kubelet {
-    runtime: Runtime,
-    client: RuntimeServiceClient<Channel>,
-    /// Name of the runtime that it asks for.
-    handler: &'static str,
-}
-
-/// Calls a method to its answer.
-macro_rules! call {
-    ($kubelet:expr, $method:ident, $request:expr) => {{
-        let reply = $kubelet.runtime.block_on($kubelet.client.$method($request));
-        reply.map(tonic::Response::into_inner)
-    }};
-}
-
-/// A pod, and what its containers are made with.
-pub(crate) struct Pod {
-    pub(crate) id: String,
-    pub(crate) config: PodSandboxConfig,
-}
-
-/// The namespaces that a pod is to have.
-pub(crate) fn namespaces(config: &mut PodSandboxConfig) -> &mut NamespaceOption {
-    let context = &mut config.linux.as_mut().unwrap().security_context;
-    let options = &mut context.as_mut().unwrap().namespace_options;
-    options.as_mut().unwrap()
-}
-
-impl Kubelet {
-    pub(crate) fn new(daemon: &Daemon) -> Self {
-        Self::with(daemon, "walnut")
-    }
-
-    /// One that asks for another runtime than the usual.
-    pub(crate) fn with(daemon: &Daemon, handler: &'static str) -> Self {
-        let runtime = Runtime::new().unwrap();
-        let address = format!("unix://{}", daemon.socket().display());
-        let channel = runtime
-            .block_on(Endpoint::try_from(address).unwrap().connect())
-            .unwrap();
-        let mut kubelet = Self {
-            runtime,
-            client: RuntimeServiceClient::new(channel),
-            handler,
-        };
-        // It answers others before it has recovered its pods.
-        until("containerd speaks to kubelets", || {
-            let request = StatusRequest { verbose: false };
-            call!(kubelet, status, request).is_ok()
-        });
-        kubelet
-    }
-
-    /// A pod of the node's network.
-    pub(crate) fn run_pod(&mut self, daemon: &Daemon) -> Pod {
-        self.run_pod_with(daemon, |_| {}).unwrap()
-    }
-
-    /// A pod with a network of its own, some of whose ports are the node's as well.
-    pub(crate) fn run_networked_pod(&mut self, daemon: &Daemon, ports: Vec<PortMapping>) -> Pod {
-        let pod = self.run_pod_with(daemon, |config| {
-            namespaces(config).network = NamespaceMode::Pod.into();
-            config.port_mappings = ports;
-        });
-        pod.unwrap()
-    }
-
-    /// A pod of the node's network, unless `more` says something else of it.
-    pub(crate) fn run_pod_with(
-        &mut self,
-        daemon: &Daemon,
-        more: impl FnOnce(&mut PodSandboxConfig),
-    ) -> Result<Pod, tonic::Status> {
-        let name = unique("pod");
-        let options = NamespaceOption {
-            network: NamespaceMode::Node.into(),
-            pid: NamespaceMode::Container.into(),
-            ..Default::default()
-        };
-        let mut config = PodSandboxConfig {
-            metadata: Some(PodSandboxMetadata {
-                name: name.clone(),
-                uid: name.clone(),
-                namespace: "default".into(),
-                attempt: 0,
-            }),
-            hostname: name,
-            log_directory: daemon.scratch().join("logs").display().to_string(),
-            linux: Some(LinuxPodSandboxConfig {
-                security_context: Some(LinuxSandboxSecurityContext {
-                    namespace_options: Some(options),
-                    ..Default::default()
-                }),
-                ..Default::default()
-            }),
-            ..Default::default()
-        };
-        more(&mut config);
-        let request = RunPodSandboxRequest {
-            config: Some(config.clone()),
-            runtime_handler: self.handler.into(),
-        };
-        let id = call!(self, run_pod_sandbox, request)?.pod_sandbox_id;
-        daemon.note(&id);
-        Ok(Pod { id, config })
-    }
-
-    /// The pod's state, and what there is to say of it besides.
-    pub(crate) fn pod(&mut self, pod: &Pod) -> (PodSandboxState, HashMap<String, String>) {
-        self.try_pod(pod).unwrap()
-    }
-
-    /// The same where containerd may have lost the shim a moment ago.
-    pub(crate) fn try_pod(
-        &mut self,
-        pod: &Pod,
-    ) -> Result<(PodSandboxState, HashMap<String, String>), tonic::Status> {
-        let request = PodSandboxStatusRequest {
-            pod_sandbox_id: pod.id.clone(),
-            verbose: true,
-        };
-        let reply = call!(self, pod_sandbox_status, request)?;
-        Ok((reply.status.unwrap().state(), reply.info))
-    }
-
-    /// The pod's addresses, as Kubernetes knows them.
-    pub(crate) fn addresses(&mut self, pod: &Pod) -> Vec<String> {
-        let request = PodSandboxStatusRequest {
-            pod_sandbox_id: pod.id.clone(),
-            verbose: false,
-        };
-        let status = call!(self, pod_sandbox_status, request).unwrap().status;
-        let network = status.unwrap().network.unwrap();
-        let more = network.additional_ips.into_iter().map(|ip| ip.ip);
-        std::iter::once(network.ip).chain(more).collect()
-    }
-
-    /// The pod's network namespace on the host.
-    pub(crate) fn namespace(&mut self, pod: &Pod) -> String {
-        let request = PodSandboxStatusRequest {
-            pod_sandbox_id: pod.id.clone(),
-            verbose: true,
-        };
-        let info = call!(self, pod_sandbox_status, request).unwrap().info;
-        let info: serde_json::Value = serde_json::from_str(&info["info"]).unwrap();
-        let all = info["runtimeSpec"]["linux"]["namespaces"]
-            .as_array()
-            .unwrap();
-        let network = all.iter().find(|one| one["type"] == "network").unwrap();
-        network["path"].as_str().unwrap().to_owned()
-    }
-
-    /// Creates and starts a container that runs `script`.
-    pub(crate) fn run(&mut self, pod: &Pod, name: &str, script: &str) -> String {
-        let config = ContainerConfig {
-            metadata: Some(ContainerMetadata {
-                name: name.into(),
-                attempt: 0,
-            }),
-            image: Some(ImageSpec {
-                image: KUBERNETES_IMAGE.into(),
-                annotations: HashMap::default(),
-                ..Default::default()
-            }),
-            command: ["sh", "-c", script].map(Into::into).into(),
-            log_path: format!("{name}.log"),
-            ..Default::default()
-        };
-        let request = CreateContainerRequest {
-            pod_sandbox_id: pod.id.clone(),
-            config: Some(config),
-            sandbox_config: Some(pod.config.clone()),
-        };
-        let container_id = call!(self, create_container, request).unwrap().container_id;
-        let request = StartContainerRequest {
-            container_id: container_id.clone(),
-        };
-        call!(self, start_container, request).unwrap();
-        container_id
-    }
-
-    pub(crate) fn exec(&mut self, id: &str, script: &str) -> ExecSyncResponse {
-        let request = ExecSyncRequest {
-            container_id: id.into(),
-            cmd: ["sh", "-c", script].map(Into::into).into(),
-            timeout: 0,
-        };
-        call!(self, exec_sync, request).unwrap()
-    }
-
-    /// State and exit code of a container.
-    pub(crate) fn status(&mut self, id: &str) -> (ContainerState, i32, String) {
-        let request = ContainerStatusRequest {
-            container_id: id.into(),
-            verbose: false,
-        };
-        let status = call!(self, container_status, request)
-            .unwrap()
-            .status
-            .unwrap();
-        (status.state(), status.exit_code, status.reason)
-    }
-
-    pub(crate) fn stop(&mut self, id: &str) {
-        let request = StopContainerRequest {
-            container_id: id.into(),
-            timeout: 60,
-        };
-        call!(self, stop_container, request).unwrap();
-    }
-
-    pub(crate) fn remove(&mut self, id: &str) {
-        let request = RemoveContainerRequest {
-            container_id: id.into(),
-        };
-        call!(self, remove_container, request).unwrap();
-    }
-
-    pub(crate) fn end_pod(&mut self, pod: &Pod) {
-        let pod_sandbox_id = pod.id.clone();
-        let request = StopPodSandboxRequest {
-            pod_sandbox_id: pod_sandbox_id.clone(),
-        };
-        call!(self, stop_pod_sandbox, request).unwrap();
-        let request = RemovePodSandboxRequest { pod_sandbox_id };
-        call!(self, remove_pod_sandbox, request).unwrap();
-    }
-}
 
 pub(crate) const SERVE: &str =
     "trap 'exit 5' TERM; echo started; echo trouble >&2; sleep 1000 & wait";
@@ -257,7 +23,7 @@ pub(crate) const SERVE: &str =
 #[test]
 fn a_pod_lives_as_kubernetes_wants_it() {
     let daemon = Daemon::start_for_kubernetes();
-    let mut kubelet = Kubelet::new(&daemon);
+    let kubelet = Kubelet::new(&daemon);
     let pod = kubelet.run_pod(&daemon);
     let version = Format::of_daemon().task_api_of_pods();
     assert_spoken(&daemon, &daemon.kubernetes_bundle(&pod.id), version);
@@ -287,7 +53,7 @@ fn a_pod_lives_as_kubernetes_wants_it() {
     let all = call!(kubelet, list_container_stats, request).unwrap().stats;
     assert_eq!(all.len(), 2);
 
-    kubelet.stop(&first);
+    kubelet.stop(&first).unwrap();
     assert_eq!(kubelet.status(&first).0, ContainerState::ContainerExited);
     assert_eq!(kubelet.status(&first).1, 5);
     assert_eq!(kubelet.status(&second).0, ContainerState::ContainerRunning);
@@ -295,11 +61,11 @@ fn a_pod_lives_as_kubernetes_wants_it() {
     let log = std::fs::read_to_string(log).unwrap();
     assert!(log.contains(" stdout F started\n"), "{log}");
     assert!(log.contains(" stderr F trouble\n"), "{log}");
-    kubelet.remove(&first);
+    kubelet.remove(&first).unwrap();
 
     // The sandbox outlives its last container.
-    kubelet.stop(&second);
-    kubelet.remove(&second);
+    kubelet.stop(&second).unwrap();
+    kubelet.remove(&second).unwrap();
     assert_eq!(kubelet.pod(&pod).0, PodSandboxState::SandboxReady);
     let third = kubelet.run(&pod, "third", "exit 4");
     until("it has ended", || {
@@ -312,14 +78,49 @@ fn a_pod_lives_as_kubernetes_wants_it() {
 
 #[test]
 fn a_pod_outlives_containerd() {
-    let mut daemon = Daemon::start_for_kubernetes();
-    let mut kubelet = Kubelet::new(&daemon);
+    let daemon = Daemon::start_for_kubernetes();
+    let kubelet = Kubelet::new(&daemon);
     let pod = kubelet.run_pod(&daemon);
     let container = kubelet.run(&pod, "one", SERVE);
     daemon.restart(|| {});
-    let mut kubelet = Kubelet::new(&daemon);
+    kubelet.until_it_answers();
     assert_eq!(kubelet.exec(&container, "exit 6").exit_code, 6);
-    kubelet.stop(&container);
+    kubelet.stop(&container).unwrap();
     assert_eq!(kubelet.status(&container).1, 5);
     kubelet.end_pod(&pod);
+}
+
+/// So many pods are started, used and ended at a time: `WALNUT_PODS`, 20 if it is not set.
+#[test]
+#[ignore = "make pods: takes a gigabyte and a while"]
+fn many_pods_at_once() {
+    let count: usize = std::env::var("WALNUT_PODS").map_or(20, |text| text.parse().unwrap());
+    let daemon = Daemon::start_for_kubernetes();
+    let kubelet = Kubelet::new(&daemon);
+    let at_once = |work: &(dyn Fn(usize) + Sync)| {
+        std::thread::scope(|scope| {
+            for n in 0..count {
+                scope.spawn(move || work(n));
+            }
+        });
+    };
+    let begun = std::time::Instant::now();
+    let pods: Vec<_> = (0..count).map(|_| OnceLock::new()).collect();
+    at_once(&|n| {
+        let pod = kubelet.run_pod(&daemon);
+        let container = kubelet.run(&pod, "only", SERVE);
+        assert!(pods[n].set((pod, container)).is_ok());
+    });
+    println!("{count} pods run after {:.1?}", begun.elapsed());
+    let boots = Mutex::new(BTreeSet::new());
+    at_once(&|n| {
+        let (_, container) = pods[n].get().unwrap();
+        let done = kubelet.exec(container, "cat /proc/sys/kernel/random/boot_id");
+        assert_eq!(done.exit_code, 0, "{done:?}");
+        boots.lock().unwrap().insert(done.stdout);
+    });
+    assert_eq!(boots.lock().unwrap().len(), count, "machines are shared");
+    at_once(&|n| kubelet.end_pod(&pods[n].get().unwrap().0));
+    daemon.assert_nothing_left();
+    println!("and are gone after {:.1?}", begun.elapsed());
 }

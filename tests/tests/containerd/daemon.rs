@@ -42,7 +42,7 @@ pub(crate) struct Daemon {
     root: PathBuf,
     /// Sockets, bundles, and what Walnut keeps.
     state: PathBuf,
-    child: Child,
+    child: Mutex<Child>,
     kind: Kind,
     /// Names of everything that has run.
     names: Mutex<BTreeSet<String>>,
@@ -82,6 +82,9 @@ fn pause_image(dir: &Path) -> PathBuf {
     file
 }
 
+/// What is shown of a log after a failure.
+const LOG_LINES: usize = 300;
+
 /// Where Debian has CNI's plugins.
 const PLUGINS: &str = "/usr/lib/cni";
 /// The network of a node's pods.
@@ -119,7 +122,7 @@ fn seed() -> PathBuf {
     let lock = fs::File::create(seed.with_extension("lock")).unwrap();
     lock.lock().unwrap();
     if !seed.exists() {
-        let mut daemon = Daemon::launch(Kind::Kubernetes, None);
+        let daemon = Daemon::launch(Kind::Kubernetes, None);
         let import = |namespace: &str, base: &str, file: &Path| {
             let mut args = vec!["--namespace", namespace, "image", "import"];
             args.extend(["--base-name", base, file.to_str().unwrap()]);
@@ -133,12 +136,10 @@ fn seed() -> PathBuf {
         );
         import(KUBERNETES, PAUSE_IMAGE, &pause_image(&daemon.state));
         // So that what it has written is whole.
-        kill(
-            Pid::from_raw(daemon.child.id().cast_signed()),
-            Signal::SIGTERM,
-        )
-        .unwrap();
-        daemon.child.wait().unwrap();
+        let mut child = daemon.child.lock().unwrap();
+        kill(Pid::from_raw(child.id().cast_signed()), Signal::SIGTERM).unwrap();
+        child.wait().unwrap();
+        drop(child);
         fs::rename(daemon.root.join("containerd"), &seed).unwrap();
     }
     seed
@@ -189,7 +190,9 @@ impl Daemon {
     /// With a copy of the images, unless it is to begin without.
     fn launch(kind: Kind, seed: Option<&Path>) -> Self {
         let name = unique("ctd");
-        let root = cache().join("e2e").join(&name);
+        // An emulated host has nothing but an overlay and memory.
+        let roots = std::env::var_os("WALNUT_TEST_ROOT").map(PathBuf::from);
+        let root = roots.unwrap_or_else(|| cache().join("e2e")).join(&name);
         // Short: sockets' addresses are.
         let state = Path::new("/tmp").join(&name);
         for dir in [&root, &state] {
@@ -233,7 +236,7 @@ impl Daemon {
         let daemon = Self {
             root,
             state,
-            child,
+            child: Mutex::new(child),
             kind,
             names: Mutex::default(),
         };
@@ -249,7 +252,7 @@ impl Daemon {
     /// Runs a program where the daemon's network is.
     #[track_caller]
     pub(crate) fn on_the_node(&self, program: &[&str]) -> Done {
-        let pid = self.child.id().to_string();
+        let pid = self.child.lock().unwrap().id().to_string();
         let enter = ["--target", &pid, "--net"];
         finish(Command::new("nsenter").args(enter).args(program), b"")
     }
@@ -324,11 +327,12 @@ impl Daemon {
     }
 
     /// Kills it as `kill -9` does, and starts it again after `meanwhile`.
-    pub(crate) fn restart(&mut self, meanwhile: impl FnOnce()) {
-        self.child.kill().unwrap();
-        self.child.wait().unwrap();
+    pub(crate) fn restart(&self, meanwhile: impl FnOnce()) {
+        let mut child = self.child.lock().unwrap();
+        child.kill().unwrap();
+        child.wait().unwrap();
         meanwhile();
-        self.child = spawn(&self.root, &self.state, self.kind);
+        *child = spawn(&self.root, &self.state, self.kind);
         self.until_it_answers();
     }
 
@@ -462,8 +466,13 @@ impl Daemon {
         self.state.to_str().unwrap()
     }
 
+    /// Where what must not lie on an overlay is.
+    pub(crate) fn root(&self) -> &Path {
+        &self.root
+    }
+
     /// Everything of any container that is on the host.
-    fn traces(&self) -> Vec<String> {
+    pub(crate) fn traces(&self) -> Vec<String> {
         let mut found: Vec<_> = processes(self.mark())
             .into_iter()
             .map(|(pid, name)| format!("process {pid} {name}"))
@@ -488,8 +497,7 @@ impl Daemon {
         let sandboxes = self.state.join(sandboxes).join(KUBERNETES);
         let tasks = [NAMESPACE, KUBERNETES].map(|name| bundles.join(name));
         for dir in tasks.into_iter().chain([pods, sandboxes]) {
-            let entries = fs::read_dir(dir).into_iter().flatten().flatten();
-            found.extend(entries.map(|e| e.path().display().to_string()));
+            found.extend(entries(&dir));
         }
         found
     }
@@ -506,6 +514,14 @@ impl Daemon {
         let lines = text.lines().filter(|line| !line.contains("plugin"));
         lines.map(|line| format!("{line}\n")).collect()
     }
+}
+
+/// What is in a directory, but for bundles that a containerd was removing when it was
+/// killed: it renames them first, and never comes back to them.
+pub(crate) fn entries(dir: &Path) -> Vec<String> {
+    let entries = fs::read_dir(dir).into_iter().flatten().flatten();
+    let names = entries.filter(|e| !e.file_name().to_string_lossy().starts_with('.'));
+    names.map(|e| e.path().display().to_string()).collect()
 }
 
 fn spawn(root: &Path, state: &Path, kind: Kind) -> Child {
@@ -548,12 +564,21 @@ impl Drop for Daemon {
     fn drop(&mut self) {
         let failed = thread::panicking();
         if failed {
-            eprintln!("containerd's log:\n{}", self.log());
+            let kept = Path::new(env!("CARGO_TARGET_TMPDIR")).join("containerd.log");
+            let copied = fs::copy(self.state.join("log"), &kept);
+            let log = self.log();
+            let lines: Vec<_> = log.lines().collect();
+            let last = &lines[lines.len().saturating_sub(LOG_LINES)..];
+            eprintln!("containerd's log ends so:\n{}", last.join("\n"));
+            if copied.is_ok() {
+                eprintln!("all of it is in {}", kept.display());
+            }
         } else {
             self.assert_nothing_left();
         }
-        let _ = self.child.kill();
-        let _ = self.child.wait();
+        let child = self.child.get_mut().unwrap_or_else(|e| e.into_inner());
+        let _ = child.kill();
+        let _ = child.wait();
         for (pid, _) in processes(self.mark()) {
             let _ = kill(Pid::from_raw(pid), Signal::SIGKILL);
         }

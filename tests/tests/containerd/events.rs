@@ -121,7 +121,7 @@ fn a_container_that_needs_too_much_memory_is_told_of() {
 
 #[test]
 fn events_of_containerd_s_absence_come_when_it_is_back() {
-    let mut daemon = Daemon::start();
+    let daemon = Daemon::start();
     let id = unique("c");
     let mount = format!(
         "type=bind,src={},dst=/host,options=rbind:rw",

@@ -3,7 +3,7 @@
 use k8s_cri::v1::{ExecSyncResponse, PortMapping};
 use walnut_tests::until;
 
-use crate::{cri::Kubelet, daemon::Daemon};
+use crate::{daemon::Daemon, kubelet::Kubelet};
 
 /// Answers each connection and datagram to port 7000, of either family, with what was sent.
 const ECHO: &str = r#"exec python3 -c '
@@ -64,7 +64,7 @@ fn text(done: &ExecSyncResponse) -> String {
 #[test]
 fn pods_are_on_the_network_that_their_plugins_made() {
     let daemon = Daemon::start_with_pod_network();
-    let mut kubelet = Kubelet::new(&daemon);
+    let kubelet = Kubelet::new(&daemon);
     let port = PortMapping {
         container_port: 7000,
         host_port: 17000,

@@ -10,7 +10,7 @@ use crate::{daemon::Daemon, events::Events, pods::member};
 
 #[test]
 fn containers_outlive_containerd() {
-    let mut daemon = Daemon::start();
+    let daemon = Daemon::start();
     let (a, b) = (unique("a"), unique("b"));
     daemon.detached(&a, &["sleep", "1000"]);
     daemon.detached(&b, &["sleep", "1000"]);
@@ -54,7 +54,7 @@ fn a_killed_shim_takes_everything_along() {
 
 #[test]
 fn a_shim_killed_in_containerd_s_absence_is_cleaned_up_after() {
-    let mut daemon = Daemon::start();
+    let daemon = Daemon::start();
     let id = unique("c");
     daemon.detached(&id, &["sleep", "1000"]);
     let mark = daemon.scratch().to_owned();
@@ -113,4 +113,35 @@ fn a_killed_shim_takes_its_whole_pod_along() {
     for id in &ids {
         daemon.remove(id);
     }
+}
+
+#[test]
+fn a_killed_file_server_ends_its_containers() {
+    let daemon = Daemon::start();
+    let id = unique("c");
+    daemon.detached(&id, &["sleep", "1000"]);
+    daemon.kill_process("virtiofsd");
+    daemon.until_task_is(&id, "STOPPED");
+    daemon.delete(&id, 137);
+    daemon.assert_nothing_left();
+    daemon.ctr(&["container", "rm", &id]).exits(0);
+}
+
+#[test]
+fn what_is_being_created_when_containerd_is_killed_goes() {
+    let daemon = Daemon::start();
+    let id = unique("c");
+    std::thread::scope(|scope| {
+        // It is told that its connection is gone.
+        scope.spawn(|| daemon.run(&["-d"], &id, &["sleep", "1000"]));
+        let mark = daemon.scratch().to_str().unwrap();
+        until("its machine is being started", || {
+            let all = walnut_tests::processes(mark);
+            all.iter().any(|(_, name)| name == "virtiofsd")
+        });
+        daemon.restart(|| {});
+    });
+    assert!(daemon.task(&id).is_none());
+    daemon.assert_nothing_left();
+    daemon.ctr(&["container", "rm", &id]).exits(0);
 }

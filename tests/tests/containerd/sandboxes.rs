@@ -29,8 +29,9 @@ use walnut_tests::{machine, until};
 
 use crate::{
     bootstrap::Bench,
-    cri::{Kubelet, Pod, SERVE, namespaces},
+    cri::SERVE,
     daemon::Daemon,
+    kubelet::{Kubelet, Pod, namespaces},
     programs::{BY_SANDBOX_API, Format},
 };
 
@@ -67,7 +68,7 @@ fn says(kubelet: &mut Kubelet, container: &str, script: &str) -> String {
 #[test]
 fn a_pod_is_a_machine_without_a_container_of_its_own() {
     let Some(daemon) = start() else { return };
-    let mut kubelet = Kubelet::with(&daemon, BY_SANDBOX_API);
+    let kubelet = Kubelet::with(&daemon, BY_SANDBOX_API);
     let pod = run_pod(&mut kubelet, &daemon, |config| {
         config.dns_config = Some(DnsConfig {
             servers: vec!["192.0.2.53".into()],
@@ -126,11 +127,11 @@ fn a_pod_is_a_machine_without_a_container_of_its_own() {
     });
 
     // Containers come and go; the pod stays.
-    kubelet.stop(&first);
+    kubelet.stop(&first).unwrap();
     assert_eq!(kubelet.status(&first).1, 5);
-    kubelet.remove(&first);
-    kubelet.stop(&second);
-    kubelet.remove(&second);
+    kubelet.remove(&first).unwrap();
+    kubelet.stop(&second).unwrap();
+    kubelet.remove(&second).unwrap();
     assert_eq!(kubelet.pod(&pod).0, PodSandboxState::SandboxReady);
     let third = kubelet.run(&pod, "third", SERVE);
     assert_eq!(says(&mut kubelet, &third, boot), boots[0]);
@@ -144,7 +145,7 @@ fn a_pod_is_a_machine_without_a_container_of_its_own() {
 #[test]
 fn it_outlives_containerd() {
     let Some(mut daemon) = start() else { return };
-    let mut kubelet = Kubelet::with(&daemon, BY_SANDBOX_API);
+    let kubelet = Kubelet::with(&daemon, BY_SANDBOX_API);
     let pod = run_pod(&mut kubelet, &daemon, |_| {});
     let one = kubelet.run(&pod, "one", SERVE);
     for _ in 0..2 {
@@ -154,9 +155,9 @@ fn it_outlives_containerd() {
         assert_eq!(kubelet.exec(&one, "exit 6").exit_code, 6);
     }
     // Its last container goes, for which a containerd that was restarted calls the shim.
-    kubelet.stop(&one);
+    kubelet.stop(&one).unwrap();
     assert_eq!(kubelet.status(&one).1, 5);
-    kubelet.remove(&one);
+    kubelet.remove(&one).unwrap();
     assert_eq!(kubelet.pod(&pod).0, PodSandboxState::SandboxReady);
     let two = kubelet.run(&pod, "two", SERVE);
     assert_eq!(kubelet.exec(&two, "exit 7").exit_code, 7);
@@ -167,7 +168,7 @@ fn it_outlives_containerd() {
 #[test]
 fn a_killed_machine_ends_it() {
     let Some(daemon) = start() else { return };
-    let mut kubelet = Kubelet::with(&daemon, BY_SANDBOX_API);
+    let kubelet = Kubelet::with(&daemon, BY_SANDBOX_API);
     let pod = run_pod(&mut kubelet, &daemon, |_| {});
     let one = kubelet.run(&pod, "one", SERVE);
     // All PIDs are the machine's.
@@ -192,7 +193,7 @@ fn a_killed_machine_ends_it() {
 #[test]
 fn a_killed_shim_takes_it_along() {
     let Some(daemon) = start() else { return };
-    let mut kubelet = Kubelet::with(&daemon, BY_SANDBOX_API);
+    let kubelet = Kubelet::with(&daemon, BY_SANDBOX_API);
     let pod = run_pod(&mut kubelet, &daemon, |_| {});
     let one = kubelet.run(&pod, "one", SERVE);
     daemon.kill_process("containerd-shim-walnut-v2");
@@ -210,7 +211,7 @@ fn a_killed_shim_takes_it_along() {
 #[test]
 fn what_needs_a_pause_container_is_refused() {
     let Some(daemon) = start() else { return };
-    let mut kubelet = Kubelet::with(&daemon, BY_SANDBOX_API);
+    let kubelet = Kubelet::with(&daemon, BY_SANDBOX_API);
     let refused = kubelet.run_pod_with(&daemon, |config| {
         namespaces(config).network = NamespaceMode::Pod.into();
         namespaces(config).pid = NamespaceMode::Pod.into();
@@ -323,7 +324,7 @@ fn every_call_does_what_it_says() {
         runtime.spawn(async move { api.wait_sandbox(context::with_timeout(0), &request).await })
     };
     call!(stop_sandbox, StopSandboxRequest).unwrap();
-    let end = runtime.block_on(waiting).unwrap().unwrap();
+    let end = runtime.block_on(waiting).unwrap();
     assert_eq!(end.exit_status, 0);
     let name = fs::read_to_string(format!("/proc/{}/comm", started.pid));
     assert!(name.is_err(), "{name:?}");

@@ -29,12 +29,13 @@ use ttrpc::{Code, asynchronous::Client, context};
 use super::{Flags, Home, INIT_PID, SHIM_PID, read_pid, timestamp};
 use crate::mount;
 
-/// containerd waits five seconds for all of it. Of these one that is going gets so many,
+/// containerd waits five seconds for all of it, and does not ask again. This is when it
+/// must be done, the rest being for the programs to start and to end in.
+const ALL: Duration = Duration::from_millis(4700);
+/// Of these one that is going gets so many,
 const GOING: Duration = Duration::from_millis(2500);
-/// one that serves so many for each answer,
+/// and one that serves so many for each answer; one that was killed gets what is left.
 const ANSWER: Duration = Duration::from_millis(700);
-/// and one that was killed so many.
-const KILLED: Duration = Duration::from_millis(1000);
 /// Between two looks.
 const PAUSE: Duration = Duration::from_millis(5);
 /// What is said of a container whose end nobody saw.
@@ -42,12 +43,17 @@ const EXIT_KILLED: u32 = 128 + 9;
 
 /// Removes what is left of a container; gives the answer to containerd.
 pub(crate) async fn delete(flags: &Flags) -> Result<Vec<u8>> {
+    let begun = Instant::now();
     let home = Home::find(flags)?;
     let pid = read_pid(&home.bundle.join(INIT_PID));
-    if !removed(&home, GOING)? && !forgotten(&home, &flags.id).await && !removed(&home, GOING)? {
+    let going = || GOING.min(ALL.saturating_sub(begun.elapsed()) / 2);
+    if !removed(&home, going())? && !forgotten(&home, &flags.id).await && !removed(&home, going())?
+    {
         // It does not answer, and does not go.
         end(&home.path);
-        if !removed(&home, KILLED)? {
+        // Until the kernel has taken it and its machine apart, which takes a while where
+        // processors are busy.
+        if !gone(&home, ALL.saturating_sub(begun.elapsed()))? {
             bail!("the supervisor of sandbox {} does not end", home.group);
         }
     }
@@ -75,6 +81,19 @@ fn removed(home: &Home, limit: Duration) -> Result<bool> {
         }
         sleep(PAUSE);
     }
+}
+
+/// Removes the sandbox whose supervisor has been killed, as soon as it is gone.
+fn gone(home: &Home, limit: Duration) -> Result<bool> {
+    let begun = Instant::now();
+    while begun.elapsed() < limit {
+        if let Some(dir) = home.dirs.take(&home.path)? {
+            dir.remove()?;
+            return Ok(true);
+        }
+        sleep(PAUSE);
+    }
+    Ok(false)
 }
 
 /// Has a supervisor that serves end and forget the container, and go if it was the last.

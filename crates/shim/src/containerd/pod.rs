@@ -129,6 +129,14 @@ impl Pod {
         }
     }
 
+    /// Has the whole machine end when a part of it has. One that has lost its file server
+    /// would go on, with containers that hang; its end is what containerd hears of.
+    async fn watch_parts(sandbox: Arc<Sandbox>) {
+        let exit = sandbox.ended().await;
+        debug!("the machine has ended: {exit}");
+        sandbox.kill_machine().await;
+    }
+
     /// A container has been built: what it says of the host's processes.
     fn settle(&self, request: &CreateTaskRequest) {
         let bundle = Path::new(&request.bundle);
@@ -211,6 +219,7 @@ impl Front for Pod {
             self.pid.store(*pid, Ordering::Relaxed);
         }
         *lock(&self.sandbox) = Some(sandbox.clone());
+        tokio::spawn(Self::watch_parts(sandbox.clone()));
         tokio::spawn(Self::watch_memory(self.me.clone(), Arc::downgrade(sandbox)));
     }
 
@@ -318,6 +327,16 @@ impl Front for Pod {
 
     fn verdict(&self, exit: &ExitInfo) -> Result<u32> {
         Ok(code(exit))
+    }
+
+    // A containerd that was started again asks, and takes one that it does not hear of for
+    // one that has to be cleaned up after: 1.6 would otherwise keep an empty supervisor.
+    fn wants_container(&self) -> bool {
+        true
+    }
+
+    fn abandoned(&self, count: Count) {
+        self.shutdown(false, count);
     }
 
     fn shutdown(&self, _: bool, count: Count) {

@@ -3,7 +3,7 @@
 use std::{
     env,
     fs::{self, OpenOptions},
-    io::{self, Read, Write},
+    io::{self, PipeWriter, Read, Write},
     os::{
         fd::{AsFd, AsRawFd, OwnedFd, RawFd},
         unix::{
@@ -33,8 +33,16 @@ const PAUSE: Duration = Duration::from_millis(5);
 /// `/proc/<pid>/oom_score_adj` goes up to here.
 const OOM_MAX: i32 = 1000;
 
-/// Starts the supervisor unless there is one; gives the answer to containerd.
-pub(crate) fn start(flags: &Flags) -> Result<Vec<u8>> {
+/// What containerd is told, and a pipe that a byte is written to when it has been: a
+/// supervisor that was started ends otherwise.
+#[derive(Debug)]
+pub(crate) struct Begun {
+    pub(crate) answer: Vec<u8>,
+    pub(crate) lease: Option<PipeWriter>,
+}
+
+/// Starts the supervisor unless there is one.
+pub(crate) fn start(flags: &Flags) -> Result<Begun> {
     let mut input = Vec::new();
     io::stdin()
         .take(INPUT_MAX)
@@ -50,14 +58,13 @@ pub(crate) fn start(flags: &Flags) -> Result<Vec<u8>> {
     let socket = home.socket();
     let address = format!("unix://{}", socket.display());
     let begun = Instant::now();
-    loop {
+    let lease = loop {
         if let Some(dir) = home.dirs.take(&home.path)? {
-            launch(flags, &home, dir, &bootstrap)?;
-            break;
+            break Some(launch(flags, &home, dir, &bootstrap)?);
         }
         // It serves, or it will, or it ends.
         if UnixStream::connect(&socket).is_ok() {
-            break;
+            break None;
         }
         if begun.elapsed() > PATIENCE {
             bail!(
@@ -66,26 +73,33 @@ pub(crate) fn start(flags: &Flags) -> Result<Vec<u8>> {
             );
         }
         sleep(PAUSE);
-    }
+    };
     write_whole(&home.bundle.join("address"), address.as_bytes())
         .context("write the address into the bundle")?;
     if let Ok(pid) = fs::read(home.path.join(SHIM_PID)) {
         write_whole(&home.bundle.join(SHIM_PID), &pid).context("write the PID into the bundle")?;
     }
-    bootstrap
-        .dialect
-        .answer(&address)
-        .context("encode the answer")
+    let answer = bootstrap.dialect.answer(&address);
+    Ok(Begun {
+        answer: answer.context("encode the answer")?,
+        lease,
+    })
 }
 
 /// Starts a supervisor, which has everything that it needs before anybody asks it.
-fn launch(flags: &Flags, home: &Home, dir: SandboxDir, bootstrap: &Bootstrap) -> Result<()> {
+fn launch(
+    flags: &Flags,
+    home: &Home,
+    dir: SandboxDir,
+    bootstrap: &Bootstrap,
+) -> Result<PipeWriter> {
     if !bootstrap.options.is_empty() {
         let file = dir.path().join(OPTIONS);
         fs::write(file, &bootstrap.options).context("keep the runtime's options")?;
     }
     let listener = UnixListener::bind(dir.path().join(SOCKET)).context("listen")?;
     let socket = OwnedFd::from(listener);
+    let (leased, lease) = io::pipe().context("make a pipe")?;
     let serve = ServePod {
         namespace: flags.namespace.clone(),
         id: home.group.clone(),
@@ -95,8 +109,9 @@ fn launch(flags: &Flags, home: &Home, dir: SandboxDir, bootstrap: &Bootstrap) ->
         ttrpc_address: bootstrap.ttrpc_address.clone(),
         socket_fd: socket.as_raw_fd(),
         lock_fd: dir.lock().as_fd().as_raw_fd(),
+        lease_fd: leased.as_raw_fd(),
     };
-    let keep = [serve.socket_fd, serve.lock_fd];
+    let keep = [serve.socket_fd, serve.lock_fd, serve.lease_fd];
     let program = env::current_exe().context("find this program")?;
     let mut command = Command::new(program);
     command
@@ -121,11 +136,11 @@ fn launch(flags: &Flags, home: &Home, dir: SandboxDir, bootstrap: &Bootstrap) ->
         dir.remove()?;
         return Err(e);
     }
-    Ok(())
+    Ok(lease)
 }
 
 /// A session of its own, and of what is open here only what it is to have.
-fn detach(keep: [RawFd; 2]) -> io::Result<()> {
+fn detach(keep: [RawFd; 3]) -> io::Result<()> {
     /// linux/close_range.h.
     const CLOSE_RANGE_CLOEXEC: u32 = 4;
     // SAFETY: these calls take numbers, and are async-signal-safe.
