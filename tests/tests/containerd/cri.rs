@@ -8,8 +8,8 @@ use k8s_cri::v1::{
     LinuxPodSandboxConfig, LinuxSandboxSecurityContext, ListContainerStatsRequest, NamespaceMode,
     NamespaceOption, PodSandboxConfig, PodSandboxMetadata, PodSandboxState,
     PodSandboxStatusRequest, PortMapping, RemoveContainerRequest, RemovePodSandboxRequest,
-    RunPodSandboxRequest, StartContainerRequest, StopContainerRequest, StopPodSandboxRequest,
-    runtime_service_client::RuntimeServiceClient,
+    ReopenContainerLogRequest, RunPodSandboxRequest, StartContainerRequest, StopContainerRequest,
+    StopPodSandboxRequest, runtime_service_client::RuntimeServiceClient,
 };
 use tokio::runtime::Runtime;
 use tonic::transport::{Channel, Endpoint};
@@ -70,13 +70,30 @@ impl Kubelet {
         network: NamespaceMode,
         port_mappings: Vec<PortMapping>,
     ) -> Pod {
+        let ports = |config: &mut PodSandboxConfig| {
+            config.port_mappings = port_mappings;
+            // One of the node's network has the node's name.
+            if network == NamespaceMode::Node {
+                config.hostname.clear();
+            }
+        };
+        self.run_pod_with(daemon, network, ports).unwrap()
+    }
+
+    /// A pod that somebody has wishes for.
+    pub(crate) fn run_pod_with(
+        &mut self,
+        daemon: &Daemon,
+        network: NamespaceMode,
+        wish: impl FnOnce(&mut PodSandboxConfig),
+    ) -> Result<Pod, tonic::Status> {
         let name = unique("pod");
         let options = NamespaceOption {
             network: network.into(),
             pid: NamespaceMode::Container.into(),
             ..Default::default()
         };
-        let config = PodSandboxConfig {
+        let mut config = PodSandboxConfig {
             metadata: Some(PodSandboxMetadata {
                 name: name.clone(),
                 uid: name.clone(),
@@ -84,7 +101,6 @@ impl Kubelet {
                 attempt: 0,
             }),
             hostname: name,
-            port_mappings,
             log_directory: daemon.scratch().join("logs").display().to_string(),
             linux: Some(LinuxPodSandboxConfig {
                 security_context: Some(LinuxSandboxSecurityContext {
@@ -95,15 +111,14 @@ impl Kubelet {
             }),
             ..Default::default()
         };
+        wish(&mut config);
         let request = RunPodSandboxRequest {
             config: Some(config.clone()),
             runtime_handler: "walnut".into(),
         };
-        let id = call!(self, run_pod_sandbox, request)
-            .unwrap()
-            .pod_sandbox_id;
+        let id = call!(self, run_pod_sandbox, request)?.pod_sandbox_id;
         daemon.note(&id);
-        Pod { id, config }
+        Ok(Pod { id, config })
     }
 
     /// The pod's addresses, as Kubernetes knows them.
@@ -135,7 +150,18 @@ impl Kubelet {
 
     /// Creates and starts a container that runs `script`.
     pub(crate) fn run(&mut self, pod: &Pod, name: &str, script: &str) -> String {
-        let config = ContainerConfig {
+        self.run_with(pod, name, script, |_| ()).unwrap()
+    }
+
+    /// The same of a container that somebody has wishes for.
+    pub(crate) fn run_with(
+        &mut self,
+        pod: &Pod,
+        name: &str,
+        script: &str,
+        wish: impl FnOnce(&mut ContainerConfig),
+    ) -> Result<String, tonic::Status> {
+        let mut config = ContainerConfig {
             metadata: Some(ContainerMetadata {
                 name: name.into(),
                 attempt: 0,
@@ -149,30 +175,41 @@ impl Kubelet {
             log_path: format!("{name}.log"),
             ..Default::default()
         };
+        wish(&mut config);
         let request = CreateContainerRequest {
             pod_sandbox_id: pod.id.clone(),
             config: Some(config),
             sandbox_config: Some(pod.config.clone()),
         };
-        let container_id = call!(self, create_container, request).unwrap().container_id;
+        let container_id = call!(self, create_container, request)?.container_id;
         let request = StartContainerRequest {
             container_id: container_id.clone(),
         };
-        call!(self, start_container, request).unwrap();
-        container_id
+        call!(self, start_container, request)?;
+        Ok(container_id)
     }
 
     pub(crate) fn exec(&mut self, id: &str, script: &str) -> ExecSyncResponse {
+        self.exec_within(id, script, 0).unwrap()
+    }
+
+    /// With a number of seconds that it may take; 0 is any.
+    pub(crate) fn exec_within(
+        &mut self,
+        id: &str,
+        script: &str,
+        timeout: i64,
+    ) -> Result<ExecSyncResponse, tonic::Status> {
         let request = ExecSyncRequest {
             container_id: id.into(),
             cmd: ["sh", "-c", script].map(Into::into).into(),
-            timeout: 0,
+            timeout,
         };
-        call!(self, exec_sync, request).unwrap()
+        call!(self, exec_sync, request)
     }
 
     /// State and exit code of a container.
-    fn status(&mut self, id: &str) -> (ContainerState, i32, String) {
+    pub(crate) fn status(&mut self, id: &str) -> (ContainerState, i32, String) {
         let request = ContainerStatusRequest {
             container_id: id.into(),
             verbose: false,
@@ -184,6 +221,13 @@ impl Kubelet {
         (status.state(), status.exit_code, status.reason)
     }
 
+    pub(crate) fn reopen_log(&mut self, id: &str) {
+        let request = ReopenContainerLogRequest {
+            container_id: id.into(),
+        };
+        call!(self, reopen_container_log, request).unwrap();
+    }
+
     fn stop(&mut self, id: &str) {
         let request = StopContainerRequest {
             container_id: id.into(),
@@ -192,7 +236,7 @@ impl Kubelet {
         call!(self, stop_container, request).unwrap();
     }
 
-    fn remove(&mut self, id: &str) {
+    pub(crate) fn remove(&mut self, id: &str) {
         let request = RemoveContainerRequest {
             container_id: id.into(),
         };
@@ -221,7 +265,8 @@ fn a_pod_lives_as_kubernetes_wants_it() {
     assert_spoken(&daemon, &daemon.kubernetes_bundle(&pod.id), version);
     let first = kubelet.run(&pod, "first", SERVE);
     let done = kubelet.exec(&first, "hostname; echo oops >&2; exit 3");
-    let hostname = format!("{}\n", pod.config.hostname);
+    // The pod has the node's network, and so its name.
+    let hostname = std::fs::read_to_string("/proc/sys/kernel/hostname").unwrap();
     assert_eq!(String::from_utf8_lossy(&done.stdout), hostname);
     assert_eq!(done.stderr, b"oops\n");
     assert_eq!(done.exit_code, 3);
