@@ -170,7 +170,7 @@ conf_dir = "$top/cni"
 CONFIG
     cat >"$top/registry.yml" <<REGISTRY
 version: 0.1
-log: {level: fatal, accesslog: {disabled: true}}
+log: {level: error, accesslog: {disabled: true}}
 storage: {filesystem: {rootdirectory: $root/registry}}
 http: {addr: "$registry"}
 REGISTRY
