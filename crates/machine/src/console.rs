@@ -20,6 +20,16 @@ pub(crate) fn last_words(console: &str) -> Option<String> {
     })
 }
 
+/// How many lines of a console tell why a kernel panicked: an oops, and its end.
+const EVIDENCE: usize = 80;
+
+/// What a guest's kernel wrote before it panicked, for whoever looks into it.
+pub(crate) fn evidence(console: &str) -> String {
+    let lines: Vec<&str> = console.lines().collect();
+    let tail = &lines[lines.len().saturating_sub(EVIDENCE)..];
+    tail.iter().map(|line| quotable(line) + "\n").collect()
+}
+
 /// A hint for people to what the guest was doing: its console's last line.
 pub(crate) fn hint(console: &str) -> String {
     let line = console.lines().rev().find(|l| !l.trim().is_empty());
@@ -47,6 +57,15 @@ mod tests {
     fn the_agents_reason_wins_over_the_panic_it_causes() {
         let console = "walnut-agent: fatal: mount /proc: EPERM\r\n[1.0] Kernel panic - not syncing: Attempted to kill init!";
         assert_eq!(last_words(console).as_deref(), Some("mount /proc: EPERM"));
+    }
+
+    #[test]
+    fn evidence_is_the_tail_and_cannot_disturb_a_log() {
+        let console: String = (0..200).map(|n| format!("line\x1b {n}\r\n")).collect();
+        let told = evidence(&console);
+        assert_eq!(told.lines().count(), EVIDENCE);
+        assert!(told.ends_with("199\n"), "{told}");
+        assert!(!told.contains('\x1b'), "{told}");
     }
 
     #[test]

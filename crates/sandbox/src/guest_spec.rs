@@ -1,9 +1,12 @@
 //! From the bundle's OCI spec, which speaks of the host, to the one the agent
 //! gets, which speaks of the guest.
 
-use std::path::{Path, PathBuf};
+use std::{
+    fs,
+    path::{Path, PathBuf},
+};
 
-use oci_spec::runtime::{Hooks, Linux, Mount, Spec};
+use oci_spec::runtime::{Hooks, Linux, LinuxNamespaceType, Mount, Spec};
 use walnut_protocol::{GUEST_ROOT, agent::GuestFile};
 
 use crate::{
@@ -182,6 +185,40 @@ fn forget_host_cpus(linux: &mut Linux) {
     }
 }
 
+/// Whether the container has a host name of its own, and not the host's.
+fn has_own_name(spec: &Spec) -> bool {
+    let linux = spec.linux().as_ref();
+    let listed = linux.and_then(|linux| linux.namespaces().as_deref());
+    listed
+        .into_iter()
+        .flatten()
+        .any(|namespace| namespace.typ() == LinuxNamespaceType::Uts)
+}
+
+/// Refuses a name for a container that shares the host's, as other runtimes do: Kubernetes
+/// relies on it.
+pub(crate) fn check_hostname(spec: &Spec) -> Result<()> {
+    match spec.hostname() {
+        Some(name) if !name.is_empty() && !has_own_name(spec) => Err(Error::Invalid(format!(
+            "set the host name {name:?}: the container has the host's; give it a UTS namespace"
+        ))),
+        _ => Ok(()),
+    }
+}
+
+/// The container's host name: its own; the host's, where it shares that (as pods of the
+/// host's network do); Walnut's, where nobody has said.
+pub(crate) fn hostname(spec: &Spec) -> String {
+    let given = spec.hostname().clone().filter(|name| !name.is_empty());
+    given
+        .or_else(|| {
+            let name = fs::read_to_string("/proc/sys/kernel/hostname").ok()?;
+            let name = name.trim().to_owned();
+            (!name.is_empty() && !has_own_name(spec)).then_some(name)
+        })
+        .unwrap_or_else(|| "walnut".into())
+}
+
 /// `/etc/hosts` and `/etc/hostname` of a container, and the pod's `/etc/resolv.conf` if it
 /// has one, where the spec has no mount of its own on them.
 pub(crate) fn files(
@@ -192,8 +229,7 @@ pub(crate) fn files(
     let pods = pod
         .map(|pod| pod.hostname.clone())
         .filter(|n| !n.is_empty());
-    let hostname = pods.or_else(|| spec.hostname().clone());
-    let hostname = hostname.unwrap_or_else(|| "walnut".into());
+    let hostname = pods.unwrap_or_else(|| hostname(spec));
     let hosts = format!(
         "127.0.0.1\tlocalhost\n::1\tlocalhost ip6-localhost ip6-loopback\n127.0.1.1\t{hostname}\n"
     );
@@ -245,9 +281,34 @@ mod tests {
             "mounts":[{"destination":"/proc","type":"proc","source":"proc"},
               {"destination":"/data","type":"bind","source":"/srv","options":["rbind","ro"]},
               {"destination":"/t","type":"tmpfs","source":"tmpfs","options":["rw","tmpcopyup"]}],
-            "linux":{"namespaces":[{"type":"pid"},{"type":"network","path":"/var/run/netns/x"}]}}"#,
+            "linux":{"namespaces":[{"type":"pid"},{"type":"uts"},{"type":"network","path":"/var/run/netns/x"}]}}"#,
         )
         .unwrap()
+    }
+
+    #[test]
+    fn a_host_name_is_its_own_or_the_hosts() {
+        let mut spec = spec();
+        assert_eq!(hostname(&spec), "web");
+        check_hostname(&spec).unwrap();
+        // The host's UTS namespace.
+        let linux = spec.linux_mut().as_mut().unwrap();
+        let mut namespaces = linux.namespaces().clone().unwrap();
+        let uts = namespaces.remove(1);
+        linux.set_namespaces(Some(namespaces.clone()));
+        let refused = check_hostname(&spec).unwrap_err().to_string();
+        assert!(refused.contains("give it a UTS namespace"), "{refused}");
+        spec.set_hostname(None);
+        check_hostname(&spec).unwrap();
+        let host = fs::read_to_string("/proc/sys/kernel/hostname").unwrap();
+        assert_eq!(hostname(&spec), host.trim());
+        let named = files(&spec, "c", None);
+        assert_eq!(named[1].0.data, host.as_bytes());
+        // Its own, of which nobody has said anything.
+        namespaces.push(uts);
+        let linux = spec.linux_mut().as_mut().unwrap();
+        linux.set_namespaces(Some(namespaces));
+        assert_eq!(hostname(&spec), "walnut");
     }
 
     #[test]

@@ -61,6 +61,7 @@ impl Plan {
                 )));
             }
         };
+        guest_spec::check_hostname(&spec)?;
         let role = Role::of(&spec);
         let mut binds = guest_spec::host_binds(&spec)?;
         let shm = pod::shm(&binds, &spec).filter(|_| role.in_pod());

@@ -34,6 +34,7 @@ use crate::{
     checkpoint::Attached,
     containers::{Container, Exec},
     growth::Sizes,
+    guest_spec,
     log::{LogWriter, Stream},
     plan::FIRST_DISK,
     pod,
@@ -254,7 +255,7 @@ impl Sandbox {
             .map_err(|e| Error::Machine(format!("get entropy for the guest: {e}")))?;
         let request = ConfigureSandboxRequest {
             sandbox_id: self.id.clone(),
-            hostname: spec.hostname().clone().unwrap_or_else(|| "walnut".into()),
+            hostname: guest_spec::hostname(spec),
             realtime_ns: now_ns(),
             entropy: entropy.to_vec(),
             sysctls: pod::sysctls(spec),

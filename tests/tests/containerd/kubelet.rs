@@ -8,8 +8,9 @@ use k8s_cri::v1::{
     LinuxSandboxSecurityContext, ListContainersRequest, ListPodSandboxRequest, NamespaceMode,
     NamespaceOption, PodSandbox, PodSandboxConfig, PodSandboxMetadata, PodSandboxState,
     PodSandboxStatusRequest, PodSandboxStatusResponse, PortMapping, RemoveContainerRequest,
-    RemovePodSandboxRequest, RunPodSandboxRequest, StartContainerRequest, StopContainerRequest,
-    StopPodSandboxRequest, runtime_service_client::RuntimeServiceClient,
+    RemovePodSandboxRequest, ReopenContainerLogRequest, RunPodSandboxRequest,
+    StartContainerRequest, StopContainerRequest, StopPodSandboxRequest,
+    runtime_service_client::RuntimeServiceClient,
 };
 use tokio::runtime::Runtime;
 use tonic::{
@@ -47,7 +48,7 @@ pub(crate) struct Pod {
     pub(crate) config: PodSandboxConfig,
 }
 
-/// A pod of this name, whose logs are in `logs`.
+/// A pod of this name and of the node's network, whose logs are in `logs`.
 pub(crate) fn pod_config(name: &str, logs: &Path) -> PodSandboxConfig {
     let options = NamespaceOption {
         network: NamespaceMode::Node.into(),
@@ -61,7 +62,6 @@ pub(crate) fn pod_config(name: &str, logs: &Path) -> PodSandboxConfig {
             namespace: "default".into(),
             attempt: 0,
         }),
-        hostname: name.into(),
         log_directory: logs.display().to_string(),
         linux: Some(LinuxPodSandboxConfig {
             security_context: Some(LinuxSandboxSecurityContext {
@@ -148,6 +148,11 @@ impl Kubelet {
     ) -> Result<Pod, Status> {
         let mut config = pod_config(&unique("pod"), &daemon.scratch().join("logs"));
         more(&mut config);
+        // One of the node's network has the node's name.
+        let network = namespaces(&mut config).network();
+        if network == NamespaceMode::Pod && config.hostname.is_empty() {
+            config.hostname = config.metadata.as_ref().unwrap().name.clone();
+        }
         let id = self.try_run_pod(&config)?;
         daemon.note(&id);
         Ok(Pod { id, config })
@@ -214,6 +219,21 @@ impl Kubelet {
         id
     }
 
+    /// Creates and starts a container that runs `script`, and that somebody has wishes for.
+    pub(crate) fn try_run(
+        &self,
+        pod: &Pod,
+        name: &str,
+        script: &str,
+        wish: impl FnOnce(&mut ContainerConfig),
+    ) -> Result<String, Status> {
+        let mut config = container_config(name, script);
+        wish(&mut config);
+        let id = self.create(pod, config)?;
+        self.start(&id)?;
+        Ok(id)
+    }
+
     pub(crate) fn create(&self, pod: &Pod, config: ContainerConfig) -> Result<String, Status> {
         let request = CreateContainerRequest {
             pod_sandbox_id: pod.id.clone(),
@@ -236,12 +256,29 @@ impl Kubelet {
     }
 
     pub(crate) fn try_exec(&self, id: &str, script: &str) -> Result<ExecSyncResponse, Status> {
+        self.exec_within(id, script, 0)
+    }
+
+    /// With a number of seconds that it may take; 0 is any.
+    pub(crate) fn exec_within(
+        &self,
+        id: &str,
+        script: &str,
+        timeout: i64,
+    ) -> Result<ExecSyncResponse, Status> {
         let request = ExecSyncRequest {
             container_id: id.into(),
             cmd: ["sh", "-c", script].map(Into::into).into(),
-            timeout: 0,
+            timeout,
         };
         call!(self, exec_sync, request)
+    }
+
+    pub(crate) fn reopen_log(&self, id: &str) {
+        let request = ReopenContainerLogRequest {
+            container_id: id.into(),
+        };
+        call!(self, reopen_container_log, request).unwrap();
     }
 
     /// State and exit code of a container.

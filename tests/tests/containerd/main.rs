@@ -12,6 +12,7 @@
 )]
 
 mod bootstrap;
+mod conformance;
 mod cri;
 mod daemon;
 mod events;

@@ -310,7 +310,9 @@ impl Shared {
             return Exit::Failed(self.blame(status).await);
         }
         self.qemu.stdout().settle().await;
-        if let Some(words) = console::last_words(&self.qemu.stdout().text()) {
+        let text = self.qemu.stdout().text();
+        if let Some(words) = console::last_words(&text) {
+            tracing::warn!("a guest's kernel panicked:\n{}", console::evidence(&text));
             return Exit::Panicked(words);
         }
         match self.qmp.get().and_then(Qmp::shutdown_reason).as_deref() {

@@ -507,8 +507,12 @@ impl Shared {
             Some(End::Failed(reason)) => Exit::Failed(format!("walnut-vmm: {reason}")),
             Some(End::Reset | End::Stopped) => {
                 self.console.settle().await;
-                match console::last_words(&self.console.text()) {
-                    Some(words) => Exit::Panicked(words),
+                let text = self.console.text();
+                match console::last_words(&text) {
+                    Some(words) => {
+                        tracing::warn!("a guest's kernel panicked:\n{}", console::evidence(&text));
+                        Exit::Panicked(words)
+                    }
                     None => Exit::Stopped,
                 }
             }
