@@ -52,7 +52,7 @@ containerd-newer: build ## The containerd suite against containerd 1.7 and 2.x, 
 
 # The lab is slow: `make test` takes the part of the suite that shows walnut-vmm
 # at work, `make lab` the whole.
-LAB_TESTS ?= commands:: programs:: templates::clones templates::a_container
+LAB_TESTS ?= commands:: programs:: templates::a_container
 
 lab-short: build
 	@tests/image/build.sh
