@@ -33,6 +33,10 @@ const NAME_BYTES: usize = 10;
 const LOCK: &str = "lock";
 /// Mount points of the sandbox's, one after the other, each closed by a NUL.
 const MOUNTS: &str = "mounts";
+/// What a directory's name gets that is being removed.
+const GONE: &str = "gone";
+/// Attempts to remove one that others look into.
+const TRIES: u32 = 10;
 
 /// The sandboxes of the daemons of this host.
 #[derive(Debug, Clone)]
@@ -104,6 +108,11 @@ impl DaemonDirs {
     pub fn sweep(&self) -> Result<()> {
         for name in read_dir(&self.0)? {
             let path = self.0.join(&name);
+            if path.extension().is_some_and(|e| e == GONE) {
+                // Somebody removes it, or was killed while doing so.
+                let _ = remove_dir(&path);
+                continue;
+            }
             let file = path.join(LOCK);
             match Lock::try_take(&file) {
                 Ok(Some(lock)) if is_at(&lock, &file)? => {
@@ -186,12 +195,21 @@ impl SandboxDir {
     pub fn remove(&self) -> Result<()> {
         self.release();
         // Under its own name it might be somebody's again before it is gone.
-        let gone = self.path.with_extension("gone");
-        match fs::rename(&self.path, &gone) {
-            Ok(()) => remove_dir(&gone),
+        let gone = self.path.with_extension(GONE);
+        let path = match fs::rename(&self.path, &gone) {
+            Ok(()) => &gone,
             // One that could not be removed is in the way.
-            Err(_) => remove_dir(&self.path),
+            Err(_) => &self.path,
+        };
+        for _ in 1..TRIES {
+            match remove_dir(path) {
+                // Who looked for its lock a moment ago has made one.
+                Err(Error::Io { source, .. })
+                    if source.kind() == io::ErrorKind::DirectoryNotEmpty => {}
+                other => return other,
+            }
         }
+        remove_dir(path)
     }
 }
 
@@ -263,38 +281,26 @@ mod tests {
     }
 
     #[test]
-    fn a_directory_can_be_taken_while_others_sweep() {
+    fn a_directory_can_be_taken_while_another_sweeps() {
         let run = tempfile::tempdir().unwrap();
         let dirs = DaemonDirs::new(run.path()).unwrap();
-        let done = std::sync::atomic::AtomicBool::new(false);
-        std::thread::scope(|scope| {
-            for _ in 0..3 {
-                scope.spawn(|| {
-                    while !done.load(std::sync::atomic::Ordering::Relaxed) {
-                        dirs.sweep().unwrap();
-                    }
-                });
-            }
-            for n in 0..2000 {
-                let path = dirs.path(&[&n.to_string()]);
-                // Whoever sweeps has the lock for a moment.
-                let dir = loop {
-                    match dirs.take(&path) {
-                        Ok(Some(dir)) => break Ok(dir),
-                        Ok(None) => {}
-                        Err(e) => break Err(e),
-                    }
-                };
-                match dir {
-                    Ok(dir) => dir.remove().unwrap(),
-                    Err(e) => {
-                        done.store(true, std::sync::atomic::Ordering::Relaxed);
-                        panic!("{e}");
-                    }
-                }
-            }
-            done.store(true, std::sync::atomic::Ordering::Relaxed);
+        let sweeper = std::thread::spawn({
+            let dirs = dirs.clone();
+            move || (0..2000).try_for_each(|_| dirs.sweep())
         });
+        let mut taken = Ok(());
+        let mut n = 0;
+        while !sweeper.is_finished() && taken.is_ok() {
+            n += 1;
+            // Whoever sweeps has the lock for a moment: then it is not to be had.
+            taken = match dirs.take(&dirs.path(&[&n.to_string()])) {
+                Ok(Some(dir)) => dir.remove(),
+                Ok(None) => Ok(()),
+                Err(e) => Err(e),
+            };
+        }
+        taken.unwrap();
+        sweeper.join().unwrap().unwrap();
     }
 
     #[test]

@@ -274,7 +274,8 @@ impl Walker {
                 while executed && alive() && begun.elapsed() < PANICS {
                     thread::sleep(PAUSE);
                 }
-                let hit = executed && !machines.is_empty() && !alive();
+                // What executes something has a machine, seen or not.
+                let hit = executed && !alive();
                 let said = match result {
                     Ok(done) => format!("exit code {}", done.exit_code),
                     Err(e) => text(&e),
