@@ -7,8 +7,8 @@
 #
 # The program is built from the sources of Debian 13's containerd with Debian's Go, which
 # takes ten minutes once; it is kept in the cache. Its images are made here of busybox. All
-# runs in network and mount namespaces of its own: bridges, addresses and the registry are
-# nobody else's. What the tests say goes to the standard output, and to the log that is named
+# runs in network, mount and PID namespaces of its own: bridges, addresses, the registry and
+# what a test kills are nobody else's. What the tests say goes to the standard output, and to the log that is named
 # at the end. docs/conformance.md says what is expected to fail.
 #
 # WALNUT_CACHE  where the program is kept (default: ~/.cache/walnut)
@@ -199,7 +199,7 @@ keep_containerd() {
 inside() {
     top=$1 root=$2 programs=$3 name=ctd$$
     shift 3
-    local deadline code=0
+    local deadline code=0 id
     mount --make-rprivate /
     mkdir -p /var/lib/cni "$top"/{cni,nri,images} "$root/registry"
     mount -t tmpfs tmpfs /var/lib/cni
@@ -227,6 +227,10 @@ inside() {
         -cri-endpoint "unix://$top/c.sock" -cri-root "$root/containerd/io.containerd.grpc.v1.cri" \
         -runtime-handler "$runtime" -containerd-bin "$name" -image-list "$top/images.toml" "$@" 2>&1) |
         tee "$top/tests.log" || code=$?
+    # A test that fails may leave its pod.
+    for id in $("$programs/ctr" -a "$top/c.sock" -n k8s.io task ls -q); do
+        "$programs/ctr" -a "$top/c.sock" -n k8s.io task rm -f "$id" >/dev/null 2>&1 || true
+    done
     say "the log of the tests is $top/tests.log, containerd's $top/log"
     return "$code"
 }
@@ -250,4 +254,4 @@ fi
 top=$(mktemp -d /tmp/conf-XXXXXX)
 root=$(mktemp -d "$cache/run-XXXXXX")
 trap 'rm -rf --one-file-system "${work:-/nonexistent}" "$root"' EXIT
-WALNUT_CONFORMANCE_INSIDE=yes unshare --net --mount "$0" "$runtime" "$top" "$root" "$programs" "$@"
+WALNUT_CONFORMANCE_INSIDE=yes unshare --net --mount --pid --fork --kill-child --mount-proc "$0" "$runtime" "$top" "$root" "$programs" "$@"
