@@ -6,7 +6,7 @@
 #                                                  -test.run TestPodHostname
 #
 # The program is built from the sources of Debian 13's containerd with Debian's Go, which
-# takes ten minutes once; it is kept in the cache. Its images are made here of busybox. All
+# takes some minutes once; it is kept in the cache. Its images are made here of busybox. All
 # runs in network, mount and PID namespaces of its own: bridges, addresses, the registry and
 # what a test kills are nobody else's. What the tests say goes to the standard output, and to the log that is named
 # at the end. docs/conformance.md says what is expected to fail.
