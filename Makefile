@@ -34,7 +34,7 @@ lint: deps ## Formatting, shell scripts, lints
 	@$(CARGO) fmt --all --check
 	@cd fuzz && $(CARGO) fmt --check
 	@scripts/lint.sh
-	@$(CARGO) clippy --release --quiet --workspace --features walnut-agent/guest-tests --all-targets -- -D warnings
+	@$(CARGO) clippy --release --quiet --workspace --features walnut-agent/guest-tests --all-targets --test "*" -- -D warnings
 
 unit: build ## Tests that need no sandbox of the whole product
 	@echo "==> unit and component tests"

@@ -12,7 +12,7 @@ use walnut_tests::until;
 
 use crate::{
     daemon::Daemon,
-    kubelet::{Kubelet, Pod},
+    kubelet::{Kubelet, Pod, namespaces},
 };
 
 /// A case's own wishes.
@@ -192,7 +192,8 @@ fn pods_are_what_kubernetes_asks_for() {
     let daemon = Daemon::start_with_pod_network();
     let kubelet = Kubelet::new(&daemon);
     let pod = kubelet
-        .run_pod_with(&daemon, NamespaceMode::Pod, |config| {
+        .run_pod_with(&daemon, |config| {
+            namespaces(config).network = NamespaceMode::Pod.into();
             config.dns_config = Some(DnsConfig {
                 servers: vec!["10.10.10.10".into()],
                 searches: vec!["example.com".into()],

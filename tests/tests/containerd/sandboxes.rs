@@ -46,11 +46,7 @@ fn start() -> Option<Daemon> {
 
 /// A pod with a network of its own: containerd up to 2.2 dies of others, when shims make
 /// sandboxes (containerd issue 12983).
-fn run_pod(
-    kubelet: &mut Kubelet,
-    daemon: &Daemon,
-    more: impl FnOnce(&mut PodSandboxConfig),
-) -> Pod {
+fn run_pod(kubelet: &Kubelet, daemon: &Daemon, more: impl FnOnce(&mut PodSandboxConfig)) -> Pod {
     let pod = kubelet.run_pod_with(daemon, |config| {
         namespaces(config).network = NamespaceMode::Pod.into();
         more(config);
@@ -59,7 +55,7 @@ fn run_pod(
 }
 
 /// What a script in a container says.
-fn says(kubelet: &mut Kubelet, container: &str, script: &str) -> String {
+fn says(kubelet: &Kubelet, container: &str, script: &str) -> String {
     let done = kubelet.exec(container, script);
     assert_eq!(done.exit_code, 0, "{script}: {done:?}");
     String::from_utf8(done.stdout).unwrap().trim().to_owned()
@@ -69,7 +65,7 @@ fn says(kubelet: &mut Kubelet, container: &str, script: &str) -> String {
 fn a_pod_is_a_machine_without_a_container_of_its_own() {
     let Some(daemon) = start() else { return };
     let kubelet = Kubelet::with(&daemon, BY_SANDBOX_API);
-    let pod = run_pod(&mut kubelet, &daemon, |config| {
+    let pod = run_pod(&kubelet, &daemon, |config| {
         config.dns_config = Some(DnsConfig {
             servers: vec!["192.0.2.53".into()],
             ..Default::default()
@@ -98,26 +94,26 @@ fn a_pod_is_a_machine_without_a_container_of_its_own() {
     assert_eq!(containers(&daemon), 2);
     let name = &pod.config.hostname;
     for container in [&first, &second] {
-        assert_eq!(&says(&mut kubelet, container, "hostname"), name);
-        assert_eq!(&says(&mut kubelet, container, "cat /etc/hostname"), name);
-        let dns = says(&mut kubelet, container, "cat /etc/resolv.conf");
+        assert_eq!(&says(&kubelet, container, "hostname"), name);
+        assert_eq!(&says(&kubelet, container, "cat /etc/hostname"), name);
+        let dns = says(&kubelet, container, "cat /etc/resolv.conf");
         assert_eq!(dns, "nameserver 192.0.2.53");
     }
-    says(&mut kubelet, &first, "echo shared >/dev/shm/x");
-    assert_eq!(says(&mut kubelet, &second, "cat /dev/shm/x"), "shared");
+    says(&kubelet, &first, "echo shared >/dev/shm/x");
+    assert_eq!(says(&kubelet, &second, "cat /dev/shm/x"), "shared");
     let boot = "cat /proc/sys/kernel/random/boot_id";
-    let boots = [&first, &second].map(|id| says(&mut kubelet, id, boot));
+    let boots = [&first, &second].map(|id| says(&kubelet, id, boot));
     assert_eq!(boots[0], boots[1]);
     let setting = "cat /proc/sys/net/core/somaxconn";
-    assert_eq!(says(&mut kubelet, &first, setting), "321");
-    assert_eq!(says(&mut kubelet, &first, "nproc"), "2");
+    assert_eq!(says(&kubelet, &first, setting), "321");
+    assert_eq!(says(&kubelet, &first, "nproc"), "2");
 
     // It is on the network that CNI's plugin made.
     let addresses = kubelet.addresses(&pod);
-    let seen = says(&mut kubelet, &first, "cat /proc/net/fib_trie");
+    let seen = says(&kubelet, &first, "cat /proc/net/fib_trie");
     assert!(seen.contains(&addresses[0]), "{addresses:?}: {seen}");
     let listen = "setsid python3 -c 'import socket; socket.create_server((\"\", 7000)).accept()' >/dev/null 2>&1 & exit 0";
-    says(&mut kubelet, &second, &format!("{listen}"));
+    says(&kubelet, &second, &format!("{listen}"));
     let reach = format!(
         "import socket; socket.create_connection(('{}', 7000), 5)",
         addresses[0]
@@ -134,7 +130,7 @@ fn a_pod_is_a_machine_without_a_container_of_its_own() {
     kubelet.remove(&second).unwrap();
     assert_eq!(kubelet.pod(&pod).0, PodSandboxState::SandboxReady);
     let third = kubelet.run(&pod, "third", SERVE);
-    assert_eq!(says(&mut kubelet, &third, boot), boots[0]);
+    assert_eq!(says(&kubelet, &third, boot), boots[0]);
     // With a container that runs.
     kubelet.end_pod(&pod);
     daemon.assert_nothing_left();
@@ -146,7 +142,7 @@ fn a_pod_is_a_machine_without_a_container_of_its_own() {
 fn it_outlives_containerd() {
     let Some(mut daemon) = start() else { return };
     let kubelet = Kubelet::with(&daemon, BY_SANDBOX_API);
-    let pod = run_pod(&mut kubelet, &daemon, |_| {});
+    let pod = run_pod(&kubelet, &daemon, |_| {});
     let one = kubelet.run(&pod, "one", SERVE);
     for _ in 0..2 {
         daemon.restart(|| {});
@@ -169,7 +165,7 @@ fn it_outlives_containerd() {
 fn a_killed_machine_ends_it() {
     let Some(daemon) = start() else { return };
     let kubelet = Kubelet::with(&daemon, BY_SANDBOX_API);
-    let pod = run_pod(&mut kubelet, &daemon, |_| {});
+    let pod = run_pod(&kubelet, &daemon, |_| {});
     let one = kubelet.run(&pod, "one", SERVE);
     // All PIDs are the machine's.
     let list = daemon
@@ -194,7 +190,7 @@ fn a_killed_machine_ends_it() {
 fn a_killed_shim_takes_it_along() {
     let Some(daemon) = start() else { return };
     let kubelet = Kubelet::with(&daemon, BY_SANDBOX_API);
-    let pod = run_pod(&mut kubelet, &daemon, |_| {});
+    let pod = run_pod(&kubelet, &daemon, |_| {});
     let one = kubelet.run(&pod, "one", SERVE);
     daemon.kill_process("containerd-shim-walnut-v2");
     until("its container has ended", || {
@@ -324,7 +320,7 @@ fn every_call_does_what_it_says() {
         runtime.spawn(async move { api.wait_sandbox(context::with_timeout(0), &request).await })
     };
     call!(stop_sandbox, StopSandboxRequest).unwrap();
-    let end = runtime.block_on(waiting).unwrap();
+    let end = runtime.block_on(waiting).unwrap().unwrap();
     assert_eq!(end.exit_status, 0);
     let name = fs::read_to_string(format!("/proc/{}/comm", started.pid));
     assert!(name.is_err(), "{name:?}");
