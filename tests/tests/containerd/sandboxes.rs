@@ -140,8 +140,8 @@ fn a_pod_is_a_machine_without_a_container_of_its_own() {
 
 #[test]
 fn it_outlives_containerd() {
-    let Some(mut daemon) = start() else { return };
-    let kubelet = Kubelet::with(&daemon, BY_SANDBOX_API);
+    let Some(daemon) = start() else { return };
+    let mut kubelet = Kubelet::with(&daemon, BY_SANDBOX_API);
     let pod = run_pod(&kubelet, &daemon, |_| {});
     let one = kubelet.run(&pod, "one", SERVE);
     for _ in 0..2 {
@@ -216,7 +216,7 @@ fn what_needs_a_pause_container_is_refused() {
     assert!(refused.contains("PID namespace"), "{refused}");
     daemon.assert_nothing_left();
     // One that the usual way makes beside it.
-    let mut usual = Kubelet::new(&daemon);
+    let usual = Kubelet::new(&daemon);
     let pod = usual.run_pod(&daemon);
     usual.end_pod(&pod);
     daemon.assert_nothing_left();
