@@ -113,7 +113,7 @@ fn a_pod_is_a_machine_without_a_container_of_its_own() {
     let seen = says(&kubelet, &first, "cat /proc/net/fib_trie");
     assert!(seen.contains(&addresses[0]), "{addresses:?}: {seen}");
     let listen = "setsid python3 -c 'import socket; socket.create_server((\"\", 7000)).accept()' >/dev/null 2>&1 & exit 0";
-    says(&kubelet, &second, &format!("{listen}"));
+    says(&kubelet, &second, listen);
     let reach = format!(
         "import socket; socket.create_connection(('{}', 7000), 5)",
         addresses[0]
