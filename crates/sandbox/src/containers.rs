@@ -88,16 +88,19 @@ async fn machine(
     volumes: &[Volume],
     steps: Steps,
 ) -> Result<Started> {
-    if let Some(started) = start::start(config, parts.clone(), steps).await? {
-        return Ok(started);
+    let mut config = config.clone();
+    // A template that failed is not there any more, but another one may have come.
+    for last in [false, true] {
+        if let Some(started) = start::start(&config, parts.clone(), steps).await? {
+            return Ok(started);
+        }
+        config.settings.machine.templates = !last;
+        drop(shared.take());
+        let again = VirtioFs::start(volumes, &config.run_dir).await?;
+        parts.shares = vec![again.share()];
+        *shared = Some(again);
     }
-    drop(shared.take());
-    let again = VirtioFs::start(volumes, &config.run_dir).await?;
-    parts.shares = vec![again.share()];
-    *shared = Some(again);
-    let mut boots = config.clone();
-    boots.settings.machine.templates = false;
-    let started = start::start(&boots, parts, steps).await?;
+    let started = start::start(&config, parts, steps).await?;
     started.ok_or_else(|| Error::Machine("start the machine: it did not boot".into()))
 }
 
