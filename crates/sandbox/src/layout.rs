@@ -1,7 +1,7 @@
 //! Where things lie on the host.
 
 use std::{
-    env, fs,
+    env, fs, io,
     os::unix::fs::{DirBuilderExt, MetadataExt, PermissionsExt},
     path::{Path, PathBuf},
 };
@@ -109,11 +109,20 @@ impl Layout {
 /// Makes a directory (and its parents) with mode 0700, and refuses one of
 /// somebody else's.
 pub(crate) fn private_dir(path: &Path) -> Result<()> {
-    fs::DirBuilder::new()
-        .recursive(true)
-        .mode(0o700)
-        .create(path)
-        .map_err(Error::io("create directory", path))?;
+    let mut builder = fs::DirBuilder::new();
+    builder.recursive(true).mode(0o700);
+    let may_be = |path| match fs::symlink_metadata(path) {
+        Ok(meta) => meta.is_dir(),
+        Err(e) => e.kind() == io::ErrorKind::NotFound,
+    };
+    while let Err(e) = builder.create(path) {
+        // It was there, and by the time that its kind was asked for it was not: somebody
+        // sweeps.
+        let went = e.kind() == io::ErrorKind::AlreadyExists && may_be(path);
+        if !went {
+            return Err(Error::io("create directory", path)(e));
+        }
+    }
     let meta = fs::symlink_metadata(path).map_err(Error::io("examine", path))?;
     if !meta.is_dir() || meta.uid() != nix::unistd::geteuid().as_raw() {
         return Err(Error::Invalid(format!(
