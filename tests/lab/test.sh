@@ -137,7 +137,7 @@ e2e() {
 kills() {
     echo '==> kills under containerd, on walnut-vmm, in the lab'
     local program
-    program=$(programs walnut-tests containerd)
+    program=$(programs tests containerd)
     # shellcheck disable=SC2016 # expanded in the lab
     tests/lab/lab --timeout 3600 --memory 8192 --env WALNUT_TEST_ROOT=/tmp/root \
         --env "WALNUT_KILLS=${WALNUT_KILLS:-30}" --env "WALNUT_SEED=${WALNUT_SEED:-$(date +%s)}" \
