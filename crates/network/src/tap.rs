@@ -12,7 +12,7 @@ use std::{
 use crate::{Error, Result};
 
 // linux/if_tun.h
-nix::ioctl_write_ptr_bad!(
+nix::ioctl_readwrite_bad!(
     set_interface,
     nix::request_code_write!(b'T', 202, size_of::<libc::c_int>()),
     libc::ifreq
@@ -52,7 +52,7 @@ fn open(name: &[u8], flags: libc::c_int) -> io::Result<(File, Vec<u8>)> {
     }
     request.ifr_ifru.ifru_flags = libc::c_short::try_from(flags).map_err(io::Error::other)?;
     // SAFETY: the ioctl reads name and flags of `request`, and writes its name.
-    unsafe { set_interface(file.as_raw_fd(), &raw const request) }?;
+    unsafe { set_interface(file.as_raw_fd(), &raw mut request) }?;
     let given = request.ifr_name.iter().take_while(|&&byte| byte != 0);
     let given = given.map(|byte| byte.cast_unsigned()).collect();
     Ok((file, given))

@@ -173,8 +173,8 @@ fn a_template_that_is_damaged_is_replaced_by_itself() {
         until("another one is made", || usable(&memory).is_some());
         assert_eq!(begins_from(&SIZE), id.as_str(), "{damage}");
     }
-    // A state that is damaged and looks as it did: the machine itself refuses it.
-    // Who served a volume to the clone has ended with it, and serves the next machine too.
+    // A state that is damaged and looks as it did: the machine itself refuses it. The file
+    // server of a volume has ended with that clone: the machine that boots has another one.
     let dir = tempfile::tempdir().unwrap();
     let volume = format!("{}:/data", dir.path().display());
     for options in [SIZE.to_vec(), [&SIZE[..], &["-v", &volume]].concat()] {
