@@ -11,7 +11,9 @@ use oci_spec::runtime::Spec;
 use tracing::{debug, info};
 use walnut_machine::{Driver, DriverChoice, MachineSpec, Programs, SnapshotFiles};
 
-use super::{META, RUN_DIR, SPARE_DISKS, Shape, Template, Templates, UNFINISHED, shape::Stamp};
+use super::{
+    META, RUN_DIR, SPARE_DISKS, Shape, Template, Templates, UNFINISHED, WAITING, shape::Stamp,
+};
 use crate::{
     Assets, Error, Lock, Result, Settings, agent,
     file::write_json,
@@ -24,9 +26,6 @@ use crate::{
 /// that it serves: the helper that builds the first container. A clone of a guest that
 /// was saved earlier is slower, and otherwise the same.
 const SETTLE: Duration = Duration::from_millis(1500);
-
-/// How long somebody may hold the lock who only sweeps: tries, and the pause after each.
-const SWEEP: (u32, Duration) = (40, Duration::from_millis(25));
 
 /// A template that somebody could use.
 #[derive(Debug, Clone, PartialEq, Eq)]
@@ -71,7 +70,8 @@ impl Wanted {
 
 impl Templates {
     /// Makes a template, and returns it; one that is there already if it is good.
-    /// `None` if another process is making one: there is one at a time on a node.
+    /// There is one at a time on a node: waits for its turn. `None` if somebody waits
+    /// already who wants the same one.
     ///
     /// The guest dies with the calling thread.
     pub async fn make(
@@ -81,10 +81,6 @@ impl Templates {
         cache: Option<PathBuf>,
         boot_deadline: Duration,
     ) -> Result<Option<Template>> {
-        let Some(_lock) = self.lock_soon().await? else {
-            return Ok(None);
-        };
-        self.sweep_locked()?;
         let programs = Programs {
             cache,
             ..Programs::new(&assets.dir)
@@ -98,10 +94,14 @@ impl Templates {
                 driver.name()
             )));
         };
+        let id = shape.id();
+        let Some(_lock) = self.lock_in_turn(&id).await? else {
+            return Ok(None);
+        };
+        self.sweep_locked()?;
         if let Some(template) = self.find(driver.as_ref(), &spec)? {
             return Ok(Some(template));
         }
-        let id = shape.id();
         let new = self.dir.join(format!("{UNFINISHED}{id}"));
         for dir in [&run_dir, &new] {
             fs::DirBuilder::new()
@@ -140,16 +140,21 @@ impl Templates {
 }
 
 impl Templates {
-    /// The lock, unless somebody makes a template and not only sweeps.
-    async fn lock_soon(&self) -> Result<Option<Lock>> {
-        let (tries, pause) = SWEEP;
-        for _ in 0..tries {
-            if let Some(lock) = self.lock()? {
-                return Ok(Some(lock));
-            }
-            tokio::time::sleep(pause).await;
+    /// The lock of who makes a template, once it is free. `None` if somebody waits for it
+    /// already who wants the same one.
+    async fn lock_in_turn(&self, id: &str) -> Result<Option<Lock>> {
+        if let Some(lock) = self.lock()? {
+            return Ok(Some(lock));
         }
-        Ok(None)
+        // One that is killed leaves its place to the next; the file goes with a sweep.
+        let place = self.dir.join(format!("{WAITING}{id}"));
+        let Some(_place) = Lock::try_take(&place)? else {
+            return Ok(None);
+        };
+        let path = self.lock_path();
+        let waited = tokio::task::spawn_blocking(move || Lock::take(&path)).await;
+        let lock = waited.map_err(|e| Error::Invalid(format!("wait to make a template: {e}")))??;
+        Ok(Some(lock))
     }
 }
 

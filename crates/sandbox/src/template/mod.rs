@@ -39,6 +39,8 @@ const META_MAX: u64 = 1 << 20;
 const META: &str = "template.json";
 /// What a directory's name begins with until it is whole.
 const UNFINISHED: &str = "new-";
+/// What the name of a file begins with that is locked by who waits to make a template.
+const WAITING: &str = "waiting-";
 /// The directory in which a template's machine has its sockets while it is made.
 pub(crate) const RUN_DIR: &str = "template";
 
@@ -88,9 +90,13 @@ impl Templates {
         self.dir.join(id)
     }
 
+    fn lock_path(&self) -> PathBuf {
+        self.dir.join("lock")
+    }
+
     fn lock(&self) -> Result<Option<Lock>> {
         private_dir(&self.dir)?;
-        Lock::try_take(&self.dir.join("lock"))
+        Lock::try_take(&self.lock_path())
     }
 
     /// The template for a machine of `spec`, if there is one that is whole.
@@ -234,6 +240,11 @@ impl Templates {
         for name in self.names()? {
             if name.starts_with(UNFINISHED) {
                 remove_dir(&self.dir.join(name))?;
+            } else if name.starts_with(WAITING) {
+                let place = self.dir.join(name);
+                if Lock::try_take(&place)?.is_some() {
+                    fs::remove_file(&place).map_err(Error::io("remove", &place))?;
+                }
             }
         }
         remove_dir(&self.run.join(RUN_DIR))
@@ -241,7 +252,7 @@ impl Templates {
 
     /// Returns when no process is making a template any more. Blocks its thread.
     pub fn wait_for_maker(&self) -> Result<()> {
-        Lock::wait_free(&self.dir.join("lock"))
+        Lock::wait_free(&self.lock_path())
     }
 
     /// Removes those that nothing can use any more.

@@ -107,6 +107,33 @@ fn what_a_killed_maker_left_is_swept_unless_one_is_at_work() {
     assert!(templates.load(&id).is_ok());
 }
 
+#[tokio::test]
+async fn one_waits_for_its_turn_per_shape() {
+    let dir = tempfile::tempdir().unwrap();
+    let templates = store(&dir);
+    let held = templates.lock().unwrap().unwrap();
+    let waits = |id: &'static str| {
+        let templates = templates.clone();
+        tokio::spawn(async move { templates.lock_in_turn(id).await })
+    };
+    let place = |id: &str| templates.dir.join(format!("{WAITING}{id}"));
+    let taken = |id: &str| place(id).exists() && Lock::try_take(&place(id)).unwrap().is_none();
+    let (one, other) = (waits("one"), waits("other"));
+    while !taken("one") || !taken("other") {
+        tokio::task::yield_now().await;
+    }
+    assert!(waits("one").await.unwrap().unwrap().is_none());
+    drop(held);
+    // Each when the one before has ended, in whatever order.
+    let made = async |waiter: tokio::task::JoinHandle<Result<Option<Lock>>>| {
+        drop(waiter.await.unwrap().unwrap().unwrap());
+    };
+    tokio::join!(made(one), made(other));
+    assert!(place("one").exists());
+    templates.sweep().unwrap();
+    assert!(!place("one").exists() && !place("other").exists());
+}
+
 #[test]
 fn the_one_not_used_for_longest_makes_room() {
     let dir = tempfile::tempdir().unwrap();
