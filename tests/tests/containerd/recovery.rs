@@ -145,3 +145,55 @@ fn what_is_being_created_when_containerd_is_killed_goes() {
     daemon.assert_nothing_left();
     daemon.ctr(&["container", "rm", &id]).exits(0);
 }
+
+/// Processes that stand still for as long as this lives.
+struct Stopped(Vec<Pid>);
+
+impl Stopped {
+    fn new(pids: Vec<Pid>) -> Self {
+        for pid in &pids {
+            kill(*pid, Signal::SIGSTOP).unwrap();
+        }
+        Self(pids)
+    }
+}
+
+impl Drop for Stopped {
+    fn drop(&mut self) {
+        for pid in &self.0 {
+            // It may have ended, where what is tested failed.
+            let _ = kill(*pid, Signal::SIGCONT);
+        }
+    }
+}
+
+/// Readahead of a killed process is under way when its root file system goes, which is a
+/// mount of its own in the guest: the guest's kernel has to wait for it.
+#[test]
+fn a_container_killed_while_it_reads_harms_no_other() {
+    const ROUNDS: usize = 8;
+    const READS: &str = "for dir in /usr/bin /usr/lib /usr/share /etc /usr/sbin; do
+        while :; do find $dir -xdev -type f -exec cat {} + >/dev/null 2>&1; done &
+    done; wait";
+    let daemon = Daemon::start();
+    let pod = unique("pod");
+    member(&daemon, &pod, &pod, "sandbox", &["sleep", "1000"]);
+    let boot = ["cat", "/proc/sys/kernel/random/boot_id"];
+    let before = daemon.exec(&pod, &boot).exits(0).stdout;
+    for _ in 0..ROUNDS {
+        let id = unique("c");
+        member(&daemon, &pod, &id, "container", &["sh", "-c", READS]);
+        let stopped = Stopped::new(daemon.pids_of("virtiofsd"));
+        daemon
+            .ctr(&["task", "kill", "--signal", "KILL", &id])
+            .exits(0);
+        // Its processes end, as far as they can; where they do so later, nothing is tested.
+        std::thread::sleep(std::time::Duration::from_millis(300));
+        drop(stopped);
+        daemon.until_task_is(&id, "STOPPED");
+        daemon.delete(&id, 137);
+        daemon.ctr(&["container", "rm", &id]).exits(0);
+    }
+    assert_eq!(daemon.exec(&pod, &boot).exits(0).stdout, before);
+    daemon.remove(&pod);
+}

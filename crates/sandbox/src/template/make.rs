@@ -142,7 +142,7 @@ impl Templates {
 impl Templates {
     /// The lock of who makes a template, once it is free. `None` if somebody waits for it
     /// already who wants the same one.
-    async fn lock_in_turn(&self, id: &str) -> Result<Option<Lock>> {
+    pub(super) async fn lock_in_turn(&self, id: &str) -> Result<Option<Lock>> {
         if let Some(lock) = self.lock()? {
             return Ok(Some(lock));
         }
@@ -153,7 +153,8 @@ impl Templates {
         };
         let path = self.lock_path();
         let waited = tokio::task::spawn_blocking(move || Lock::take(&path)).await;
-        let lock = waited.map_err(|e| Error::Invalid(format!("wait to make a template: {e}")))??;
+        let lock =
+            waited.map_err(|e| Error::Invalid(format!("wait to make a template: {e}")))??;
         Ok(Some(lock))
     }
 }
