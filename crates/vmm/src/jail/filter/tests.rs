@@ -1,10 +1,10 @@
 //! Each filter, in processes that try calls.
 
-use std::collections::BTreeSet;
+use std::{arch::asm, collections::BTreeSet};
 
 use nix::{
     sys::{
-        signal::Signal,
+        signal::{SaFlags, SigAction, SigHandler, SigSet, Signal, sigaction},
         wait::{WaitStatus, waitpid},
     },
     unistd::{ForkResult, fork},
@@ -35,6 +35,18 @@ fn filter(thread: &Thread) -> Filter {
     Filter::compile(thread.calls().chain(exit)).unwrap()
 }
 
+/// Goes on behind the instruction that does not exist: by a return from a signal, which
+/// otherwise would go wherever the stack says.
+extern "C" fn skip(_: libc::c_int, _: *mut libc::siginfo_t, context: *mut libc::c_void) {
+    const UD2: i64 = 2;
+    let context = context.cast::<libc::ucontext_t>();
+    let register = usize::try_from(libc::REG_RIP).unwrap_or(usize::MAX);
+    // SAFETY: the kernel hands the handler a context of its own.
+    if let Some(rip) = unsafe { (*context).uc_mcontext.gregs.get_mut(register) } {
+        *rip += UD2;
+    }
+}
+
 /// Whether a process survives a call behind a filter.
 fn survives(filter: &Filter, number: libc::c_long, arguments: [libc::c_long; 6]) -> bool {
     // SAFETY: the child makes system calls alone.
@@ -49,8 +61,17 @@ fn survives(filter: &Filter, number: libc::c_long, arguments: [libc::c_long; 6])
             // is let through fails.
             unsafe {
                 libc::setrlimit(libc::RLIMIT_CORE, &raw const none);
-                if filter.install().is_ok() {
-                    libc::syscall(number, a, b, c, d, e, f);
+                let returns = number == libc::SYS_rt_sigreturn;
+                if returns {
+                    let handler = skip as extern "C" fn(_, _, _);
+                    let handler = SigHandler::SigAction(handler);
+                    let action = SigAction::new(handler, SaFlags::empty(), SigSet::empty());
+                    let _ = sigaction(Signal::SIGILL, &action);
+                }
+                match filter.install() {
+                    Ok(()) if returns => asm!("ud2"),
+                    Ok(()) => drop(libc::syscall(number, a, b, c, d, e, f)),
+                    Err(_) => {}
                 }
                 libc::syscall(libc::SYS_exit_group, 0);
             }
