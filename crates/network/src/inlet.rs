@@ -10,8 +10,10 @@ use std::{
     fs::File,
     io,
     net::{Ipv4Addr, Ipv6Addr, SocketAddr, TcpListener},
-    os::fd::{AsRawFd, FromRawFd, OwnedFd, RawFd},
+    os::fd::{AsRawFd, OwnedFd},
 };
+
+use crate::bpf::{self, instruction, number, words};
 
 /// A listener for connections to a namespace's loopback.
 #[derive(Debug)]
@@ -57,9 +59,7 @@ fn listener() -> io::Result<TcpListener> {
 }
 
 // linux/bpf.h
-const MAP_CREATE: libc::c_int = 0;
 const MAP_UPDATE: libc::c_int = 2;
-const PROG_LOAD: libc::c_int = 5;
 const LINK_CREATE: libc::c_int = 28;
 const MAP_SOCKMAP: u32 = 15;
 const PROG_SK_LOOKUP: u32 = 30;
@@ -71,36 +71,10 @@ const SK_ASSIGN: i32 = 124;
 /// The only place in the map.
 const KEY: u32 = 0;
 
-/// bpf(2) with the beginning of its union of attributes; the rest is zero.
-fn bpf(command: libc::c_int, attributes: &[u8]) -> io::Result<i64> {
-    let length = libc::c_uint::try_from(attributes.len()).map_err(io::Error::other)?;
-    // SAFETY: the kernel reads `length` bytes, which are there; what they point to is alive
-    // in every caller.
-    let result = unsafe { libc::syscall(libc::SYS_bpf, command, attributes.as_ptr(), length) };
-    match result {
-        -1 => Err(io::Error::last_os_error()),
-        result => Ok(result),
-    }
-}
-
-fn bpf_fd(command: libc::c_int, attributes: &[u8]) -> io::Result<OwnedFd> {
-    let fd = RawFd::try_from(bpf(command, attributes)?).map_err(io::Error::other)?;
-    // SAFETY: these commands return a new descriptor, close-on-exec.
-    Ok(unsafe { OwnedFd::from_raw_fd(fd) })
-}
-
-fn words(all: &[u32]) -> Vec<u8> {
-    all.iter().flat_map(|word| word.to_ne_bytes()).collect()
-}
-
-fn number(fd: &impl AsRawFd) -> u32 {
-    fd.as_raw_fd().cast_unsigned()
-}
-
 fn make_map() -> io::Result<OwnedFd> {
     let (key_size, value_size, entries) = (4, 8, 1);
-    bpf_fd(
-        MAP_CREATE,
+    bpf::call_fd(
+        bpf::MAP_CREATE,
         &words(&[MAP_SOCKMAP, key_size, value_size, entries]),
     )
 }
@@ -115,31 +89,12 @@ fn put(map: &OwnedFd, socket: &TcpListener) -> io::Result<()> {
         attributes.extend(u64::try_from(pointer).unwrap_or(0).to_ne_bytes());
     }
     attributes.extend(0u64.to_ne_bytes());
-    bpf(MAP_UPDATE, &attributes).map(drop)
-}
-
-/// One instruction: operation, registers (destination, source), offset, value.
-fn instruction(code: u8, registers: (u8, u8), offset: i16, value: i32) -> [u8; 8] {
-    let mut bytes = [0; 8];
-    bytes[0] = code;
-    bytes[1] = registers.0 | (registers.1 << 4);
-    bytes[2..4].copy_from_slice(&offset.to_ne_bytes());
-    bytes[4..8].copy_from_slice(&value.to_ne_bytes());
-    bytes
+    bpf::call(MAP_UPDATE, &attributes).map(drop)
 }
 
 /// Picks the map's socket for TCP, and leaves everything else alone.
 fn program(map: i32) -> Vec<u8> {
-    const MOVE: u8 = 0xbf;
-    const MOVE_VALUE: u8 = 0xb7;
-    const ADD_VALUE: u8 = 0x07;
-    const LOAD_WORD: u8 = 0x61;
-    const STORE_WORD: u8 = 0x62;
-    const LOAD_MAP: u8 = 0x18;
-    const UNLESS_EQUAL: u8 = 0x55;
-    const IF_EQUAL: u8 = 0x15;
-    const CALL: u8 = 0x85;
-    const EXIT: u8 = 0x95;
+    use bpf::op::*;
     /// Of `struct bpf_sk_lookup`.
     const PROTOCOL: i16 = 12;
     [
@@ -169,24 +124,11 @@ fn program(map: i32) -> Vec<u8> {
 }
 
 fn load(map: &OwnedFd) -> io::Result<OwnedFd> {
-    let code = program(map.as_raw_fd());
-    let license = c"Apache-2.0";
-    let count = u32::try_from(code.len() / 8).map_err(io::Error::other)?;
-    let mut attributes = words(&[PROG_SK_LOOKUP, count]);
-    for pointer in [
-        code.as_ptr().expose_provenance(),
-        license.as_ptr().expose_provenance(),
-    ] {
-        attributes.extend(u64::try_from(pointer).unwrap_or(0).to_ne_bytes());
-    }
-    // Log level, size and buffer; kernel version and flags; name; interface: none.
-    attributes.extend([0; 16 + 8 + 16 + 4]);
-    attributes.extend(ATTACH_SK_LOOKUP.to_ne_bytes());
-    bpf_fd(PROG_LOAD, &attributes)
+    bpf::load(PROG_SK_LOOKUP, ATTACH_SK_LOOKUP, &program(map.as_raw_fd()))
 }
 
 fn attach(program: &OwnedFd, namespace: &File) -> io::Result<OwnedFd> {
     let flags = 0;
     let attributes = [number(program), number(namespace), ATTACH_SK_LOOKUP, flags];
-    bpf_fd(LINK_CREATE, &words(&attributes))
+    bpf::call_fd(LINK_CREATE, &words(&attributes))
 }

@@ -3,14 +3,17 @@
 //!
 //! [`connect`] reads every link of the namespace (addresses, routes, permanent
 //! neighbours), makes a tap beside each, and has the kernel pass frames between the two
-//! (`tc`: an ingress qdisc with u32 filters that redirect). The link keeps its
+//! (`tc`: an ingress qdisc with filters that redirect). The link keeps its
 //! addresses, so that plugins find what they left; what arrives on it goes to the
 //! guest before the namespace's own stack sees it. Frames of the guest's with another
-//! source than the link's address do not leave the tap.
+//! source than the link's address do not leave the tap, and no packets that [`Rules`] deny.
 //!
 //! It knows namespaces, links and taps; it knows no machine, no agent and no front end.
 
+mod bpf;
+mod egress;
 mod error;
+mod filter;
 mod inlet;
 mod inventory;
 mod namespace;
@@ -21,6 +24,7 @@ use std::{net::IpAddr, os::fd::OwnedFd, path::PathBuf};
 
 use tracing::debug;
 
+pub use egress::{RULES_MAX, Rules, Verdict};
 pub use error::{Error, Result};
 pub use inlet::{Inlet, is_meant};
 
@@ -119,16 +123,16 @@ pub struct Neighbour {
 
 /// Connects each link of a namespace that is up, but for loopback, to a tap with
 /// `queues` queues. Fails on a link that is not Ethernet's. On failure no tap is left,
-/// and the links pass their frames on as before.
+/// and the links pass their frames on as before. What all lists of `egress` allow is sent.
 ///
 /// # Errors
 /// If the namespace cannot be entered, is the host's own, or the kernel refuses.
-pub async fn connect(namespace: &Namespace, queues: u16) -> Result<Connection> {
+pub async fn connect(namespace: &Namespace, queues: u16, egress: Vec<Rules>) -> Result<Connection> {
     let namespace = namespace.clone();
-    namespace::within(namespace, move || Box::pin(connect_all(queues))).await
+    namespace::within(namespace, move || Box::pin(connect_all(queues, egress))).await
 }
 
-async fn connect_all(queues: u16) -> Result<Connection> {
+async fn connect_all(queues: u16, egress: Vec<Rules>) -> Result<Connection> {
     let (connection, handle, _) =
         rtnetlink::new_connection().map_err(Error::system("open a netlink socket"))?;
     let serving = tokio::spawn(connection);
@@ -138,7 +142,7 @@ async fn connect_all(queues: u16) -> Result<Connection> {
         let mut done = Vec::with_capacity(found.len());
         for (index, interface) in found {
             let name = interface.name.clone();
-            match redirect::connect(&handle, index, &interface, queues).await {
+            match redirect::connect(&handle, index, &interface, queues, &egress).await {
                 Ok(taps) => links.push(Link { interface, taps }),
                 Err(e) => {
                     done.push((index, name));

@@ -74,7 +74,7 @@ fn pod_and_node() -> (Net, Net) {
 }
 
 async fn only(namespace: &Namespace, queues: u16) -> Link {
-    let mut links = connect(namespace, queues).await.unwrap().links;
+    let mut links = connect(namespace, queues, Vec::new()).await.unwrap().links;
     assert_eq!(links.len(), 1, "{links:?}");
     links.remove(0)
 }
@@ -250,19 +250,25 @@ async fn a_guest_hears_of_all_that_a_link_has() {
 #[tokio::test]
 async fn what_cannot_be_taken_over_is_refused_and_nothing_stays() {
     let host = Namespace::At("/proc/self/ns/net".into());
-    let error = connect(&host, 1).await.unwrap_err();
+    let error = connect(&host, 1, Vec::new()).await.unwrap_err();
     assert!(matches!(error, Error::Host(_)), "{error}");
     let nowhere = Namespace::At("/proc/self/there-is-none".into());
-    let error = connect(&nowhere, 1).await.unwrap_err().to_string();
+    let error = connect(&nowhere, 1, Vec::new())
+        .await
+        .unwrap_err()
+        .to_string();
     assert!(error.contains("there-is-none: No such file"), "{error}");
     let file = Namespace::At("/proc/self/status".into());
-    let error = connect(&file, 1).await.unwrap_err().to_string();
+    let error = connect(&file, 1, Vec::new()).await.unwrap_err().to_string();
     assert!(error.contains("Invalid argument"), "{error}");
 
     let (pod, _node) = pod_and_node();
     pod.ip("tuntap add dev point mode tun");
     pod.ip("link set point up");
-    let error = connect(&pod.at(), 1).await.unwrap_err().to_string();
+    let error = connect(&pod.at(), 1, Vec::new())
+        .await
+        .unwrap_err()
+        .to_string();
     assert!(
         error.contains("link point to a machine: it is not"),
         "{error}"
@@ -271,14 +277,18 @@ async fn what_cannot_be_taken_over_is_refused_and_nothing_stays() {
 
     let empty = Net::new();
     empty.ip("link set lo up");
-    let connection = connect(&empty.at(), 1).await.unwrap();
+    let connection = connect(&empty.at(), 1, Vec::new()).await.unwrap();
     assert!(connection.links.is_empty() && connection.inlet.is_none());
 }
 
 #[tokio::test]
 async fn connections_to_loopback_are_the_callers() {
     let (pod, _node) = pod_and_node();
-    let inlet = connect(&pod.at(), 1).await.unwrap().inlet.unwrap();
+    let inlet = connect(&pod.at(), 1, Vec::new())
+        .await
+        .unwrap()
+        .inlet
+        .unwrap();
     let (listener, attachment) = inlet.into_parts();
     let python = |code: &str| {
         let net = format!("--net={}", pod.path().display());

@@ -4,7 +4,7 @@ use std::{path::PathBuf, sync::Arc};
 
 use oci_spec::runtime::{LinuxNamespaceType, Spec};
 use walnut_machine::Nic;
-use walnut_network::{Connection, Inlet, Interface, Link, Namespace};
+use walnut_network::{Connection, Inlet, Interface, Link, Namespace, Rules};
 use walnut_protocol::agent::{
     Address, ConfigureNetworkRequest, Interface as AgentInterface, Neighbour, Route,
 };
@@ -56,13 +56,19 @@ pub(crate) struct Links {
 }
 
 impl Links {
-    /// Takes over the links of the namespace.
-    pub(crate) async fn take(network: Network, spec: &Spec, vcpus: u32) -> Result<Self> {
+    /// Takes over the links of the namespace; `egress` is for what its guest sends.
+    pub(crate) async fn take(
+        network: Network,
+        spec: &Spec,
+        vcpus: u32,
+        egress: Vec<Rules>,
+    ) -> Result<Self> {
         let Some(namespace) = network.namespace(spec) else {
             return Ok(Self::default());
         };
         let queues = u16::try_from(vcpus).unwrap_or(QUEUES_MAX).min(QUEUES_MAX);
-        let Connection { links, inlet } = walnut_network::connect(&namespace, queues).await?;
+        let Connection { links, inlet } =
+            walnut_network::connect(&namespace, queues, egress).await?;
         let mut all = Self {
             inlet,
             ..Self::default()

@@ -6,6 +6,7 @@ use std::str::FromStr;
 
 use oci_spec::runtime::Spec;
 use serde::{Deserialize, Serialize};
+use walnut_network::Rules;
 
 use super::{Bytes, Least, OFF, Settings};
 use crate::{Error, Result, sizing::VCPUS_MAX};
@@ -25,6 +26,8 @@ pub enum Annotation {
     Vcpus,
     /// `off`: it boots, even where a template could spare it that.
     Template,
+    /// Rules for what its guest may send, beside the node's.
+    Egress,
 }
 
 impl FromStr for Annotation {
@@ -36,6 +39,7 @@ impl FromStr for Annotation {
             "memory" => Ok(Self::Memory),
             "vcpus" => Ok(Self::Vcpus),
             "template" => Ok(Self::Template),
+            "egress" => Ok(Self::Egress),
             _ => Err(()),
         }
     }
@@ -56,7 +60,7 @@ impl Settings {
                     continue;
                 }
                 return Err(refuse(
-                    "there is no such; there are driver, memory, vcpus and template",
+                    "there is no such; there are driver, memory, vcpus, template and egress",
                 ));
             };
             if !own && !self.annotations.allow.contains(&annotation) {
@@ -70,6 +74,11 @@ impl Settings {
                     OFF => settings.machine.templates = false,
                     _ => return Err(refuse("must be \"off\", or not there")),
                 },
+                Annotation::Egress => {
+                    let rules: Vec<_> = value.split(';').map(str::trim).collect();
+                    let rules = Rules::parse(&rules).map_err(|e| refuse(&e))?;
+                    settings.own_egress = Some(rules);
+                }
                 Annotation::Memory => {
                     let memory: Bytes = value.parse().map_err(|e: String| refuse(&e))?;
                     settings.least.memory = memory.0;
@@ -110,6 +119,7 @@ mod tests {
             Annotation::Memory,
             Annotation::Vcpus,
             Annotation::Template,
+            Annotation::Egress,
         ]
         .into();
         let with = |key, value| asked(&all, key, value, false);
@@ -121,6 +131,11 @@ mod tests {
                 .machine
                 .templates
         );
+        let egress = with("dev.walnut.egress", "allow 10.0.0.0/8 tcp:443; deny all").unwrap();
+        assert_eq!(egress.egress().len(), 2);
+        assert_eq!(egress.egress()[1].to_texts().len(), 2);
+        let said = with("dev.walnut.egress", "allow 10.0.0.0/8").unwrap_err();
+        assert!(said.to_string().contains("last rule"), "{said}");
         let least = with("dev.walnut.memory", "1g").unwrap().least();
         assert_eq!((least.memory, least.vcpus), (1 << 30, 0));
         assert_eq!(with("dev.walnut.vcpus", "3").unwrap().least().vcpus, 3);

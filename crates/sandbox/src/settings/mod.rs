@@ -11,12 +11,14 @@ mod file;
 use std::{
     collections::BTreeSet,
     env,
+    net::{IpAddr, Ipv4Addr, Ipv6Addr},
     path::{Path, PathBuf},
     time::Duration,
 };
 
 use serde::{Deserialize, Serialize};
 use walnut_machine::DriverChoice;
+use walnut_network::Rules;
 
 pub use asked::Annotation;
 pub use bytes::Bytes;
@@ -40,6 +42,13 @@ const OFF: &str = "off";
 /// Longest time to boot that may be given, in seconds.
 const BOOT_TIMEOUT_MAX: u64 = 3600;
 const MIB: u64 = 1 << 20;
+/// Where clouds tell any program of a node that asks who it is, with the node's credentials:
+/// Amazon's, Google's, Azure's and others' address, and those of IPv6.
+const METADATA: [IpAddr; 3] = [
+    IpAddr::V4(Ipv4Addr::new(169, 254, 169, 254)),
+    IpAddr::V6(Ipv6Addr::new(0xfd00, 0xec2, 0, 0, 0, 0, 0, 0x254)),
+    IpAddr::V6(Ipv6Addr::new(0xfd20, 0xce, 0, 0, 0, 0, 0, 0x254)),
+];
 
 /// How sandboxes of a node are made.
 #[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
@@ -51,6 +60,8 @@ pub struct Settings {
     pub container: Needs,
     /// The machine of a pod that does not say what its containers will need.
     pub pod: Needs,
+    /// Networks.
+    pub network: Network,
     /// The host that they run on.
     pub host: Host,
     /// Pods' annotations.
@@ -58,6 +69,9 @@ pub struct Settings {
     /// What a pod has asked for: its machine has at least this.
     #[serde(skip)]
     pub(crate) least: Least,
+    /// What a pod wants to be held to, beside what the node holds it to.
+    #[serde(skip)]
+    pub(crate) own_egress: Option<Rules>,
 }
 
 /// How machines are made.
@@ -81,6 +95,15 @@ pub struct Needs {
     pub memory: Bytes,
     /// vCPUs.
     pub vcpus: u32,
+}
+
+/// What guests may do on their networks.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(deny_unknown_fields)]
+pub struct Network {
+    /// What they may send.
+    #[serde(with = "rules")]
+    pub egress: Rules,
 }
 
 /// The host.
@@ -122,14 +145,18 @@ impl Default for Settings {
             container: needs(512),
             // Memory that its containers do not touch is not the host's loss.
             pod: needs(2048),
+            network: Network {
+                egress: Rules::deny(METADATA),
+            },
             host: Host {
                 pressure: "/proc/pressure/memory".into(),
             },
             annotations: Annotations {
                 // What costs nobody else anything.
-                allow: [Annotation::Template].into(),
+                allow: [Annotation::Template, Annotation::Egress].into(),
             },
             least: Least::default(),
+            own_egress: None,
         }
     }
 }
@@ -176,6 +203,12 @@ impl Settings {
     /// The file that tells of the host's shortage of memory, unless nobody shall look.
     pub fn pressure(&self) -> Option<&Path> {
         Some(self.host.pressure.as_path()).filter(|file| *file != Path::new(OFF))
+    }
+
+    /// All rules for what its guest may send. Each of the lists must allow it.
+    pub(crate) fn egress(&self) -> Vec<Rules> {
+        let node = [self.network.egress.clone()];
+        node.into_iter().chain(self.own_egress.clone()).collect()
     }
 
     fn in_environment(mut self, var: impl Fn(&str) -> Option<String>) -> Result<Self> {
@@ -236,6 +269,21 @@ fn usual() -> PathBuf {
         .map(|dir| dir.join("walnut/config.toml"))
         .filter(|file| file.exists())
         .unwrap_or(system)
+}
+
+/// Rules as they are written.
+mod rules {
+    use serde::{Deserialize, Deserializer, Serialize, Serializer, de::Error};
+    use walnut_network::Rules;
+
+    pub(super) fn serialize<S: Serializer>(rules: &Rules, to: S) -> Result<S::Ok, S::Error> {
+        rules.to_texts().serialize(to)
+    }
+
+    pub(super) fn deserialize<'de, D: Deserializer<'de>>(from: D) -> Result<Rules, D::Error> {
+        let texts: Vec<String> = Vec::deserialize(from)?;
+        Rules::parse(&texts).map_err(D::Error::custom)
+    }
 }
 
 /// A driver by its name.
