@@ -152,6 +152,11 @@ pub trait Driver: fmt::Debug + Send + Sync {
         false
     }
 
+    /// Whether its machines, and what it restores of them, have [`HotPlug`].
+    fn plugs(&self) -> bool {
+        false
+    }
+
     /// The driver's ability to restore snapshots, if it has it.
     fn as_restore(&self) -> Option<&dyn Restore> {
         None

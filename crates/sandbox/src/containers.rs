@@ -16,9 +16,7 @@ use walnut_storage::{VirtioFs, Volume};
 use crate::{
     ContainerRequest, Error, ExitInfo, PodRequest, ProcessState, Result, Sandbox, SandboxConfig,
     agent::{self, fault, soon},
-    cgroup,
-    checkpoint::Attached,
-    guest_spec,
+    cgroup, guest_spec,
     network::Links,
     plan::{FIRST_DISK, Plan, Root},
     pod::{self, First, Role},
@@ -119,7 +117,13 @@ impl Sandbox {
             true => Some(VirtioFs::start(&volumes, &config.run_dir).await?),
             false => None,
         };
-        let mut links = Links::take(config.network, &plan.spec, size.vcpus).await?;
+        let mut links = Links::take(
+            config.network,
+            &plan.spec,
+            size.vcpus,
+            config.settings.egress(),
+        )
+        .await?;
         steps.done("links taken");
         let parts = start::Parts {
             size,
@@ -162,7 +166,8 @@ impl Sandbox {
         let size = sizing::size(&spec, &config.settings);
         let cgroup = cgroup::enter(&config, size.memory);
         let mut shared = Some(VirtioFs::start(&[], &config.run_dir).await?);
-        let mut links = Links::take(config.network, &spec, size.vcpus).await?;
+        let mut links =
+            Links::take(config.network, &spec, size.vcpus, config.settings.egress()).await?;
         steps.done("links taken");
         let parts = start::Parts {
             size,
@@ -199,30 +204,24 @@ impl Sandbox {
         self.make_room(&request.id, Limits::of(&plan.spec)).await;
         // No machine is saved between what it is given and what is known of it.
         let _whole = self.saving.read().await;
-        if let Some(root) = plan.image() {
-            self.attach(&root.disk).await?;
+        let disk = plan.image().map(|root| root.disk.clone());
+        if let Some(disk) = &disk {
+            self.attach(disk).await?;
         }
-        let volumes = self.share(&request.id, &plan.volumes()).await?;
-        let built = self.build(request, plan, ends, volumes.clone()).await;
-        if built.is_err() {
-            self.unshare(&volumes).await;
+        let built = async {
+            let volumes = self.share(&request.id, &plan.volumes()).await?;
+            let built = self.build(request, plan, ends, volumes.clone()).await;
+            if built.is_err() {
+                self.unshare(&volumes).await;
+            }
+            built
+        };
+        let built = built.await;
+        if let (Some(disk), Err(_)) = (&disk, &built) {
+            self.release(&disk.serial).await;
         }
         steps.done("container created");
         built
-    }
-
-    /// Gives the machine a disk that it keeps.
-    pub(crate) async fn attach(&self, disk: &walnut_machine::Disk) -> Result<()> {
-        let spare = self.machine.as_spare_disks().ok_or_else(|| {
-            Error::Invalid(format!(
-                "give the machine a disk: the driver {} cannot",
-                self.driver()
-            ))
-        })?;
-        let attached = Attached::new(disk.clone());
-        spare.attach_disk(disk).await?;
-        lock(&self.disks).push(attached);
-        Ok(())
     }
 
     /// Shows the guest directories and files of the host. On failure, none.
@@ -395,6 +394,11 @@ impl Sandbox {
         let removed = self.remove(&container).await;
         // The guest may have failed; what it had of the host's goes all the same.
         self.unshare(&container.volumes).await;
+        // The last one's goes with the machine.
+        let others = self.pod.is_some() || !lock(&self.containers).is_empty();
+        if let Some(disk) = container.disk.as_ref().filter(|_| others) {
+            self.release(disk).await;
+        }
         removed.map(|()| (pid, exit))
     }
 

@@ -16,6 +16,7 @@ mod checkpoint;
 mod containers;
 mod daemon;
 mod descriptor;
+mod disks;
 mod error;
 mod events;
 mod file;

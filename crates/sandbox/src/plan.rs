@@ -14,9 +14,12 @@ use crate::{
 /// The disk of the container that a machine is for.
 pub(crate) const FIRST_DISK: u32 = 0;
 
+/// What Linux's ext4 driver mounts.
+const EXT: [&str; 3] = ["ext2", "ext3", "ext4"];
+
 /// Where a root file system comes from.
 pub(crate) enum Root {
-    /// A disk of the machine's, and a writable layer of the guest's.
+    /// A disk of the machine's, with a writable layer of the guest's if it is read-only.
     Image(Rootfs),
     /// A directory of the host, which the container writes to.
     Directory(PathBuf),
@@ -47,10 +50,16 @@ impl Plan {
             [mount] if mount.kind == "erofs" => {
                 Root::Image(Rootfs::erofs(&mount.source, &request.id, disk)?)
             }
+            [mount] if EXT.contains(&mount.kind.as_str()) => Root::Image(Rootfs::ext4(
+                &mount.source,
+                mount.read_only,
+                &request.id,
+                disk,
+            )?),
             [mount] if mount.kind == "bind" => Root::Directory(mount.source.clone()),
             [mount] => {
                 return Err(refuse(format!(
-                    "a root file system of type {:?} is not supported; give a directory (\"bind\") or an EROFS image",
+                    "a root file system of type {:?} is not supported; give a directory (\"bind\"), an ext4 file system or an EROFS image",
                     mount.kind
                 )));
             }

@@ -76,11 +76,14 @@ pub struct SandboxConfig {
 /// A root file system as a front end hands it over.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub struct RootfsMount {
-    /// File system type; `erofs` is a read-only image file, `bind` a directory, which the
-    /// container writes to.
+    /// File system type; `erofs` is a read-only image file, `ext2` to `ext4` a file or
+    /// device ([`SandboxConfig::takes_disks`]), `bind` a directory. The container
+    /// writes to the latter two.
     pub kind: String,
     /// File, device or directory on the host.
     pub source: PathBuf,
+    /// The container must not write to the disk. Above it is a layer of the guest's memory.
+    pub read_only: bool,
 }
 
 /// A container to create.

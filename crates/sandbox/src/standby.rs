@@ -76,6 +76,7 @@ impl Sandbox {
             bundle: bundle.clone(),
             rootfs: vec![RootfsMount {
                 kind: "erofs".into(),
+                read_only: true,
                 source: image.to_owned(),
             }],
             stdio: StdioTargets::default(),

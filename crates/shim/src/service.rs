@@ -35,6 +35,7 @@ use tokio::{
     },
     time::timeout,
 };
+use tracing::debug;
 use walnut_sandbox::{
     ANNOTATION_RECLAIM, Assets, ContainerRequest, Error, ExecRequest, ProcessState, RootfsMount,
     Sandbox, SandboxConfig, Settings,
@@ -199,6 +200,17 @@ impl TaskService {
             .ok_or_else(|| fault(&Error::NotFound("the sandbox has no container yet".into())))
     }
 
+    /// Whether root file systems can be disks that the guest writes to, in the machine
+    /// that is there or the one that is to be made.
+    fn takes_disks(&self, req: &CreateTaskRequest) -> Result<bool, Error> {
+        let there = self.sandbox.lock().unwrap_or_else(|e| e.into_inner());
+        if let Some(sandbox) = &*there {
+            return Ok(sandbox.takes_disks());
+        }
+        let config = self.config(settings::of(req.options.as_ref())?);
+        config.takes_disks(req.bundle.as_ref(), self.front.place().own)
+    }
+
     /// Makes the root file system that a request describes.
     async fn rootfs(
         &self,
@@ -214,7 +226,8 @@ impl TaskService {
                 options: m.options.clone(),
             })
             .collect();
-        match Way::of(&mounts, bundle) {
+        let takes_disks = mounts.iter().any(Mount::is_disk) && self.takes_disks(req)?;
+        match Way::of(&mounts, bundle, takes_disks) {
             Way::Direct(rootfs) => Ok((rootfs.into_iter().collect(), None)),
             Way::Mounted(target) => {
                 self.front.mounting(&self.tasks.mount_points(&target))?;
@@ -222,6 +235,7 @@ impl TaskService {
                 let rootfs = RootfsMount {
                     kind: "bind".into(),
                     source: target.clone(),
+                    read_only: false,
                 };
                 Ok((vec![rootfs], Some(Mounted(target.as_path().into()))))
             }
@@ -520,17 +534,22 @@ impl TaskService {
 
     pub(crate) async fn delete(&self, req: DeleteRequest) -> Reply<DeleteResponse> {
         let (id, exec_id) = (&*req.id, &*req.exec_id);
-        let (pid, exit) = self
-            .sandbox()?
-            .delete(id, exec_id)
-            .await
-            .map_err(|e| fault(&e))?;
+        let sandbox = self.sandbox()?;
+        let deleted = sandbox.delete(id, exec_id).await;
+        let (pid, exit) = deleted.map_err(|e| fault(&e))?;
         if exec_id.is_empty() {
             // Its end is told of first.
             for follower in self.tasks.followers(id, true) {
                 let _ = follower.await;
             }
-            self.tasks.remove(id);
+            if let Some(rootfs) = self.tasks.remove(id) {
+                let forget = async {
+                    if let Err(e) = sandbox.reclaim(0).await {
+                        debug!("have the guest forget a root file system: {e}");
+                    }
+                };
+                rootfs.end(forget).await;
+            }
             self.front.tell(Event::Deleted { id, exit: &exit });
         } else {
             self.tasks.remove_exec(id, exec_id);

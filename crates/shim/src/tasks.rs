@@ -48,10 +48,10 @@ impl Tasks {
         self.lock().insert(id.to_owned(), task);
     }
 
-    /// Forgets a container, which unmounts its root file system.
-    pub(crate) fn remove(&self, id: &str) {
-        let task = self.lock().remove(id);
-        drop(task);
+    /// Forgets a container. Its root file system, if it is mounted here, is unmounted when
+    /// what this returns is dropped.
+    pub(crate) fn remove(&self, id: &str) -> Option<Mounted> {
+        self.lock().remove(id)?.rootfs
     }
 
     /// The containers' names.

@@ -7,6 +7,10 @@ use std::{
     process::Command,
 };
 
+use nix::{
+    sys::signal::{Signal, kill},
+    unistd::Pid,
+};
 use walnut_tests::{processes, unique, until};
 
 use crate::daemon::{Daemon, Done, finish, repository};
@@ -71,6 +75,19 @@ impl Bench {
             .collect();
         assert!(left.is_empty(), "{left:?}");
         fs::remove_dir_all(&self.dir).unwrap();
+    }
+}
+
+impl Drop for Bench {
+    fn drop(&mut self) {
+        if !std::thread::panicking() {
+            return;
+        }
+        for (pid, _) in processes(self.dir.to_str().unwrap()) {
+            let _ = kill(Pid::from_raw(pid), Signal::SIGKILL);
+        }
+        self.shim("delete", &[], b"");
+        let _ = fs::remove_dir_all(&self.dir);
     }
 }
 

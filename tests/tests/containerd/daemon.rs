@@ -211,7 +211,7 @@ impl Daemon {
              [ttrpc]\naddress = \"{state_dir}/c.sock.ttrpc\"\n\
              {}",
             format.head(kind != Kind::Plain),
-            format.tail()
+            format.tail(&root)
         );
         let (kubernetes, cni) = (kind != Kind::Plain, state.join("cni"));
         if kubernetes {
@@ -449,16 +449,23 @@ impl Daemon {
         assert!(code == 0 || done.stderr.contains(&said), "{done:#?}");
     }
 
+    /// The processes of this name: one at least.
+    #[track_caller]
+    pub(crate) fn pids_of(&self, name: &str) -> Vec<Pid> {
+        let mut pids = Vec::new();
+        until(&format!("{name} runs"), || {
+            let mut all = processes(self.mark());
+            all.retain(|(_, n)| n.starts_with(name));
+            pids = all.into_iter().map(|(pid, _)| Pid::from_raw(pid)).collect();
+            !pids.is_empty()
+        });
+        pids
+    }
+
     /// Kills the process of this name, as `kill -9` does.
     #[track_caller]
     pub(crate) fn kill_process(&self, name: &str) {
-        let mut pid = None;
-        until(&format!("{name} runs"), || {
-            let all = processes(self.mark());
-            pid = all.into_iter().find(|(_, n)| n.starts_with(name));
-            pid.is_some()
-        });
-        kill(Pid::from_raw(pid.unwrap().0), Signal::SIGKILL).unwrap();
+        kill(self.pids_of(name)[0], Signal::SIGKILL).unwrap();
     }
 
     /// Text in every command line of this one's.

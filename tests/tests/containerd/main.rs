@@ -15,6 +15,7 @@ mod bootstrap;
 mod conformance;
 mod cri;
 mod daemon;
+mod disks;
 mod events;
 mod kill;
 mod kubelet;

@@ -136,12 +136,23 @@ impl Format {
         }
     }
 
-    /// What all of them need: several daemons run at a time, and NRI has one socket.
-    pub(crate) fn tail(self) -> &'static str {
-        match self {
-            Self::Two => "",
-            Self::Three => "[plugins.\"io.containerd.nri.v1.nri\"]\ndisable = true\n",
+    /// What all of them need: several daemons run at a time, and NRI has one socket. `dir` is
+    /// for what the block snapshotter begins with, an empty file system.
+    pub(crate) fn tail(self, dir: &Path) -> String {
+        if self == Self::Two {
+            return String::new();
         }
+        let scratch = dir.join("scratch.img");
+        let mut make = Command::new("mkfs.ext4");
+        make.arg("-q").arg(&scratch).arg("1G");
+        finish(&mut make, b"").exits(0);
+        format!(
+            "[plugins.\"io.containerd.nri.v1.nri\"]\ndisable = true\n\
+             [plugins.\"io.containerd.snapshotter.v1.blockfile\"]\n\
+             fs_type = \"ext4\"\nmount_options = []\nrecreate_scratch = false\n\
+             scratch_file = \"{}\"\n",
+            scratch.display()
+        )
     }
 }
 

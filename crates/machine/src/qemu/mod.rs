@@ -113,7 +113,8 @@ impl Restore for Qemu {
     }
 
     fn has_room(&self, spec: &MachineSpec) -> bool {
-        command::check_clone(spec).is_ok()
+        // What the spare disks become is read-only, as they are.
+        spec.disks.iter().all(|disk| disk.read_only) && command::check_clone(spec).is_ok()
     }
 
     async fn restore(

@@ -41,6 +41,10 @@ impl Driver for Vmm {
         true
     }
 
+    fn plugs(&self) -> bool {
+        true
+    }
+
     fn as_restore(&self) -> Option<&dyn Restore> {
         Some(self)
     }

@@ -86,22 +86,24 @@ struct SavedDisk {
 /// A disk that a machine was given.
 #[derive(Debug, Clone)]
 pub(crate) struct Attached {
-    serial: String,
-    /// `None` if the file could not be looked at; then there is no checkpoint.
+    pub(crate) disk: Disk,
+    /// `None` if the file could not be looked at, or changes with the guest; then there is
+    /// no checkpoint.
     file: Option<Stamp>,
 }
 
 impl Attached {
     pub(crate) fn new(disk: Disk) -> Self {
-        Self {
-            file: Stamp::of(&disk.path).ok(),
-            serial: disk.serial,
-        }
+        let file = match disk.read_only {
+            true => Stamp::of(&disk.path).ok(),
+            false => None,
+        };
+        Self { file, disk }
     }
 
     fn saved(&self) -> Option<SavedDisk> {
         Some(SavedDisk {
-            serial: self.serial.clone(),
+            serial: self.disk.serial.clone(),
             file: self.file.clone()?,
         })
     }

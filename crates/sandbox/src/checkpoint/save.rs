@@ -125,6 +125,11 @@ impl Sandbox {
             )));
         }
         let disks = self.disks.lock().unwrap_or_else(|e| e.into_inner()).clone();
+        if disks.iter().any(|attached| !attached.disk.read_only) {
+            return Err(Error::Invalid(format!(
+                "save container {id}: its root file system is a disk that it writes to, which no checkpoint holds"
+            )));
+        }
         let disks = disks.iter().map(Attached::saved).collect();
         let shape = self.shape.clone().map(|it| it.of_size(self.size.now()));
         let (Some(shape), Some(disks), Some(disk)) = (shape, disks, container.disk.clone()) else {

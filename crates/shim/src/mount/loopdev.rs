@@ -1,9 +1,10 @@
 //! Loop devices: a file as a block device, for as long as it is mounted.
 
 use std::{
-    fs::{File, OpenOptions},
+    ffi::OsStr,
+    fs::{self, File, OpenOptions},
     io,
-    os::fd::AsRawFd,
+    os::{fd::AsRawFd, unix::ffi::OsStrExt},
     path::{Path, PathBuf},
 };
 
@@ -50,8 +51,20 @@ pub(crate) struct Loop {
 }
 
 impl Loop {
-    /// Attaches a file.
+    /// Attaches a file. One that is attached already stays what it is: a file system on two
+    /// devices would be two, that know nothing of one another's changes.
     pub(crate) fn attach(file: &Path, read_only: bool) -> io::Result<Self> {
+        if let Some(path) = of(file)? {
+            let mut options = OpenOptions::new();
+            let device = options.read(true).write(!read_only).open(&path)?;
+            // It has gone meanwhile, or not.
+            if of(file)?.as_ref() == Some(&path) {
+                return Ok(Self {
+                    path,
+                    _device: device,
+                });
+            }
+        }
         let backing = OpenOptions::new().read(true).write(!read_only).open(file)?;
         let control = OpenOptions::new()
             .read(true)
@@ -81,6 +94,21 @@ impl Loop {
         }
         Err(io::Error::other("no loop device is free"))
     }
+}
+
+/// The device that a file is attached to.
+pub(crate) fn of(file: &Path) -> io::Result<Option<PathBuf>> {
+    let file = fs::canonicalize(file)?;
+    for entry in fs::read_dir("/sys/block")? {
+        let entry = entry?;
+        let backing = entry.path().join("loop/backing_file");
+        if let Ok(backing) = fs::read(backing)
+            && Path::new(OsStr::from_bytes(backing.trim_ascii_end())) == file
+        {
+            return Ok(Some(Path::new("/dev").join(entry.file_name())));
+        }
+    }
+    Ok(None)
 }
 
 fn configure(device: &File, backing: &File, read_only: bool) -> io::Result<()> {

@@ -1,6 +1,7 @@
 //! Root file systems as containerd hands them over: mounts, which are made on the
 //! bundle's `rootfs` and unmade when the container goes.
 
+mod disk;
 mod loopdev;
 mod options;
 mod overlay;
@@ -21,10 +22,12 @@ use tokio::sync::oneshot;
 use tracing::debug;
 use walnut_sandbox::{Error, Result, RootfsMount};
 
-use self::{loopdev::Loop, options::Options, overlay::fit};
+use self::{disk::Disk, loopdev::Loop, options::Options, overlay::fit};
 
-/// File systems on a disk or in a file, which the guest mounts itself.
-const DISKS: [&str; 6] = ["erofs", "ext2", "ext3", "ext4", "squashfs", "xfs"];
+/// An image: read-only, and mounted by every guest itself.
+const IMAGE: &str = "erofs";
+/// File systems on a disk or in a file which the guest can mount itself.
+const DISKS: [&str; 3] = ["ext2", "ext3", "ext4"];
 
 /// A mount as containerd describes it.
 #[derive(Debug, Clone, Default, PartialEq, Eq)]
@@ -32,6 +35,13 @@ pub(crate) struct Mount {
     pub(crate) kind: String,
     pub(crate) source: PathBuf,
     pub(crate) options: Vec<String>,
+}
+
+impl Mount {
+    /// Whether a guest can mount it itself, and write to it.
+    pub(crate) fn is_disk(&self) -> bool {
+        DISKS.contains(&self.kind.as_str())
+    }
 }
 
 /// How a root file system gets into the sandbox.
@@ -44,14 +54,19 @@ pub(crate) enum Way {
 }
 
 impl Way {
-    /// For these mounts in this bundle.
-    pub(crate) fn of(mounts: &[Mount], bundle: &Path) -> Self {
+    /// For these mounts in this bundle. A disk goes into a machine that takes disks; what
+    /// is mounted here is never one that a guest could write to block by block.
+    pub(crate) fn of(mounts: &[Mount], bundle: &Path, takes_disks: bool) -> Self {
         match mounts {
             [] => Self::Direct(None),
-            [only] if DISKS.contains(&only.kind.as_str()) => Self::Direct(Some(RootfsMount {
-                kind: only.kind.clone(),
-                source: only.source.clone(),
-            })),
+            [only] if only.kind == IMAGE || (takes_disks && only.is_disk()) => {
+                let options = Options::parse(only.options.iter().map(String::as_str));
+                Self::Direct(Some(RootfsMount {
+                    kind: only.kind.clone(),
+                    source: only.source.clone(),
+                    read_only: only.kind == IMAGE || options.flags.contains(MsFlags::MS_RDONLY),
+                }))
+            }
             _ => Self::Mounted(bundle.join("rootfs")),
         }
     }
@@ -155,6 +170,24 @@ pub(crate) fn unmount(target: &Path) {
 #[derive(Debug)]
 pub(crate) struct Mounted(pub(crate) Arc<Path>);
 
+impl Mounted {
+    /// Unmounts it. Of a file system on a disk, returns when everything is on the disk and
+    /// nobody has it mounted any more: its server has it open for as long as the guest
+    /// remembers its root, so `forget` has the guest do without what it need not remember.
+    pub(crate) async fn end(self, forget: impl Future<Output = ()>) {
+        let Some(disk) = Disk::at(&self.0) else {
+            return;
+        };
+        forget.await;
+        let _ = tokio::task::spawn_blocking(move || {
+            disk.sync(&self.0);
+            drop(self);
+            disk.until_free();
+        })
+        .await;
+    }
+}
+
 impl Drop for Mounted {
     fn drop(&mut self) {
         unmount(&self.0);
@@ -176,19 +209,29 @@ mod tests {
     #[test]
     fn disks_go_into_the_guest_and_the_rest_is_mounted() {
         let bundle = Path::new("/b");
-        assert_eq!(Way::of(&[], bundle), Way::Direct(None));
-        for kind in ["erofs", "ext4", "xfs"] {
-            let mounts = [mount_of(kind, "/disk".as_ref(), &["ro"])];
+        assert_eq!(Way::of(&[], bundle, true), Way::Direct(None));
+        let mounted = Way::Mounted("/b/rootfs".into());
+        for (kind, options, takes_disks, read_only) in [
+            ("erofs", "loop", false, true),
+            ("erofs", "ro", true, true),
+            ("ext4", "ro", true, true),
+            ("ext4", "loop", true, false),
+        ] {
+            let mounts = [mount_of(kind, "/disk".as_ref(), &[options])];
             let direct = RootfsMount {
                 kind: kind.into(),
                 source: "/disk".into(),
+                read_only,
             };
-            assert_eq!(Way::of(&mounts, bundle), Way::Direct(Some(direct)));
+            let way = Way::of(&mounts, bundle, takes_disks);
+            assert_eq!(way, Way::Direct(Some(direct)));
         }
-        for kind in ["bind", "overlay", "btrfs"] {
+        for kind in ["bind", "overlay", "btrfs", "xfs", "squashfs"] {
             let mounts = [mount_of(kind, "/x".as_ref(), &[])];
-            assert_eq!(Way::of(&mounts, bundle), Way::Mounted("/b/rootfs".into()));
+            assert_eq!(Way::of(&mounts, bundle, true), mounted);
         }
+        let mounts = [mount_of("ext4", "/x".as_ref(), &["loop"])];
+        assert_eq!(Way::of(&mounts, bundle, false), mounted);
     }
 
     /// Mounting takes root.

@@ -26,12 +26,20 @@ pub(crate) enum State {
     Stopped,
 }
 
+/// A storage that is mounted for a container.
+#[derive(Debug)]
+pub(crate) struct Mount {
+    pub(crate) point: String,
+    /// A block device is mounted there.
+    pub(crate) disk: bool,
+}
+
 /// One container.
 #[derive(Debug)]
 pub(crate) struct Container {
     pub(crate) paths: ContainerPaths,
     /// What RemoveContainer unmounts, in the order of mounting.
-    pub(crate) mounts: Vec<String>,
+    pub(crate) mounts: Vec<Mount>,
     pub(crate) cgroup: Cgroup,
     inner: Mutex<Inner>,
 }
@@ -54,7 +62,7 @@ pub(crate) enum ExecRefused {
 }
 
 impl Container {
-    pub(crate) fn new(paths: ContainerPaths, mounts: Vec<String>) -> Self {
+    pub(crate) fn new(paths: ContainerPaths, mounts: Vec<Mount>) -> Self {
         Self {
             cgroup: Cgroup::new(paths.cgroup()),
             paths,

@@ -11,6 +11,7 @@ mod adopt;
 mod cgroup;
 mod container;
 mod cpus;
+mod disk;
 mod emulated;
 mod events;
 mod gate;

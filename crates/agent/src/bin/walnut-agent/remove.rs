@@ -9,7 +9,8 @@ use std::time::Duration;
 use nix::errno::Errno;
 use nix::mount::{MntFlags, umount2};
 
-use crate::container::Container;
+use crate::container::{Container, Mount};
+use crate::disk::Disk;
 
 /// How long killed processes may take to go.
 const DEATH_WITHIN: Duration = Duration::from_secs(10);
@@ -34,14 +35,18 @@ pub(crate) async fn remove(container: &Container, unmount: bool) -> Result<(), S
         let _ = tokio::time::timeout(DEATH_WITHIN, first.wait()).await;
     }
     let mounts = container.mounts.iter().rev();
-    for mount_point in mounts.filter(|_| unmount) {
+    for Mount { point, disk } in mounts.filter(|_| unmount) {
+        let disk = Some(Path::new(point)).filter(|_| *disk).and_then(Disk::at);
         match umount2(
-            Path::new(mount_point),
+            Path::new(point),
             MntFlags::MNT_DETACH | MntFlags::UMOUNT_NOFOLLOW,
         ) {
             // Not a mount point, or not there: it was never mounted.
             Ok(()) | Err(Errno::EINVAL | Errno::ENOENT) => {}
-            Err(e) => return Err(fail(&format!("unmount {mount_point}"), e.into())),
+            Err(e) => return Err(fail(&format!("unmount {point}"), e.into())),
+        }
+        if let Some(disk) = disk {
+            disk.until_free().await;
         }
     }
     container

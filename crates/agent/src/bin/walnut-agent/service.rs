@@ -25,7 +25,7 @@ use walnut_protocol::agent::{
 };
 use walnut_protocol::agent_ttrpc::Agent;
 
-use crate::container::{Container, EXECS_MAX, ExecRefused, State};
+use crate::container::{Container, EXECS_MAX, ExecRefused, Mount, State};
 use crate::events::{Events, OomWatch};
 use crate::gate::Gate;
 use crate::helper::{Answer, Helpers, Refusal};
@@ -184,7 +184,10 @@ impl Service {
             below_guest_root(&storage.mount_point).map_err(invalid)?;
             // What the whole sandbox has stays.
             if storage.driver != "virtio-fs" {
-                mounts.push(storage.mount_point.clone());
+                mounts.push(Mount {
+                    point: storage.mount_point.clone(),
+                    disk: storage.driver == "blk",
+                });
             }
         }
         let container = Arc::new(Container::new(paths, mounts));
