@@ -9,9 +9,11 @@
 mod background;
 mod calls;
 mod checkpoint;
+mod connections;
 mod containerd;
 mod fault;
 mod front;
+mod lease;
 mod metrics;
 mod mount;
 mod oci;
@@ -19,41 +21,36 @@ mod options;
 mod owner;
 mod pool;
 mod pressure;
+mod server;
 mod service;
 mod settings;
 mod tasks;
 mod template;
+mod upgrade;
 
 use std::{
     io::{Read, Write},
-    os::fd::{AsFd, OwnedFd},
     process::ExitCode,
-    sync::Arc,
-    time::Duration,
 };
 
 use anyhow::{Context, Result};
-use containerd_shim_protos::{sandbox_async::create_sandbox, shim_async::create_task};
-use tokio::net::UnixListener;
-use ttrpc::asynchronous::{Server, transport::Listener};
-use walnut_sandbox::{Layout, Lock, Sandbox, SandboxDir};
 
 use crate::{
-    calls::Calls,
-    containerd::{Action, Flags, Pod},
-    front::Front,
-    options::{Command, Options, ServePod},
-    owner::Owner,
-    service::{SandboxService, SharedSandboxService, TaskService},
+    containerd::{Action, Flags},
+    options::Command,
 };
 
 /// Most that is read of a runtime's options.
 const OPTIONS_MAX: u64 = 1 << 20;
-/// How long a supervisor of containerd's waits for its first container.
-const UNWANTED: Duration = Duration::from_secs(60);
 
 fn main() -> ExitCode {
-    let command = match options::parse(std::env::args().skip(1)) {
+    // One that takes over has the arguments of the one before, for those who look for them.
+    let parsed = match upgrade::inherited() {
+        Ok(Some(state)) => Ok(Some(Command::TakeOver(state))),
+        Ok(None) => options::parse(std::env::args().skip(1)),
+        Err(e) => Err(format!("{e:#}")),
+    };
+    let command = match parsed {
         Ok(Some(command)) => command,
         Ok(None) => return ExitCode::SUCCESS,
         Err(message) => {
@@ -64,6 +61,7 @@ fn main() -> ExitCode {
     thrift();
     let level = match &command {
         Command::ServePod(serve) if serve.debug => "debug",
+        Command::TakeOver(_) if std::env::args().any(|arg| arg == "--debug") => "debug",
         _ => "warn",
     };
     tracing_subscriber::fmt()
@@ -97,19 +95,20 @@ async fn dispatch(command: Command) -> Result<u8> {
     let done = match command {
         // It ends as its container does.
         Command::ServeBundle(serve) => return oci::serve(serve).await,
-        Command::Serve(options) => serve(options, None).await,
+        Command::Serve(options) => owner::serve(options, None).await,
         Command::MakeTemplate(make) => template::make(make).await,
         Command::FillPools(fill) => pool::fill(fill).await,
         Command::Containerd(action, flags) => answer(action, &flags).await,
-        Command::ServePod(serve) => serve_pod(serve).await,
+        Command::ServePod(serve) => containerd::serve(serve).await,
+        Command::TakeOver(state) => return upgrade::take_over(state).await,
+        Command::AboutTakingOver => upgrade::about(),
+        Command::CheckTakingOver => upgrade::check(),
         Command::StandBy(stand_by) => {
             let Some(adopted) = pool::stand_by(stand_by).await? else {
                 return Ok(0);
             };
             let (options, sandbox, kept) = adopted.into_parts();
-            let served = serve(options, Some(sandbox)).await;
-            drop(kept);
-            served
+            owner::serve(options, Some((sandbox, kept))).await
         }
     };
     done.map(|()| 0)
@@ -124,86 +123,6 @@ fn thrift() {
         libc::mallopt(libc::M_TRIM_THRESHOLD, 64 << 10);
         libc::mallopt(libc::M_MMAP_THRESHOLD, 64 << 10);
     }
-}
-
-/// Supervises a container, in the machine that stands by for it if there is one.
-async fn serve(options: Options, standby: Option<Arc<Sandbox>>) -> Result<()> {
-    // Nobody but the owner may speak to the sandbox; the directory's mode says
-    // so already, the lock says that it is ours.
-    let lock = options.lock;
-    let owner = Arc::new(Owner::new(
-        options.id,
-        options.container_dir,
-        options.run_dir,
-    ));
-    let mut server = listen(options.socket, owner.clone(), standby).await?;
-    owner.supervise(options.lease).await;
-    server.shutdown().await.context("stop serving")?;
-    owner.clean_up().await;
-    // Held to the very end: whoever waits for it finds nothing left.
-    let _ = lock.as_fd();
-    drop(lock);
-    Ok(())
-}
-
-/// Supervises a sandbox of containerd's.
-async fn serve_pod(serve: ServePod) -> Result<()> {
-    let socket = options::own(serve.socket_fd).context("take the socket")?;
-    let lock = options::own(serve.lock_fd).context("take the lock")?;
-    let lease = options::own(serve.lease_fd).context("take the lease")?;
-    let dir = SandboxDir::inherited(serve.dir.clone(), Lock::inherited(lock));
-    let layout = Layout::from_env()?;
-    let options = containerd::kept_options(&serve.dir)?;
-    let names = (serve.namespace, serve.id);
-    let pod = Pod::new(names, dir, layout, serve.ttrpc_address.as_deref());
-    let service = Arc::new(TaskService::new(pod.clone(), None)?);
-    let sandboxes = Arc::new(SandboxService::new(service.clone(), options));
-    let sandboxes = create_sandbox(Arc::new(SharedSandboxService(sandboxes)));
-    let mut server = server(socket, &service)?.register_service(sandboxes);
-    server.start().await.context("serve containerd")?;
-    tokio::spawn(async move {
-        // Who started it may have been killed before containerd knew of it, and
-        // containerd before it asked for a container.
-        if !owner::broken(lease).await {
-            tokio::time::sleep(UNWANTED).await;
-        }
-        service.end_if_empty().await;
-    });
-    pod.supervise().await;
-    server.shutdown().await.context("stop serving")?;
-    pod.clean_up();
-    Ok(())
-}
-
-/// Serves the Task API on a socket that listens.
-async fn listen(
-    socket: OwnedFd,
-    front: Arc<dyn Front>,
-    standby: Option<Arc<Sandbox>>,
-) -> Result<Server> {
-    let service = Arc::new(TaskService::new(front, standby)?);
-    let mut server = server(socket, &service)?;
-    server.start().await.context("serve the Task API")?;
-    Ok(server)
-}
-
-/// A server of the Task API on a socket that listens.
-fn server(socket: OwnedFd, service: &Arc<TaskService>) -> Result<Server> {
-    let listener = std::os::unix::net::UnixListener::from(socket);
-    listener
-        .set_nonblocking(true)
-        .context("set up the socket")?;
-    let listener = UnixListener::from_std(listener).context("set up the socket")?;
-    let calls = Arc::new(Calls::new(service.clone()));
-    let tasks = create_task(calls.clone());
-    // containerd 1.x asks for the same service under its older name.
-    let older = create_task(calls)
-        .into_iter()
-        .map(|(name, service)| (name.replace(".v3.", ".v2."), service));
-    Ok(Server::new()
-        .register_service(tasks)
-        .register_service(older.collect())
-        .add_listener(Listener::from(listener)))
 }
 
 /// Does what containerd asks for, and answers.

@@ -84,7 +84,8 @@ struct SavedDisk {
 }
 
 /// A disk that a machine was given.
-#[derive(Debug, Clone)]
+#[derive(Debug, Clone, Serialize, Deserialize)]
+#[serde(deny_unknown_fields)]
 pub(crate) struct Attached {
     serial: String,
     /// `None` if the file could not be looked at; then there is no checkpoint.
