@@ -8,7 +8,7 @@ use std::{
     io,
     os::unix::net::UnixStream as StdStream,
     sync::{
-        Arc, Mutex, MutexGuard, PoisonError,
+        Arc, Mutex, MutexGuard, PoisonError, Weak,
         atomic::{AtomicBool, Ordering},
     },
     time::Duration,
@@ -106,10 +106,10 @@ impl Closing {
     }
 }
 
-/// A copy, and the task that does it.
+/// A copy, and the task that does it, which has all that belongs to it.
 #[derive(Debug)]
 pub(crate) struct Copying<T> {
-    pub(crate) copy: Arc<T>,
+    pub(crate) copy: Weak<T>,
     /// Taken by who waits for its end.
     pub(crate) task: Option<JoinHandle<()>>,
 }
@@ -123,7 +123,6 @@ pub(crate) struct OutputCopy {
     pending: Pending,
     log: Option<SharedLog>,
     stream: Stream,
-    done: AtomicBool,
 }
 
 /// Copies a guest's stream. `ended` says when its process has ended.
@@ -140,22 +139,16 @@ pub(crate) fn output(
         pending: Pending::default(),
         log,
         stream,
-        done: AtomicBool::new(false),
     };
     copy.begin(ended)
 }
 
 impl OutputCopy {
     fn begin(self, ended: watch::Receiver<bool>) -> Copying<Self> {
-        let copy = Arc::new(self);
-        let task = tokio::spawn({
-            let copy = Arc::clone(&copy);
-            async move { copy.run(ended).await }
-        });
-        Copying {
-            copy,
-            task: Some(task),
-        }
+        let all = Arc::new(self);
+        let copy = Arc::downgrade(&all);
+        let task = Some(tokio::spawn(async move { all.run(ended).await }));
+        Copying { copy, task }
     }
 
     async fn run(&self, ended: watch::Receiver<bool>) {
@@ -168,7 +161,6 @@ impl OutputCopy {
         {
             warn!("write the log of {stream:?}: {e}");
         }
-        self.done.store(true, Ordering::Relaxed);
     }
 
     async fn copied(&self, mut ended: watch::Receiver<bool>) -> io::Result<()> {
@@ -208,18 +200,15 @@ impl OutputCopy {
         }
     }
 
-    /// For the next program; nothing of what is over.
-    pub(crate) fn state(&self, giver: &mut Giver) -> Option<OutputState> {
-        if self.done.load(Ordering::Relaxed) {
-            return None;
-        }
+    /// For the next program.
+    pub(crate) fn state(&self, giver: &mut Giver) -> OutputState {
         let client = lock(&self.client);
-        Some(OutputState {
+        OutputState {
             stream: self.stream,
             guest: giver.give(&self.guest),
             client: client.as_ref().map(|client| client.state(giver)),
             pending: self.pending.all(),
-        })
+        }
     }
 }
 
@@ -249,7 +238,6 @@ impl OutputState {
             pending: self.pending.into(),
             log,
             stream: self.stream,
-            done: AtomicBool::new(false),
         };
         Ok(copy.begin(ended))
     }
@@ -272,7 +260,6 @@ pub(crate) struct InputCopy {
     close: Arc<Closing>,
     /// The client has nothing more.
     ended: AtomicBool,
-    done: AtomicBool,
 }
 
 /// Copies a client's input.
@@ -283,22 +270,16 @@ pub(crate) fn input(guest: UnixStream, client: Source, close: Arc<Closing>) -> C
         pending: Pending::default(),
         close,
         ended: AtomicBool::new(false),
-        done: AtomicBool::new(false),
     };
     copy.begin()
 }
 
 impl InputCopy {
     fn begin(self) -> Copying<Self> {
-        let copy = Arc::new(self);
-        let task = tokio::spawn({
-            let copy = Arc::clone(&copy);
-            async move { copy.run().await }
-        });
-        Copying {
-            copy,
-            task: Some(task),
-        }
+        let all = Arc::new(self);
+        let copy = Arc::downgrade(&all);
+        let task = Some(tokio::spawn(async move { all.run().await }));
+        Copying { copy, task }
     }
 
     async fn run(&self) {
@@ -308,7 +289,6 @@ impl InputCopy {
         {
             warn!("copy stdin: {e}");
         }
-        self.done.store(true, Ordering::Relaxed);
     }
 
     async fn copied(&self) -> io::Result<()> {
@@ -362,17 +342,14 @@ impl InputCopy {
         Ok(())
     }
 
-    /// For the next program; nothing of what is over.
-    pub(crate) fn state(&self, giver: &mut Giver) -> Option<InputState> {
-        if self.done.load(Ordering::Relaxed) {
-            return None;
-        }
-        Some(InputState {
+    /// For the next program.
+    pub(crate) fn state(&self, giver: &mut Giver) -> InputState {
+        InputState {
             guest: giver.give(&self.guest),
             client: self.client.state(giver),
             pending: self.pending.all(),
             ended: self.ended.load(Ordering::Relaxed),
-        })
+        }
     }
 }
 
@@ -400,7 +377,6 @@ impl InputState {
             pending: self.pending.into(),
             close,
             ended: AtomicBool::new(self.ended),
-            done: AtomicBool::new(false),
         };
         Ok(copy.begin())
     }

@@ -198,12 +198,12 @@ impl Process {
             outputs: inner
                 .outputs
                 .iter()
-                .filter_map(|output| output.copy.state(giver))
+                .filter_map(|output| Some(output.copy.upgrade()?.state(giver)))
                 .collect(),
             input: inner
                 .input
                 .as_ref()
-                .and_then(|input| input.copy.state(giver)),
+                .and_then(|input| Some(input.copy.upgrade()?.state(giver))),
             closing: self.close_stdin.is_asked(),
             log: log.map(|log| log.lock().unwrap_or_else(|e| e.into_inner()).state()),
             followed: inner.followed,
