@@ -17,11 +17,13 @@ use std::{
 
 use anyhow::{Context, Result, bail};
 use nix::{
+    fcntl::AtFlags,
     poll::{PollFd, PollFlags, PollTimeout, poll},
     sys::{
         memfd::{MFdFlags, memfd_create},
         signal::{SigSet, SigmaskHow, Signal, sigprocmask},
     },
+    unistd::execveat,
 };
 use serde::{Deserialize, Serialize};
 use sha2::{Digest, Sha256};
@@ -138,10 +140,12 @@ impl Program {
             },
         };
         let said = program.ask(["take-over", "--about"], Stdio::null());
-        let said = said.and_then(|said| Ok(serde_json::from_str::<About>(&said)?));
-        let about = said.with_context(|| {
+        let about = said.and_then(|said| {
+            serde_json::from_str::<About>(&said).context("it does not say from what")
+        });
+        let about = about.with_context(|| {
             format!(
-                "{} cannot take over from another one",
+                "{} cannot take over from another program",
                 program.path.display()
             )
         })?;
@@ -214,14 +218,15 @@ impl Program {
         });
         let entries = others.chain([entry]).map(c_string);
         let entries = entries.collect::<Result<Vec<_>>>()?;
-        let place = c_string(self.place().into())?;
         let mask = SigSet::from_iter(PASSED);
         let mut before = SigSet::empty();
         sigprocmask(SigmaskHow::SIG_BLOCK, Some(&mask), Some(&mut before))
             .context("block signals")?;
         let exposed = giver.expose();
         let failed = match &exposed {
-            Ok(_) => nix::unistd::execve(&place, &args, &entries)
+            // The file itself: a script, whose interpreter would have no name for it, is
+            // refused.
+            Ok(_) => execveat(&self.file, c"", &args, &entries, AtFlags::AT_EMPTY_PATH)
                 .err()
                 .map(io::Error::from),
             Err(e) => Some(io::Error::other(e.to_string())),
