@@ -26,4 +26,5 @@ mod programs;
 mod recovery;
 mod sandboxes;
 mod streams;
+mod upgrade;
 mod volumes;

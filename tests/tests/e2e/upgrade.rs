@@ -93,7 +93,8 @@ fn a_command_in_front_notices_nothing() {
     for program in &all {
         becomes(&id, program);
     }
-    walnut(&["exec", &id, "touch", "/stop"]).exits(0);
+    // It may go with the container that it ends.
+    walnut(&["exec", &id, "touch", "/stop"]);
     let done = running.wait().exits(7);
     assert!(counted(std::str::from_utf8(&done.stdout).unwrap()) > 1000);
     assert_nothing_left(&id);
