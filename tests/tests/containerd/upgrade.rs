@@ -5,7 +5,7 @@ use std::{
     fs,
     io::{BufRead, BufReader, Read, Write},
     path::Path,
-    process::Stdio,
+    process::{Command, Stdio},
 };
 
 use nix::{
@@ -17,7 +17,7 @@ use walnut_tests::{
     upgrade::{another_shim, counted, pretender, refused, upgrade, upgraded},
 };
 
-use crate::{daemon::Daemon, events::Events, pods::member};
+use crate::{daemon::Daemon, events::Events, kubelet::Kubelet, network::ECHO, pods::member};
 
 /// Counts until it is told to stop.
 const COUNTS: &str = "i=0; while [ ! -e /stop ]; do echo $i; i=$((i+1)); done; exit 7";
@@ -251,4 +251,59 @@ fn a_shim_that_stays_and_one_that_is_killed() {
     assert_eq!(exits.len(), 1, "{exits:#?}");
     assert!(exits[0].contains("\"exit_status\":137"), "{exits:#?}");
     daemon.ctr(&["container", "rm", &id]).exits(0);
+}
+
+/// Sends numbers to an echo, one after the other, until its input ends; how many came back.
+const ASKS: &str = r#"
+import select, socket, sys
+with socket.create_connection(("127.0.0.1", 7000), 60) as stream:
+    back, count = stream.makefile("rb"), 0
+    while not select.select([sys.stdin], [], [], 0)[0]:
+        word = b"%d" % count * 5000 + b"\n"
+        stream.sendall(word)
+        assert back.readline() == word, count
+        count += 1
+        if count == 10:
+            print("runs", flush=True)
+print(count)
+"#;
+
+#[test]
+fn a_connection_to_a_pods_loopback_is_carried_on() {
+    let daemon = Daemon::start_with_pod_network();
+    let kubelet = Kubelet::new(&daemon);
+    let pod = kubelet.run_networked_pod(&daemon, vec![]);
+    let echo = kubelet.run(&pod, "echo", ECHO);
+    until("the echo listens", || {
+        let listens = "grep -q :1B58 /proc/net/tcp6";
+        kubelet.exec(&echo, listens).exit_code == 0
+    });
+    let namespace = format!("--net={}", kubelet.namespace(&pod));
+    let mut client = Command::new("nsenter")
+        .args(["--target", &daemon.pid().to_string(), "--net"])
+        .args(["nsenter", &namespace, "python3", "-c", ASKS])
+        .stdin(Stdio::piped())
+        .stdout(Stdio::piped())
+        .spawn()
+        .unwrap();
+    let mut says = BufReader::new(client.stdout.take().unwrap()).lines();
+    assert_eq!(says.next().unwrap().unwrap(), "runs");
+    let (root, run) = (daemon.root().join("walnut"), daemon.file("w"));
+    for mark in ["a", "b"] {
+        let program = another_shim(daemon.scratch(), mark);
+        let args = ["--all", "--program", program.to_str().unwrap()];
+        let (code, rows) = upgrade(&root, &run, &args);
+        assert_eq!((code, rows.len()), (0, 1), "{rows:#?}");
+        assert_eq!(kubelet.exec(&echo, "true").exit_code, 0);
+    }
+    drop(client.stdin.take());
+    let count: u32 = says.next().unwrap().unwrap().parse().unwrap();
+    assert!(client.wait().unwrap().success() && count > 10);
+    // Others come.
+    let ask = "import socket; s = socket.create_connection(('127.0.0.1', 7000), 60); \
+               s.sendall(b'x'); print(s.recv(1))";
+    let done = daemon.on_the_node(&["nsenter", &namespace, "python3", "-c", ask]);
+    assert_eq!(done.exits(0).stdout, "b'x'\n");
+    kubelet.end_pod(&pod);
+    daemon.assert_nothing_left();
 }

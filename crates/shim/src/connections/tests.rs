@@ -97,7 +97,8 @@ async fn it_is_known_what_has_been_asked_and_not_answered() {
         watched.read_exact(&mut vec![0; long.len()]).await
     });
     let (sent, read) = tokio::join!(sent, read);
-    (sent.unwrap(), read.unwrap());
+    sent.unwrap();
+    read.unwrap();
     assert!(matches!(open(&connections), Err(NoState::Busy(_))));
     drop(watched);
     assert!(open(&connections).unwrap().is_empty());
