@@ -42,9 +42,14 @@ for target in "${targets[@]}"; do
     mkdir -p "artifacts/$target" "corpus.d/$target"
     seeds=()
     [[ -d corpus/$target ]] && seeds=("corpus/$target")
+    # A state is longer than what devices and wires are given.
+    case $target in
+        takeover) length=4096 ;;
+        *) length=1024 ;;
+    esac
     echo "==> fuzz $target"
     log=$(mktemp)
-    if ! "target/$host/release/$target" "${limit[@]}" -max_len=1024 -len_control=0 -timeout=60 \
+    if ! "target/$host/release/$target" "${limit[@]}" -max_len="$length" -len_control=0 -timeout=60 \
         -malloc_limit_mb=64 -rss_limit_mb=2048 -print_final_stats=1 \
         "-artifact_prefix=artifacts/$target/" "corpus.d/$target" "${seeds[@]}" >"$log" 2>&1; then
         tail -n 60 "$log" >&2

@@ -1,16 +1,18 @@
-//! Generates the messages, client and server of `proto/agent.proto`.
+//! Generates the messages, clients and servers of `proto/`.
 
 use std::{env, error::Error, fs, path::PathBuf};
 
 use ttrpc_codegen::{Codegen, Customize, ProtobufCustomize};
 
 fn main() -> Result<(), Box<dyn Error>> {
-    let proto = "../../proto/agent.proto";
-    println!("cargo:rerun-if-changed={proto}");
+    let protos = ["../../proto/agent.proto", "../../proto/supervisor.proto"];
+    for proto in protos {
+        println!("cargo:rerun-if-changed={proto}");
+    }
     let out = PathBuf::from(env::var("OUT_DIR")?);
     Codegen::new()
         .out_dir(&out)
-        .input(proto)
+        .inputs(protos)
         .include("../../proto")
         .rust_protobuf()
         .customize(Customize {
@@ -20,7 +22,12 @@ fn main() -> Result<(), Box<dyn Error>> {
         .rust_protobuf_customize(ProtobufCustomize::default().lite_runtime(true))
         .run()?;
     // `include!` takes no inner attributes; lib.rs sets them from outside.
-    for file in ["agent.rs", "agent_ttrpc.rs"] {
+    for file in [
+        "agent.rs",
+        "agent_ttrpc.rs",
+        "supervisor.rs",
+        "supervisor_ttrpc.rs",
+    ] {
         let path = out.join(file);
         let code: String = fs::read_to_string(&path)?
             .lines()

@@ -45,6 +45,11 @@ const DEVICE: usize = 4 << 20;
 /// Bytes that a parser may take: a message, and what it becomes.
 const PARSER: usize = 1 << 20;
 
+/// The state that a supervisor goes on from.
+pub fn takeover(data: &[u8]) {
+    within(PARSER, || parsers::takeover(data));
+}
+
 /// The block device, either engine.
 pub fn block(data: &[u8]) {
     within(DEVICE, || driver::block(data));

@@ -48,6 +48,39 @@ pub(crate) fn wire(data: &[u8]) {
     vhost::fuzz::wire(plan, &answers);
 }
 
+/// A supervisor's state: what is taken is what it says, and is written so that it is taken
+/// again.
+pub(crate) fn takeover(data: &[u8]) {
+    let json = |bytes: &[u8]| -> serde_json::Value {
+        let at = bytes.iter().position(|byte| *byte == b'{').unwrap();
+        let mut value = serde_json::from_slice(&bytes[at..]).unwrap();
+        sorted(&mut value);
+        value
+    };
+    // Most begins rightly.
+    let mut bytes = b"walnut-state\x01\0\0\0".to_vec();
+    bytes.extend(data);
+    for input in [data, &bytes] {
+        let Ok(written) = walnut_shim::fuzz::state(input) else {
+            continue;
+        };
+        let again = walnut_shim::fuzz::state(&written).unwrap();
+        assert_eq!(json(&written), json(&again));
+    }
+}
+
+/// Sets have no order.
+fn sorted(value: &mut serde_json::Value) {
+    match value {
+        serde_json::Value::Array(all) => {
+            all.iter_mut().for_each(sorted);
+            all.sort_by_key(ToString::to_string);
+        }
+        serde_json::Value::Object(map) => map.values_mut().for_each(sorted),
+        _ => {}
+    }
+}
+
 /// A line and where it is cut.
 pub(crate) fn handshake(data: &[u8]) {
     let Some((&len, rest)) = data.split_first() else {

@@ -12,6 +12,7 @@ pub mod client;
 mod host;
 mod left;
 mod terminal;
+pub mod upgrade;
 
 pub use host::{
     Detached, Done, Host, Running, command, driver, host, machine, run, run_with, spawn_run,

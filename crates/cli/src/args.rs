@@ -8,6 +8,7 @@ use crate::{
     install::{InstallArgs, UninstallArgs},
     reclaim::ReclaimArgs,
     stats::StatsArgs,
+    upgrade::UpgradeArgs,
     values::{Cpus, EnvVar, Size, VolumeArg},
 };
 
@@ -73,6 +74,8 @@ pub(crate) enum Command {
     Install(InstallArgs),
     /// Take away what `walnut install` set up; images and containers stay
     Uninstall(UninstallArgs),
+    /// Have the supervisors of running sandboxes replaced by what is installed now
+    Upgrade(UpgradeArgs),
     /// Show versions
     Version(FormatArgs),
 }

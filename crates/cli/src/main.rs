@@ -31,6 +31,7 @@ mod stats;
 mod supervisor;
 mod template;
 mod terminal;
+mod upgrade;
 mod values;
 
 use std::process::ExitCode;
@@ -96,6 +97,7 @@ async fn dispatch(command: Command) -> anyhow::Result<u8> {
         Command::Config(args) => config::config(&args),
         Command::Install(args) => install::install(&args),
         Command::Uninstall(args) => install::uninstall(&args),
+        Command::Upgrade(args) => upgrade::upgrade(args).await,
         Command::Version(args) => list::version(&args),
     }
 }

@@ -95,6 +95,23 @@ impl Door {
         }
     }
 
+    /// The way to an agent that has called, for the program before.
+    pub(crate) fn resume(dir: &Path, name: &str) -> Self {
+        Self {
+            uds: dir.join(name),
+            ready: dir.join(format!("{name}_{READY_PORT}")),
+            closed: AtomicBool::new(false),
+            // Of this release, or the agent says otherwise when it is greeted.
+            call: Mutex::new(Call::Serves(PROTOCOL)),
+        }
+    }
+
+    /// Whether the agent has called.
+    pub(crate) fn has_called(&self) -> bool {
+        let call = self.call.try_lock();
+        call.is_ok_and(|call| matches!(*call, Call::Serves(_)))
+    }
+
     /// The vsock device's own socket.
     pub(crate) fn uds(&self) -> &Path {
         &self.uds

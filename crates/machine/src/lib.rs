@@ -22,19 +22,23 @@ pub mod process;
 pub mod qemu;
 mod select;
 mod spec;
+pub mod takeover;
 pub mod vmm;
 
 use std::{fmt, os::fd::OwnedFd, path::PathBuf, sync::Arc, time::Duration};
 
 use async_trait::async_trait;
+use serde::{Deserialize, Serialize};
 use tokio::net::UnixStream;
 
 pub use error::Error;
 pub use host::{Assets, HostItem, HostReport, Level};
 pub use select::{Chosen, DriverChoice, DriverKind, Programs, choose, driver};
+use takeover::{Giver, NoState, Taker};
 
 /// What a machine is made of. Sizes are bytes, paths are on the host.
-#[derive(Debug, Clone)]
+#[derive(Debug, Clone, Serialize, Deserialize)]
+#[serde(deny_unknown_fields)]
 pub struct MachineSpec {
     /// Name of the sandbox, for process titles and messages.
     pub id: String,
@@ -71,7 +75,8 @@ pub struct MachineSpec {
 }
 
 /// A virtio-net device on a tap.
-#[derive(Debug, Clone)]
+#[derive(Debug, Clone, Serialize, Deserialize)]
+#[serde(deny_unknown_fields)]
 pub struct Nic {
     /// The guest's address on the link.
     pub mac: [u8; 6],
@@ -79,12 +84,14 @@ pub struct Nic {
     pub mtu: u16,
     /// The tap's queues: descriptors of `/dev/net/tun`, made with `IFF_TAP`, `IFF_NO_PI`,
     /// `IFF_VNET_HDR`, and `IFF_MULTI_QUEUE` for more than one. What else has them keeps
-    /// the tap alive.
+    /// the tap alive. In a state ([`takeover`]) there are none: the machine has them.
+    #[serde(skip)]
     pub taps: Vec<Arc<OwnedFd>>,
 }
 
 /// A raw block device. Formats are never detected: raw means raw.
-#[derive(Debug, Clone)]
+#[derive(Debug, Clone, Serialize, Deserialize)]
+#[serde(deny_unknown_fields)]
 pub struct Disk {
     /// virtio-blk serial by which the guest finds it, 1–20 bytes of [A-Za-z0-9_-].
     pub serial: String,
@@ -95,7 +102,8 @@ pub struct Disk {
 }
 
 /// A directory shared over virtio-fs, served by a vhost-user back end.
-#[derive(Debug, Clone)]
+#[derive(Debug, Clone, Serialize, Deserialize)]
+#[serde(deny_unknown_fields)]
 pub struct Share {
     /// Tag by which the guest mounts it, 1–36 bytes.
     pub tag: String,
@@ -252,6 +260,39 @@ pub trait Machine: fmt::Debug + Send + Sync {
     /// The machine's ability to change its size, if it has it.
     fn as_resize(&self) -> Option<&dyn Resize> {
         None
+    }
+
+    /// The machine's ability to be another program's, if it has it.
+    fn as_heritable(&self) -> Option<&dyn Heritable> {
+        None
+    }
+}
+
+/// Leaves a machine to the program that takes this one's place ([`takeover`]).
+pub trait Heritable: Send + Sync {
+    /// What that program makes the machine its own from ([`MachineState::take_over`]). The
+    /// machine goes on; nothing is changed.
+    fn state(&self, giver: &mut Giver) -> Result<MachineState, NoState>;
+}
+
+/// A running machine in a state.
+#[derive(Debug, Serialize, Deserialize)]
+#[serde(rename_all = "kebab-case", deny_unknown_fields)]
+pub enum MachineState {
+    /// Of the driver [`qemu::Qemu`].
+    Qemu(Box<qemu::State>),
+    /// Of the driver [`vmm::Vmm`].
+    Vmm(Box<vmm::State>),
+}
+
+impl MachineState {
+    /// The machine that the program before had. Needs a tokio runtime, and the thread that
+    /// was that program's first.
+    pub fn take_over(self, taker: &mut Taker) -> Result<Box<dyn Machine>, Error> {
+        match self {
+            Self::Qemu(state) => state.take_over(taker),
+            Self::Vmm(state) => state.take_over(taker),
+        }
     }
 }
 

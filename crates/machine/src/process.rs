@@ -31,9 +31,9 @@ use std::{
 
 pub use cgroup::{Cgroup, Limits};
 pub(crate) use child::quotable;
-pub use child::{Child, Status};
-pub use tail::Tail;
+pub use child::{Child, ChildState, Status, reap};
 pub(crate) use tail::pipe;
+pub use tail::{Tail, TailState};
 
 /// What processes enter before anything else, see [`confine`].
 static DOORS: OnceLock<Vec<File>> = OnceLock::new();

@@ -1,7 +1,8 @@
 //! The contract between host and guest: the messages and services generated
 //! from `proto/agent.proto`, the ports they travel on, and the two ends of the
 //! handshakes. Host and agent share this crate and nothing else; it knows no
-//! machine, no container engine and no front end.
+//! machine, no container engine and no front end. `proto/supervisor.proto`, between
+//! a supervisor and those on its host, is generated beside it.
 
 mod handshake;
 
@@ -49,6 +50,14 @@ mod generated {
     pub mod agent_ttrpc {
         include!(concat!(env!("OUT_DIR"), "/agent_ttrpc.rs"));
     }
+    /// Messages.
+    pub mod supervisor {
+        include!(concat!(env!("OUT_DIR"), "/supervisor.rs"));
+    }
+    /// Service: `Supervisor` (server), `SupervisorClient`, `create_supervisor`.
+    pub mod supervisor_ttrpc {
+        include!(concat!(env!("OUT_DIR"), "/supervisor_ttrpc.rs"));
+    }
 }
 
-pub use generated::{agent, agent_ttrpc};
+pub use generated::{agent, agent_ttrpc, supervisor, supervisor_ttrpc};

@@ -32,7 +32,11 @@ pub(crate) fn patient() -> context::Context {
 
 /// Connects to the agent of a machine that is ready, and checks what it speaks.
 pub(crate) async fn connect(machine: &dyn Machine) -> Result<AgentClient> {
-    let stream = machine.connect(AGENT_PORT).await?;
+    greet(machine.connect(AGENT_PORT).await?).await
+}
+
+/// Checks what the agent at the other end of a new connection speaks.
+pub(crate) async fn greet(stream: UnixStream) -> Result<AgentClient> {
     let agent = AgentClient::new(Client::new(Socket::from(stream)));
     let hello = HelloRequest {
         protocol: walnut_protocol::PROTOCOL,

@@ -17,7 +17,7 @@ use sha2::{Digest, Sha256};
 use tracing::{debug, warn};
 
 use crate::{
-    Error, Lock, Result, cgroup,
+    Error, Layout, Lock, Result, cgroup,
     layout::private_dir,
     record::{read_dir, remove_dir},
 };
@@ -124,6 +124,23 @@ impl DaemonDirs {
         }
         Ok(())
     }
+}
+
+/// Directories of the sandboxes of daemons and of the OCI command line that have a
+/// supervisor; what killed ones left is removed.
+pub fn supervisors(layout: &Layout) -> Result<Vec<PathBuf>> {
+    let mut all = Vec::new();
+    for name in [RUN_DIR, BUNDLES_DIR] {
+        let dir = layout.run.join(name);
+        if !dir.exists() {
+            continue;
+        }
+        DaemonDirs(dir.clone()).sweep()?;
+        let names = read_dir(&dir)?.into_iter();
+        let paths = names.map(|name| dir.join(name));
+        all.extend(paths.filter(|path| path.extension().is_none_or(|e| e != GONE)));
+    }
+    Ok(all)
 }
 
 /// Whether `file` is still the file that was locked.

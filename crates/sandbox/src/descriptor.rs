@@ -19,7 +19,11 @@ use rustix::{
     io::Errno,
     net::{RecvFlags, SendFlags},
 };
+use serde::{Deserialize, Serialize};
 use tokio::io::{Interest, unix::AsyncFd};
+use walnut_machine::takeover::{Fd, Giver, Taker};
+
+use crate::copy::Pending;
 
 /// A descriptor that is handed on once.
 #[derive(Debug, Clone)]
@@ -35,6 +39,18 @@ impl Inherited {
     pub fn take(&self) -> io::Result<OwnedFd> {
         let fd = self.0.lock().unwrap_or_else(|e| e.into_inner()).take();
         fd.ok_or_else(|| io::Error::other("a descriptor is used up"))
+    }
+
+    /// For the next program, if it has not been taken.
+    pub(crate) fn state(&self, giver: &mut Giver) -> Option<Fd> {
+        let fd = self.0.lock().unwrap_or_else(|e| e.into_inner());
+        fd.as_ref().map(|fd| giver.give(fd))
+    }
+
+    /// That of the program before.
+    pub(crate) fn take_over(state: Option<Fd>, taker: &mut Taker) -> io::Result<Self> {
+        let fd = state.map(|fd| taker.take(fd)).transpose()?;
+        Ok(Self(Arc::new(Mutex::new(fd))))
     }
 }
 
@@ -122,24 +138,69 @@ impl Descriptor {
         }
     }
 
-    /// Writes some of it; waits until some can be written.
-    pub(crate) async fn write(&self, bytes: &[u8]) -> io::Result<usize> {
+    /// Writes some of what lies there, and takes that away, in one step; waits until some
+    /// can be written.
+    pub(crate) async fn write(&self, from: &Pending) -> io::Result<usize> {
         match self {
-            Self::File(file) => (&*file).write(bytes),
+            Self::File(file) => {
+                let mut file = file;
+                from.written(|bytes| file.write(bytes))
+            }
             Self::Waits(fd) => {
-                fd.async_io(Interest::WRITABLE, |mut file| file.write(bytes))
-                    .await
+                let write = |mut file: &File| from.written(|bytes| file.write(bytes));
+                fd.async_io(Interest::WRITABLE, write).await
             }
             Self::Socket(fd) => {
-                fd.async_io(Interest::WRITABLE, |fd| {
-                    let flags = SendFlags::DONTWAIT | SendFlags::NOSIGNAL;
-                    rustix::net::send(fd.as_fd(), bytes, flags).map_err(Errno::into)
-                })
-                .await
+                let flags = SendFlags::DONTWAIT | SendFlags::NOSIGNAL;
+                let send = |fd: &OwnedFd| {
+                    from.written(|bytes| {
+                        rustix::net::send(fd.as_fd(), bytes, flags).map_err(Errno::into)
+                    })
+                };
+                fd.async_io(Interest::WRITABLE, send).await
             }
             Self::Gone => Err(io::ErrorKind::BrokenPipe.into()),
         }
     }
+
+    /// For the next program.
+    pub(crate) fn state(&self, giver: &mut Giver) -> DescriptorState {
+        match self {
+            Self::File(file) => DescriptorState::File(giver.give(file)),
+            Self::Waits(fd) => DescriptorState::Waits(giver.give(fd.get_ref())),
+            Self::Socket(fd) => DescriptorState::Socket(giver.give(fd.get_ref())),
+            Self::Gone => DescriptorState::Gone,
+        }
+    }
+
+    /// That of the program before.
+    pub(crate) fn take_over(
+        state: DescriptorState,
+        interest: Interest,
+        taker: &mut Taker,
+    ) -> io::Result<Self> {
+        Ok(match state {
+            DescriptorState::File(fd) => Self::File(taker.take(fd)?.into()),
+            DescriptorState::Waits(fd) => {
+                let file = File::from(taker.take(fd)?);
+                Self::Waits(register(file, interest).map_err(|(_, e)| e)?)
+            }
+            DescriptorState::Socket(fd) => {
+                Self::Socket(register(taker.take(fd)?, interest).map_err(|(_, e)| e)?)
+            }
+            DescriptorState::Gone => Self::Gone,
+        })
+    }
+}
+
+/// A descriptor in a state ([`crate::machine::takeover`]).
+#[derive(Debug, Serialize, Deserialize)]
+#[serde(rename_all = "kebab-case", deny_unknown_fields)]
+pub(crate) enum DescriptorState {
+    File(Fd),
+    Waits(Fd),
+    Socket(Fd),
+    Gone,
 }
 
 /// Gives what was not to be had back.
@@ -183,11 +244,11 @@ mod tests {
         let mut buffer = [0; 8];
         assert_eq!(both.read(&mut buffer).await.unwrap(), 2);
         let writer = Descriptor::writer(shared).unwrap();
-        assert_eq!(writer.write(b"out").await.unwrap(), 3);
+        assert_eq!(writer.write(&Pending::from(*b"out")).await.unwrap(), 3);
         assert_eq!((&theirs).read(&mut buffer).unwrap(), 3);
         drop(theirs);
         assert_eq!(both.read(&mut buffer).await.unwrap(), 0);
-        assert!(writer.write(b"out").await.is_err());
+        assert!(writer.write(&Pending::from(*b"out")).await.is_err());
     }
 
     #[tokio::test]
@@ -197,7 +258,7 @@ mod tests {
         let mut file = File::create(&path).unwrap();
         file.write_all(b"one ").unwrap();
         let writer = Descriptor::writer(file.into()).unwrap();
-        writer.write(b"two").await.unwrap();
+        writer.write(&Pending::from(*b"two")).await.unwrap();
         assert_eq!(std::fs::read(&path).unwrap(), b"one two");
         let mut file = File::open(&path).unwrap();
         file.read_exact(&mut [0; 4]).unwrap();
@@ -213,7 +274,7 @@ mod tests {
         let (read, write) = rustix::pipe::pipe().unwrap();
         drop(read);
         let writer = Descriptor::writer(write).unwrap();
-        assert!(writer.write(b"x").await.is_err());
+        assert!(writer.write(&Pending::from(*b"x")).await.is_err());
         let pty = nix::pty::openpty(None, None).unwrap();
         let reader = Descriptor::reader(pty.slave).unwrap();
         drop(pty.master);

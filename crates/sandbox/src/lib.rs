@@ -14,6 +14,7 @@ mod bundle;
 mod cgroup;
 mod checkpoint;
 mod containers;
+mod copy;
 mod daemon;
 mod descriptor;
 mod disks;
@@ -23,6 +24,7 @@ mod file;
 mod growth;
 mod guest_spec;
 mod layout;
+mod link;
 mod lock;
 mod log;
 mod memory;
@@ -40,13 +42,14 @@ mod sizing;
 mod standby;
 mod start;
 mod stdio;
+mod takeover;
 mod template;
 
 pub use bundle::{BundleState, BundleStatus, Bundles};
 pub use checkpoint::{
     CHECKPOINT_FILE, CHECKPOINT_MAX, Checkpoint, CheckpointOptions, Draft, Drafts, SavedContainer,
 };
-pub use daemon::{DaemonDirs, SandboxDir};
+pub use daemon::{DaemonDirs, SandboxDir, supervisors};
 pub use descriptor::Inherited;
 pub use error::{Error, Result};
 pub use layout::{Assets, Layout};
@@ -65,6 +68,7 @@ pub use sandbox::{
 pub use settings::{Annotation, BOOT_TIMEOUT, Bytes, SETTINGS_FILE, Settings};
 pub use sizing::PodLimits;
 pub use stdio::{Input, Output, StdioTargets};
+pub use takeover::{Busy, Doing, SandboxState, Way};
 pub use template::{Listed, Shape, Template, Templates, Wanted};
 pub use walnut_machine as machine;
 /// The host–guest protocol this build speaks.

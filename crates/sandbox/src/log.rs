@@ -13,6 +13,7 @@ use std::{
 
 use chrono::{SecondsFormat, Utc};
 use serde::{Deserialize, Serialize};
+use walnut_machine::takeover::hex;
 
 use crate::{Error, Result};
 
@@ -43,8 +44,22 @@ pub(crate) struct LogWriter {
     partial: [Vec<u8>; 2],
 }
 
+/// A log in a state ([`walnut_machine::takeover`]): what is in no file yet.
+#[derive(Debug, Serialize, Deserialize)]
+#[serde(deny_unknown_fields)]
+pub(crate) struct LogState {
+    path: PathBuf,
+    stdout: Partial,
+    stderr: Partial,
+}
+
+#[derive(Debug, Serialize, Deserialize)]
+#[serde(transparent)]
+struct Partial(#[serde(with = "hex")] Vec<u8>);
+
 /// Which stream a piece of output belongs to.
-#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(rename_all = "kebab-case")]
 pub(crate) enum Stream {
     Stdout = 0,
     Stderr = 1,
@@ -63,6 +78,28 @@ impl LogWriter {
             size,
             partial: [Vec::new(), Vec::new()],
         })
+    }
+
+    /// For the next program.
+    pub(crate) fn state(&self) -> LogState {
+        let [stdout, stderr] = self.partial.clone().map(Partial);
+        LogState {
+            path: self.path.clone(),
+            stdout,
+            stderr,
+        }
+    }
+
+    /// Goes on with the log of the program before.
+    pub(crate) fn take_over(state: LogState) -> Result<Self> {
+        let mut log = Self::open(&state.path)?;
+        log.partial = [state.stdout.0, state.stderr.0];
+        if log.partial.iter().any(|partial| partial.len() >= PIECE_MAX) {
+            return Err(Error::Invalid(
+                "go on with a log: a line is too long".into(),
+            ));
+        }
+        Ok(log)
     }
 
     /// Adds output; whole lines are written at once.

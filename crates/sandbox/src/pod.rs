@@ -13,6 +13,7 @@ use std::{
 use oci_spec::runtime::{
     LinuxNamespace, LinuxNamespaceBuilder, LinuxNamespaceType as Type, Mount, Spec,
 };
+use serde::{Deserialize, Serialize};
 use walnut_protocol::{GUEST_ROOT, agent::Storage};
 
 use crate::{Error, Result, guest_spec::HostBind};
@@ -26,7 +27,8 @@ const TYPES: [&str; 2] = [
 const SHM: &str = "/dev/shm";
 
 /// A container's part in its sandbox.
-#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(rename_all = "kebab-case")]
 pub(crate) enum Role {
     /// It shares nothing but the machine.
     Alone,

@@ -5,6 +5,7 @@
 use std::{collections::HashMap, path::PathBuf};
 
 use oci_spec::runtime::Spec;
+use serde::{Deserialize, Serialize};
 use serde_json::{Map, Value, json};
 
 use crate::{Error, Result, sizing::PodLimits};
@@ -27,7 +28,8 @@ pub struct PodRequest {
 }
 
 /// What the containers of such a pod get from it.
-#[derive(Debug, Clone, Default, PartialEq, Eq)]
+#[derive(Debug, Clone, Default, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(deny_unknown_fields)]
 pub(crate) struct PodParts {
     pub(crate) hostname: String,
     pub(crate) resolv_conf: Option<String>,

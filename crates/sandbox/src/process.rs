@@ -1,17 +1,23 @@
 //! A process of a container as the host sees it: its state, its streams, and
 //! the task that learns of its end.
 
-use std::sync::Arc;
+use std::{io, sync::Arc};
 
-use tokio::{
-    sync::{Notify, watch},
-    task::JoinHandle,
+use serde::{Deserialize, Serialize};
+use tokio::{sync::watch, task::JoinHandle};
+use walnut_machine::takeover::{Giver, Taker};
+
+use crate::{
+    Result, StdioTargets,
+    copy::{Closing, Copying, InputCopy, InputState, OutputCopy, OutputState, SharedLog},
+    log::{LogState, LogWriter},
+    stdio::TargetsState,
+    takeover::taken,
 };
 
-use crate::StdioTargets;
-
 /// How a process ended.
-#[derive(Debug, Clone, PartialEq, Eq)]
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(deny_unknown_fields)]
 pub struct ExitInfo {
     /// 0–255; 128 + signal after a signal.
     pub code: u32,
@@ -24,7 +30,8 @@ pub struct ExitInfo {
 }
 
 /// Where a process stands.
-#[derive(Debug, Clone, PartialEq, Eq)]
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(rename_all = "kebab-case", deny_unknown_fields)]
 pub enum ProcessState {
     /// Built, not executed.
     Created,
@@ -40,7 +47,7 @@ pub enum ProcessState {
 #[derive(Debug)]
 pub(crate) struct Process {
     pub(crate) stdio: StdioTargets,
-    pub(crate) close_stdin: Arc<Notify>,
+    pub(crate) close_stdin: Arc<Closing>,
     /// It has ended; its output may still be on its way.
     ended: watch::Sender<bool>,
     state: watch::Sender<ProcessState>,
@@ -50,15 +57,18 @@ pub(crate) struct Process {
 #[derive(Debug, Default)]
 struct Inner {
     pid: u32,
-    outputs: Vec<JoinHandle<()>>,
-    input: Option<JoinHandle<()>>,
+    outputs: Vec<Copying<OutputCopy>>,
+    input: Option<Copying<InputCopy>>,
+    log: Option<SharedLog>,
+    /// Somebody learns of its end.
+    followed: bool,
 }
 
 impl Process {
     pub(crate) fn new(stdio: StdioTargets) -> Self {
         Self {
             stdio,
-            close_stdin: Arc::new(Notify::new()),
+            close_stdin: Arc::default(),
             ended: watch::Sender::new(false),
             state: watch::Sender::new(ProcessState::Created),
             inner: std::sync::Mutex::default(),
@@ -70,10 +80,21 @@ impl Process {
         self.inner.lock().unwrap_or_else(|e| e.into_inner())
     }
 
-    pub(crate) fn attach(&self, outputs: Vec<JoinHandle<()>>, input: Option<JoinHandle<()>>) {
+    pub(crate) fn attach(
+        &self,
+        outputs: Vec<Copying<OutputCopy>>,
+        input: Option<Copying<InputCopy>>,
+        log: Option<SharedLog>,
+    ) {
         let mut inner = self.inner();
         inner.outputs = outputs;
         inner.input = input;
+        inner.log = log;
+    }
+
+    /// From now on somebody learns of its end.
+    pub(crate) fn set_followed(&self) {
+        self.inner().followed = true;
     }
 
     pub(crate) fn pid(&self) -> u32 {
@@ -101,7 +122,9 @@ impl Process {
 
     /// Takes the tasks that copy its output; they end when its streams do.
     pub(crate) fn take_outputs(&self) -> Vec<JoinHandle<()>> {
-        std::mem::take(&mut self.inner().outputs)
+        let mut inner = self.inner();
+        let outputs = inner.outputs.iter_mut();
+        outputs.filter_map(|output| output.task.take()).collect()
     }
 
     /// Tells those that copy its output whether it has ended.
@@ -118,8 +141,9 @@ impl Process {
 
     /// Ends the copying of its input.
     fn stop_input(&self) {
-        if let Some(input) = self.inner().input.take() {
-            input.abort();
+        let input = self.inner().input.take();
+        if let Some(task) = input.and_then(|input| input.task) {
+            task.abort();
         }
     }
 
@@ -144,6 +168,70 @@ impl Drop for Process {
         for output in self.take_outputs() {
             output.abort();
         }
+    }
+}
+
+/// A process in a state ([`walnut_machine::takeover`]).
+#[derive(Debug, Serialize, Deserialize)]
+#[serde(deny_unknown_fields)]
+pub(crate) struct State {
+    pid: u32,
+    state: ProcessState,
+    stdio: TargetsState,
+    outputs: Vec<OutputState>,
+    input: Option<InputState>,
+    /// Input shall end.
+    closing: bool,
+    log: Option<LogState>,
+    pub(crate) followed: bool,
+}
+
+impl Process {
+    /// For the next program.
+    pub(crate) fn handed_over(&self, giver: &mut Giver) -> State {
+        let inner = self.inner();
+        let log = inner.log.as_ref();
+        State {
+            pid: inner.pid,
+            state: self.state(),
+            stdio: self.stdio.state(giver),
+            outputs: inner
+                .outputs
+                .iter()
+                .filter_map(|output| Some(output.copy.upgrade()?.state(giver)))
+                .collect(),
+            input: inner
+                .input
+                .as_ref()
+                .and_then(|input| Some(input.copy.upgrade()?.state(giver))),
+            closing: self.close_stdin.is_asked(),
+            log: log.map(|log| log.lock().unwrap_or_else(|e| e.into_inner()).state()),
+            followed: inner.followed,
+        }
+    }
+
+    /// That of the program before, whose streams go on. Nobody learns of its end yet.
+    pub(crate) fn take_over(state: State, taker: &mut Taker) -> Result<Self> {
+        let process = Self::new(StdioTargets::take_over(state.stdio, taker)?);
+        process.state.send_replace(state.state);
+        if state.closing {
+            process.close_stdin.ask();
+        }
+        let log = state.log.map(LogWriter::take_over).transpose()?;
+        let log = log.map(|log| Arc::new(std::sync::Mutex::new(log)));
+        let outputs = state.outputs.into_iter().map(|output| {
+            let ended = process.ended();
+            output.take_over(log.clone(), ended, taker)
+        });
+        let outputs: io::Result<_> = outputs.collect();
+        let outputs = outputs.map_err(taken)?;
+        let close = &process.close_stdin;
+        let input = state
+            .input
+            .map(|input| input.take_over(close.clone(), taker));
+        process.attach(outputs, input.transpose().map_err(taken)?, log);
+        process.set_pid(state.pid);
+        Ok(process)
     }
 }
 

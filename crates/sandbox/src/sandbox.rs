@@ -33,6 +33,7 @@ use crate::{
     agent::{self, fault, patient, soon},
     checkpoint::Attached,
     containers::{Container, Exec},
+    copy::{self, SharedLog},
     growth::Sizes,
     guest_spec,
     log::{LogWriter, Stream},
@@ -44,7 +45,8 @@ use crate::{
     record::now_ns,
     sizing,
     start::Started,
-    stdio::{self, ClientEnds, SharedLog},
+    stdio::ClientEnds,
+    takeover::Busy,
 };
 
 /// Longest an exec's output may be held open by its descendants after its end.
@@ -128,18 +130,18 @@ pub struct ContainerState {
 /// A machine with an agent in it, and its containers. Dropping it kills the
 /// machine.
 pub struct Sandbox {
-    id: String,
+    pub(crate) id: String,
     pub(crate) settings: Settings,
     pub(crate) machine: Box<dyn Machine>,
     pub(crate) agent: AgentClient,
     pub(crate) shared: Option<VirtioFs>,
     pub(crate) containers: StdMutex<HashMap<String, Arc<Container>>>,
-    streams: AtomicU32,
+    pub(crate) streams: AtomicU32,
     /// Tells the machine's disks apart.
-    disk: AtomicU32,
+    pub(crate) disk: AtomicU32,
     pub(crate) driver: &'static str,
-    template: Option<String>,
-    wanted: Option<Wanted>,
+    pub(crate) template: Option<String>,
+    pub(crate) wanted: Option<Wanted>,
     /// What a checkpoint of it is good for.
     pub(crate) shape: Option<Shape>,
     /// Its machine's disks, in the order in which they came.
@@ -154,7 +156,9 @@ pub struct Sandbox {
     /// What its containers get from a pod that has no container of its own.
     pub(crate) pod: Option<PodParts>,
     /// Goes last: by then its processes have ended.
-    cgroup: StdMutex<Option<Cgroup>>,
+    pub(crate) cgroup: StdMutex<Option<Cgroup>>,
+    /// What is being done that another program could not finish.
+    pub(crate) busy: Busy,
 }
 
 impl std::fmt::Debug for Sandbox {
@@ -195,6 +199,7 @@ impl Sandbox {
             size: Sizes::new(size, started.max),
             pod: None,
             cgroup: StdMutex::new(cgroup),
+            busy: Busy::default(),
         }
     }
 
@@ -293,27 +298,17 @@ impl Sandbox {
             *number = self.next_stream();
             let guest = agent::stream(self.machine.as_ref(), *number).await?;
             let ended = process.ended();
-            outputs.push(stdio::spawn_output(
-                guest,
-                client,
-                log.clone(),
-                stream,
-                ended,
-            ));
+            outputs.push(copy::output(guest, client, log.clone(), stream, ended));
         }
         let input = match ends.stdin {
             Some(client) => {
                 stdio.stdin = self.next_stream();
                 let guest = agent::stream(self.machine.as_ref(), stdio.stdin).await?;
-                Some(stdio::spawn_input(
-                    guest,
-                    client,
-                    process.close_stdin.clone(),
-                ))
+                Some(copy::input(guest, client, process.close_stdin.clone()))
             }
             None => None,
         };
-        process.attach(outputs, input);
+        process.attach(outputs, input, log);
         Ok(stdio)
     }
 
@@ -352,7 +347,13 @@ impl Sandbox {
     }
 
     /// Learns of a process's end. A second follower of the same one changes nothing.
-    fn follow(self: &Arc<Self>, container: Arc<Container>, exec_id: &str, process: Arc<Process>) {
+    pub(crate) fn follow(
+        self: &Arc<Self>,
+        container: Arc<Container>,
+        exec_id: &str,
+        process: Arc<Process>,
+    ) {
+        process.set_followed();
         let this = self.clone();
         let exec_id = exec_id.to_owned();
         tokio::spawn(async move {
@@ -472,6 +473,7 @@ impl Sandbox {
         signal: u32,
         all: bool,
     ) -> Result<()> {
+        let _whole = self.busy.with("a signal is on its way");
         let container = self.container(id)?;
         let process = self.process(id, exec_id)?;
         let finished = || Error::NotFound(format!("signal {id}: process already finished"));
@@ -527,7 +529,7 @@ impl Sandbox {
 
     /// Ends a process's input once what was written has been delivered.
     pub fn close_stdin(&self, id: &str, exec_id: &str) -> Result<()> {
-        self.process(id, exec_id)?.close_stdin.notify_one();
+        self.process(id, exec_id)?.close_stdin.ask();
         Ok(())
     }
 
@@ -677,9 +679,8 @@ pub(crate) fn open_log(spec: &Spec) -> Result<Option<SharedLog>> {
     else {
         return Ok(None);
     };
-    Ok(Some(Arc::new(Mutex::new(LogWriter::open(Path::new(
-        path,
-    ))?))))
+    let log = LogWriter::open(Path::new(path))?;
+    Ok(Some(Arc::new(StdMutex::new(log))))
 }
 
 pub(crate) fn lock<T>(mutex: &StdMutex<T>) -> MutexGuard<'_, T> {

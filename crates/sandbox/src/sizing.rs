@@ -1,6 +1,7 @@
 //! From a container's limits to the size of its machine.
 
 use oci_spec::runtime::Spec;
+use serde::{Deserialize, Serialize};
 
 use crate::{Settings, pod::Role, settings::Needs};
 
@@ -20,7 +21,8 @@ const MEMORY_RESERVE: u64 = 96 * MIB;
 pub(crate) const MEMORY_MIN: u64 = 128 * MIB;
 
 /// vCPUs and bytes of memory.
-#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(deny_unknown_fields)]
 pub(crate) struct Size {
     pub(crate) vcpus: u32,
     pub(crate) memory: u64,
@@ -171,7 +173,8 @@ fn vcpus(thousandths: u64) -> u64 {
 }
 
 /// What a container may use at most, where that has a bound.
-#[derive(Debug, Clone, Copy, Default, PartialEq, Eq)]
+#[derive(Debug, Clone, Copy, Default, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(deny_unknown_fields)]
 pub(crate) struct Limits {
     /// Bytes.
     memory: Option<u64>,

@@ -1,9 +1,32 @@
 //! Processes that go their own way while a sandbox runs.
 
-use std::{ffi::OsString, process::Stdio};
+use std::{
+    ffi::OsString,
+    process::Stdio,
+    sync::{Mutex, PoisonError},
+};
 
 use tokio::process::Command;
 use tracing::{debug, warn};
+
+/// Those that may not have ended, or not have been reaped.
+static STARTED: Mutex<Vec<u32>> = Mutex::new(Vec::new());
+
+/// PIDs of processes that were started here, and are this one's children still.
+pub(crate) fn running() -> Vec<u32> {
+    let mut started = STARTED.lock().unwrap_or_else(PoisonError::into_inner);
+    started.retain(|pid| {
+        let stat = std::fs::read_to_string(format!("/proc/{pid}/stat")).unwrap_or_default();
+        // proc(5): pid (comm) state ppid …
+        let mut after = stat
+            .rsplit(')')
+            .next()
+            .unwrap_or_default()
+            .split_whitespace();
+        after.nth(1) == Some(&*std::process::id().to_string())
+    });
+    started.clone()
+}
 
 /// linux/close_range.h.
 const CLOSE_RANGE_CLOEXEC: u32 = 4;
@@ -43,7 +66,11 @@ pub(crate) fn spawn(
     }
     match command.spawn() {
         // The runtime reaps it; after this process, init does.
-        Ok(child) => debug!(pid = child.id(), "started to {what}"),
+        Ok(child) => {
+            let mut started = STARTED.lock().unwrap_or_else(PoisonError::into_inner);
+            started.extend(child.id());
+            debug!(pid = child.id(), "started to {what}");
+        }
         Err(e) => warn!("start a process to {what}: {e}"),
     }
 }

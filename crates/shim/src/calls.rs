@@ -21,6 +21,7 @@ use containerd_shim_protos::{
 };
 use tokio::sync::oneshot;
 use ttrpc::{Code, r#async::TtrpcContext, get_status};
+use walnut_sandbox::Doing;
 
 use crate::service::{Reply, TaskService};
 
@@ -35,9 +36,15 @@ impl Calls {
 }
 
 async fn to_the_end<T: Send + 'static>(
+    doing: Doing,
     call: impl Future<Output = Reply<T>> + Send + 'static,
 ) -> Reply<T> {
-    tokio::spawn(call).await.unwrap_or_else(|e| {
+    let whole = async move {
+        let reply = call.await;
+        drop(doing);
+        reply
+    };
+    tokio::spawn(whole).await.unwrap_or_else(|e| {
         let status = get_status(Code::INTERNAL, format!("answer a call: {e}"));
         Err(ttrpc::Error::RpcStatus(status))
     })
@@ -56,11 +63,13 @@ macro_rules! calls {
                 let service = self.0.clone();
                 // Goes with this call, finished or not.
                 let (_here, gone) = oneshot::channel::<Infallible>();
-                to_the_end(async move { service.create(req, gone).await }).await
+                let doing = service.busy.with("a container is being created");
+                to_the_end(doing, async move { service.create(req, gone).await }).await
             }
             $(async fn $whole(&self, _: &TtrpcContext, req: $wants) -> Reply<$gives> {
                 let service = self.0.clone();
-                to_the_end(async move { service.$whole(req).await }).await
+                let doing = service.busy.with(concat!(stringify!($whole), " is being done"));
+                to_the_end(doing, async move { service.$whole(req).await }).await
             })*
             $(async fn $open(&self, _: &TtrpcContext, req: $asks) -> Reply<$gets> {
                 self.0.$open(req).await

@@ -9,7 +9,14 @@ use std::{
 
 use async_trait::async_trait;
 use containerd_shim_protos::api::CreateTaskRequest;
-use walnut_sandbox::{Error, ExitInfo, Network, Result, Sandbox, StdioTargets};
+use serde::{Deserialize, Serialize};
+use walnut_protocol::supervisor::AboutResponse;
+use walnut_sandbox::{
+    Error, ExitInfo, Network, Result, Sandbox, StdioTargets,
+    machine::takeover::{Giver, NoState},
+};
+
+use crate::upgrade::FrontState;
 
 /// Where a sandbox lies.
 #[derive(Debug, Clone, Copy)]
@@ -56,7 +63,8 @@ pub(crate) enum Event<'a> {
 }
 
 /// Streams as a client names them.
-#[derive(Debug, Clone, Default)]
+#[derive(Debug, Clone, Default, Serialize, Deserialize)]
+#[serde(deny_unknown_fields)]
 pub(crate) struct Streams {
     pub(crate) terminal: bool,
     pub(crate) stdin: String,
@@ -124,4 +132,14 @@ pub(crate) trait Front: Debug + Send + Sync + 'static {
 
     /// A container that has been saved is not to go on.
     async fn stop_saved(&self, sandbox: &Arc<Sandbox>, id: &str) -> Result<()>;
+
+    /// Whose sandbox it is, for people.
+    fn about(&self) -> AboutResponse;
+
+    /// From now on nothing is begun that another program could not finish, or, again, it
+    /// may be.
+    fn hold(&self, _held: bool) {}
+
+    /// What the next program makes the front end its own from.
+    fn state(&self, giver: &mut Giver) -> std::result::Result<FrontState, NoState>;
 }

@@ -26,6 +26,7 @@ Usage: containerd-shim-walnut-v2 serve --id ID --container-dir DIR --run-dir DIR
            --stdin-fd N --stdout-fd N [--stderr-fd N] [--network new|PATH]
        containerd-shim-walnut-v2 -namespace NAME -id ID -address SOCKET start|delete
        containerd-shim-walnut-v2 -info
+       containerd-shim-walnut-v2 take-over --about|--check
 
 The supervisor of a Walnut sandbox. It is started by `walnut`, or by containerd as the
 runtime io.containerd.walnut.v2: that writes its options with one dash, and the
@@ -44,6 +45,10 @@ serve-bundle is what `walnut-oci` starts: without --stderr-fd the others are a t
 make-template saves a machine of that size, once it has booted, for others to begin
 from. A supervisor starts it; people use `walnut template create`.
 
+take-over is what a supervisor asks of the program that is to take its place: what
+states of others it can go on from, and whether it can from the one on its standard
+input. People use `walnut upgrade`.
+
 fill-pools starts machines until as many stand by as are wanted; each is the supervisor
 of a container to come (stand-by). People use `walnut pool set`.
 ";
@@ -51,6 +56,12 @@ of a container to come (stand-by). People use `walnut pool set`.
 /// What the program is to do.
 #[derive(Debug)]
 pub(crate) enum Command {
+    /// Be the supervisor that another program was in this process, with its state.
+    TakeOver(OwnedFd),
+    /// Say what supervisors it can take over from.
+    AboutTakingOver,
+    /// Say whether it could go on from the state on its standard input.
+    CheckTakingOver,
     /// Supervise a sandbox.
     Serve(Options),
     /// Make a template.
@@ -270,6 +281,11 @@ pub(crate) fn parse(mut args: impl Iterator<Item = String>) -> Result<Option<Com
         }
         Some("serve-pod") => ServePod::read(args).map(|serve| Some(Command::ServePod(serve))),
         Some("serve-bundle") => oci::read(args).map(|serve| Some(Command::ServeBundle(serve))),
+        Some("take-over") => match args.next().as_deref() {
+            Some("--about") => Ok(Some(Command::AboutTakingOver)),
+            Some("--check") => Ok(Some(Command::CheckTakingOver)),
+            _ => Err(format!("take-over needs --about or --check\n\n{USAGE}")),
+        },
         Some("fill-pools") => fill_pools(args).map(|fill| Some(Command::FillPools(fill))),
         Some("-h" | "-help" | "--help" | "help") => {
             print!("{USAGE}");

@@ -2,22 +2,31 @@
 //! containers: keep the record true, and end when the container has ended.
 
 use std::{
-    os::fd::OwnedFd,
     path::{Path, PathBuf},
-    sync::Arc,
+    sync::{Arc, Mutex, MutexGuard, PoisonError},
     time::Duration,
 };
 
+use anyhow::Context as _;
 use async_trait::async_trait;
-use tokio::{io::AsyncReadExt, net::unix::pipe, sync::watch, time::timeout};
+use serde::{Deserialize, Serialize};
+use tokio::{sync::watch, time::timeout};
 use tracing::{error, warn};
+use ttrpc::asynchronous::Server;
+use walnut_protocol::supervisor::AboutResponse;
 use walnut_sandbox::{
-    Error, ExitInfo, Input, Network, Output, Record, Result, Sandbox, Status, StdioTargets,
+    Error, ExitInfo, Input, Lock, Network, Output, Record, Result, Sandbox, Status, StdioTargets,
+    machine::takeover::{Fd, Giver, NoState, Taker},
 };
 
 use crate::{
     front::{Count, Event, Front, Place, Streams},
-    pool,
+    lease::Lease,
+    options::Options,
+    pool::{self, Kept, KeptState},
+    server,
+    service::TaskService,
+    upgrade::FrontState,
 };
 
 /// Longest the end of a container may lag behind the end of its machine.
@@ -38,10 +47,67 @@ pub(crate) enum Phase {
 /// A container made by `walnut`.
 #[derive(Debug)]
 pub(crate) struct Owner {
-    pub(crate) id: String,
-    pub(crate) container_dir: PathBuf,
-    pub(crate) run_dir: PathBuf,
+    id: String,
+    container_dir: PathBuf,
+    run_dir: PathBuf,
+    /// The container's, until the end.
+    lock: Mutex<Option<Lock>>,
+    lease: Lease,
+    /// What it has from its time in a pool.
+    kept: Mutex<Option<Kept>>,
     phase: watch::Sender<Phase>,
+}
+
+/// The front end in a state.
+#[derive(Debug, Serialize, Deserialize)]
+#[serde(deny_unknown_fields)]
+pub(crate) struct OwnerState {
+    id: String,
+    container_dir: PathBuf,
+    run_dir: PathBuf,
+    lock: Fd,
+    lease: Option<Fd>,
+    kept: Option<KeptState>,
+    /// In the sandbox.
+    container: String,
+}
+
+/// Supervises a container, in the machine that stands by for it if there is one.
+pub(crate) async fn serve(
+    options: Options,
+    standby: Option<(Arc<Sandbox>, Kept)>,
+) -> anyhow::Result<()> {
+    let (standby, kept) = standby.unzip();
+    let owner = Owner {
+        id: options.id,
+        container_dir: options.container_dir,
+        run_dir: options.run_dir,
+        // Nobody but the owner may speak to the sandbox; the directory's mode says so
+        // already, the lock says that it is ours.
+        lock: Mutex::new(Some(options.lock)),
+        lease: Lease::new(options.lease).context("watch the lease")?,
+        kept: Mutex::new(kept),
+        phase: watch::Sender::default(),
+    };
+    let owner = Arc::new(owner);
+    let service = Arc::new(TaskService::new(owner.clone(), standby)?);
+    let server = server::listen(options.socket, service).await?;
+    run(owner, server).await
+}
+
+/// From a container that is served to its end.
+pub(crate) async fn run(owner: Arc<Owner>, mut server: Server) -> anyhow::Result<()> {
+    owner.supervise().await;
+    server.shutdown().await.context("stop serving")?;
+    owner.clean_up().await;
+    // Held to the very end: whoever waits for it finds nothing left.
+    drop(lock(&owner.lock).take());
+    drop(lock(&owner.kept).take());
+    Ok(())
+}
+
+fn lock<T>(mutex: &Mutex<T>) -> MutexGuard<'_, T> {
+    mutex.lock().unwrap_or_else(PoisonError::into_inner)
 }
 
 /// Why supervision ends.
@@ -51,13 +117,24 @@ enum End {
 }
 
 impl Owner {
-    pub(crate) fn new(id: String, container_dir: PathBuf, run_dir: PathBuf) -> Self {
-        Self {
-            id,
-            container_dir,
-            run_dir,
-            phase: watch::Sender::default(),
-        }
+    /// That of the program before, whose sandbox is `sandbox`.
+    pub(crate) fn take_over(
+        state: OwnerState,
+        sandbox: Arc<Sandbox>,
+        taker: &mut Taker,
+    ) -> anyhow::Result<Self> {
+        let held = taker.take(state.lock).context("take over the lock")?;
+        let kept = state.kept.map(|kept| Kept::take_over(kept, taker));
+        let id = state.container;
+        Ok(Self {
+            id: state.id,
+            container_dir: state.container_dir,
+            run_dir: state.run_dir,
+            lock: Mutex::new(Some(Lock::inherited(held))),
+            lease: Lease::take_over(state.lease, taker).context("take over the lease")?,
+            kept: Mutex::new(kept.transpose().context("take over what a pool left")?),
+            phase: watch::Sender::new(Phase::Serving { sandbox, id }),
+        })
     }
 
     /// The node's state and run directories, as the container's tell.
@@ -112,9 +189,9 @@ impl Owner {
     }
 
     /// Returns when there is nothing more to supervise; the sandbox is gone then.
-    pub(crate) async fn supervise(&self, lease: OwnedFd) {
+    async fn supervise(&self) {
         let mut phase = self.phase.subscribe();
-        let mut lease = std::pin::pin!(broken(lease));
+        let mut lease = std::pin::pin!(self.lease.broken());
         let mut leased = true;
         let mut serving: Option<(Arc<Sandbox>, String)> = None;
         let end = loop {
@@ -178,7 +255,7 @@ impl Owner {
     }
 
     /// Removes the run directory, and the container if it was to go with its end.
-    pub(crate) async fn clean_up(&self) {
+    async fn clean_up(&self) {
         remove(&self.run_dir);
         match Record::load(&self.container_dir) {
             Ok(record) if record.auto_remove || record.status == Status::Creating => {
@@ -252,6 +329,33 @@ impl Front for Owner {
         self.end(None);
         Ok(())
     }
+
+    fn about(&self) -> AboutResponse {
+        AboutResponse {
+            front: "walnut".into(),
+            name: self.id.clone(),
+            ..Default::default()
+        }
+    }
+
+    fn state(&self, giver: &mut Giver) -> std::result::Result<FrontState, NoState> {
+        let ending = || NoState::never("it is ending");
+        let container = match &*self.phase.borrow() {
+            Phase::Serving { id, .. } => id.clone(),
+            _ => return Err(ending()),
+        };
+        let held = lock(&self.lock);
+        let kept = lock(&self.kept);
+        Ok(FrontState::Owner(OwnerState {
+            id: self.id.clone(),
+            container_dir: self.container_dir.clone(),
+            run_dir: self.run_dir.clone(),
+            lock: giver.give(held.as_ref().ok_or_else(ending)?),
+            lease: self.lease.state(giver),
+            kept: kept.as_ref().map(|kept| kept.state(giver)),
+            container,
+        }))
+    }
 }
 
 fn remove(dir: &Path) {
@@ -280,14 +384,4 @@ async fn ended(serving: Option<&(Arc<Sandbox>, String)>) -> ExitInfo {
             },
         },
     }
-}
-
-/// Waits on a lease. True: it ended without a byte, so its holder is gone.
-/// False: the holder has let the sandbox go its own way.
-pub(crate) async fn broken(lease: OwnedFd) -> bool {
-    let Ok(mut lease) = pipe::Receiver::from_owned_fd(lease) else {
-        return false;
-    };
-    let mut byte = [0];
-    !matches!(lease.read(&mut byte).await, Ok(1))
 }

@@ -2,6 +2,7 @@
 //! a container.
 
 use std::{
+    io,
     os::fd::{AsRawFd, OwnedFd},
     path::{Path, PathBuf},
     process::Stdio,
@@ -10,6 +11,7 @@ use std::{
 };
 
 use anyhow::{Context, Result, bail};
+use serde::{Deserialize, Serialize};
 use tokio::{
     io::{AsyncBufReadExt, AsyncReadExt, BufReader},
     process::Command,
@@ -18,6 +20,7 @@ use tracing::{info, warn};
 use walnut_sandbox::{
     Assets, Given, Lock, Network, Place, Pools, Sandbox, SandboxConfig, Settings, Templates, Visit,
     Wanted, host_memory, leave,
+    machine::takeover::{Fd, Giver, Taker},
 };
 
 use crate::{
@@ -243,10 +246,39 @@ impl Adopted {
         };
         let kept = Kept {
             dir: self.place.dir,
-            _place: self.place.lock,
-            _image: image,
+            place: self.place.lock,
+            image,
         };
         (options, self.sandbox, kept)
+    }
+}
+
+/// The same in a state.
+#[derive(Debug, Serialize, Deserialize)]
+#[serde(deny_unknown_fields)]
+pub(crate) struct KeptState {
+    dir: PathBuf,
+    place: Fd,
+    image: Fd,
+}
+
+impl Kept {
+    /// For the next program.
+    pub(crate) fn state(&self, giver: &mut Giver) -> KeptState {
+        KeptState {
+            dir: self.dir.clone(),
+            place: giver.give(&self.place),
+            image: giver.give(&self.image),
+        }
+    }
+
+    /// What the program before had.
+    pub(crate) fn take_over(state: KeptState, taker: &mut Taker) -> io::Result<Self> {
+        Ok(Self {
+            dir: state.dir,
+            place: Lock::inherited(taker.take(state.place)?),
+            image: taker.take(state.image)?,
+        })
     }
 }
 
@@ -255,8 +287,8 @@ impl Adopted {
 #[derive(Debug)]
 pub(crate) struct Kept {
     dir: PathBuf,
-    _place: Lock,
-    _image: OwnedFd,
+    place: Lock,
+    image: OwnedFd,
 }
 
 impl Drop for Kept {

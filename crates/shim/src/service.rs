@@ -4,11 +4,11 @@
 mod pods;
 mod sandbox_api;
 
-pub(crate) use sandbox_api::{SandboxService, Shared as SharedSandboxService};
+pub(crate) use sandbox_api::{SandboxPod, SandboxService, Shared as SharedSandboxService};
 
 use std::{
     convert::Infallible,
-    path::Path,
+    path::{Path, PathBuf},
     pin::pin,
     sync::{
         Arc, Mutex as StdMutex,
@@ -28,6 +28,7 @@ use containerd_shim_protos::{
     },
     protobuf::{MessageField, well_known_types::any::Any},
 };
+use serde::{Deserialize, Serialize};
 use tokio::{
     sync::{
         Mutex,
@@ -37,8 +38,8 @@ use tokio::{
 };
 use tracing::debug;
 use walnut_sandbox::{
-    ANNOTATION_RECLAIM, Assets, ContainerRequest, Error, ExecRequest, ProcessState, RootfsMount,
-    Sandbox, SandboxConfig, Settings,
+    ANNOTATION_RECLAIM, Assets, Busy, ContainerRequest, Error, ExecRequest, ProcessState,
+    RootfsMount, Sandbox, SandboxConfig, Settings, machine::takeover::NoState,
 };
 
 use crate::{
@@ -49,7 +50,7 @@ use crate::{
     metrics,
     mount::{self, Mount, Mounted, Way},
     pressure, settings,
-    tasks::Tasks,
+    tasks::{Tasks, TasksState},
     template,
 };
 
@@ -73,6 +74,16 @@ pub(crate) struct TaskService {
     tasks: Arc<Tasks>,
     /// The machine is that of a pod of the Sandbox API, which says when it begins and ends.
     announced: AtomicBool,
+    /// What is being done, whoever may still wait for it.
+    pub(crate) busy: Busy,
+}
+
+/// The service in a state.
+#[derive(Debug, Serialize, Deserialize)]
+#[serde(deny_unknown_fields)]
+pub(crate) struct ServiceState {
+    assets: PathBuf,
+    tasks: TasksState,
 }
 
 pub(crate) type Reply<T> = ttrpc::Result<T>;
@@ -90,7 +101,58 @@ impl TaskService {
             creating: Mutex::default(),
             tasks: Arc::default(),
             announced: AtomicBool::new(false),
+            busy: Busy::default(),
         })
+    }
+
+    /// That of the program before, whose sandbox is `sandbox`.
+    pub(crate) fn take_over(
+        front: Arc<dyn Front>,
+        sandbox: Arc<Sandbox>,
+        state: ServiceState,
+    ) -> Self {
+        let (tasks, untold) = Tasks::take_over(state.tasks);
+        let mut service = Self {
+            standby: Mutex::default(),
+            front,
+            // Its machine is there; whatever another one would be made of is not missed.
+            assets: Assets::find().unwrap_or(Assets { dir: state.assets }),
+            sandbox: StdMutex::default(),
+            creating: Mutex::default(),
+            tasks: Arc::new(tasks),
+            announced: AtomicBool::new(false),
+            busy: Busy::default(),
+        };
+        for (id, exec_id) in untold {
+            service.follow(&sandbox, &id, &exec_id);
+        }
+        if let Some(id) = sandbox.container_ids().first() {
+            pressure::watch(&sandbox, id);
+        }
+        service.sandbox = StdMutex::new(Some(sandbox));
+        service
+    }
+
+    /// Whom it works for.
+    pub(crate) fn front(&self) -> &Arc<dyn Front> {
+        &self.front
+    }
+
+    /// What the next program makes the containers its own from.
+    pub(crate) fn state_of_tasks(&self) -> ServiceState {
+        ServiceState {
+            assets: self.assets.dir.clone(),
+            tasks: self.tasks.state(),
+        }
+    }
+
+    /// The sandbox, if another program could go on with it now.
+    pub(crate) fn upgradable(&self) -> Result<Arc<Sandbox>, NoState> {
+        self.busy.quiet()?;
+        let sandbox = self.sandbox.lock().unwrap_or_else(|e| e.into_inner());
+        sandbox
+            .clone()
+            .ok_or_else(|| NoState::never("it has no machine yet"))
     }
 
     /// What a machine of this supervisor's is made with.
@@ -246,7 +308,7 @@ impl TaskService {
     fn follow(&self, sandbox: &Arc<Sandbox>, id: &str, exec_id: &str) {
         let (front, tasks) = (self.front.clone(), self.tasks.clone());
         let sandbox = sandbox.clone();
-        self.tasks.follow(id, exec_id, || {
+        self.tasks.follow(id, exec_id, |told| {
             let (id, exec_id) = (id.to_owned(), exec_id.to_owned());
             tokio::spawn(async move {
                 let Ok(exit) = sandbox.wait(&id, &exec_id).await else {
@@ -262,6 +324,7 @@ impl TaskService {
                 }
                 let (id, exec_id, exit) = (&*id, &*exec_id, &exit);
                 front.tell(Event::Exited { id, exec_id, exit });
+                told.store(true, Ordering::Relaxed);
             })
         });
     }

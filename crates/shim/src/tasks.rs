@@ -5,9 +5,13 @@
 use std::{
     collections::HashMap,
     path::{Path, PathBuf},
-    sync::{Mutex, MutexGuard},
+    sync::{
+        Arc, Mutex, MutexGuard,
+        atomic::{AtomicBool, Ordering},
+    },
 };
 
+use serde::{Deserialize, Serialize};
 use tokio::task::JoinHandle;
 
 use crate::{front::Streams, mount::Mounted};
@@ -28,6 +32,34 @@ struct Task {
 struct Process {
     streams: Streams,
     follower: Option<JoinHandle<()>>,
+    /// Its end is told of, or will be; and whether it has been.
+    followed: Option<Told>,
+}
+
+/// Whether an end has been told of.
+pub(crate) type Told = Arc<AtomicBool>;
+
+/// Containers in a state.
+#[derive(Debug, Serialize, Deserialize)]
+#[serde(transparent)]
+pub(crate) struct TasksState(Vec<TaskState>);
+
+#[derive(Debug, Serialize, Deserialize)]
+#[serde(deny_unknown_fields)]
+struct TaskState {
+    id: String,
+    /// Where its root file system is mounted.
+    rootfs: Option<PathBuf>,
+    processes: Vec<ProcessState>,
+}
+
+#[derive(Debug, Serialize, Deserialize)]
+#[serde(deny_unknown_fields)]
+struct ProcessState {
+    exec_id: String,
+    streams: Streams,
+    /// Somebody is yet to hear of its end.
+    untold: bool,
 }
 
 impl Tasks {
@@ -39,7 +71,7 @@ impl Tasks {
     pub(crate) fn add(&self, id: &str, streams: Streams, rootfs: Option<Mounted>) {
         let process = Process {
             streams,
-            follower: None,
+            ..Process::default()
         };
         let task = Task {
             rootfs,
@@ -79,7 +111,7 @@ impl Tasks {
         if let Some(task) = self.lock().get_mut(id) {
             let process = Process {
                 streams,
-                follower: None,
+                ..Process::default()
             };
             task.processes.insert(exec_id.to_owned(), process);
         }
@@ -99,15 +131,71 @@ impl Tasks {
         process.map(|p| p.streams.clone()).unwrap_or_default()
     }
 
-    /// Has `follow` wait for a process's end, unless somebody does already.
-    pub(crate) fn follow(&self, id: &str, exec_id: &str, follow: impl FnOnce() -> JoinHandle<()>) {
+    /// Has `follow` wait for a process's end, to tell of it, unless somebody does already.
+    pub(crate) fn follow(
+        &self,
+        id: &str,
+        exec_id: &str,
+        follow: impl FnOnce(Told) -> JoinHandle<()>,
+    ) {
         let mut tasks = self.lock();
         let process = tasks.get_mut(id).and_then(|t| t.processes.get_mut(exec_id));
         if let Some(process) = process
             && process.follower.is_none()
         {
-            process.follower = Some(follow());
+            let told = Told::default();
+            process.followed = Some(told.clone());
+            process.follower = Some(follow(told));
         }
+    }
+
+    /// What the next program makes them its own from ([`Self::take_over`]).
+    pub(crate) fn state(&self) -> TasksState {
+        let tasks = self.lock();
+        let process = |(exec_id, process): (&String, &Process)| ProcessState {
+            exec_id: exec_id.clone(),
+            streams: process.streams.clone(),
+            untold: process
+                .followed
+                .as_ref()
+                .is_some_and(|told| !told.load(Ordering::Relaxed)),
+        };
+        let task = |(id, task): (&String, &Task)| TaskState {
+            id: id.clone(),
+            rootfs: task.rootfs.as_ref().map(|rootfs| rootfs.0.to_path_buf()),
+            processes: task.processes.iter().map(process).collect(),
+        };
+        TasksState(tasks.iter().map(task).collect())
+    }
+
+    /// Those of the program before; whose ends are to be told of, by container and exec.
+    pub(crate) fn take_over(state: TasksState) -> (Self, Vec<(String, String)>) {
+        let mut untold = Vec::new();
+        let mut tasks = HashMap::new();
+        for TaskState {
+            id,
+            rootfs,
+            processes,
+        } in state.0
+        {
+            let mut task = Task {
+                rootfs: rootfs.map(|path| Mounted(path.into())),
+                processes: HashMap::new(),
+            };
+            for process in processes {
+                if process.untold {
+                    untold.push((id.clone(), process.exec_id.clone()));
+                }
+                let streams = process.streams;
+                let known = Process {
+                    streams,
+                    ..Process::default()
+                };
+                task.processes.insert(process.exec_id, known);
+            }
+            tasks.insert(id, task);
+        }
+        (Self(Mutex::new(tasks)), untold)
     }
 
     /// Takes those who wait for the ends of a container's processes: of the first alone,

@@ -16,4 +16,4 @@ mod virtiofs;
 pub use error::Error;
 pub use flavor::find_virtiofsd;
 pub use rootfs::Rootfs;
-pub use virtiofs::{VirtioFs, Volume};
+pub use virtiofs::{VirtioFs, VirtioFsState, Volume};

@@ -19,6 +19,8 @@ use rustix::{
     fs::AtFlags,
     mount::{UnmountFlags, unmount},
 };
+use serde::{Deserialize, Serialize};
+use walnut_machine::takeover::{Fd, Giver, Taker};
 
 use crate::{
     Error, Volume,
@@ -39,6 +41,15 @@ pub(crate) struct Tree {
     numbers: Mutex<Numbers>,
 }
 
+/// The tree in a state ([`walnut_machine::takeover`]).
+#[derive(Debug, Serialize, Deserialize)]
+#[serde(deny_unknown_fields)]
+pub(crate) struct TreeState {
+    root: Fd,
+    next: usize,
+    in_use: usize,
+}
+
 /// A number is never used again: the guest may remember for a moment what a name led to.
 #[derive(Debug)]
 struct Numbers {
@@ -57,6 +68,25 @@ impl Tree {
                 in_use: volumes,
             }),
         })
+    }
+
+    /// For the next program.
+    pub(crate) fn state(&self, giver: &mut Giver) -> TreeState {
+        let numbers = self.numbers.lock().unwrap_or_else(|e| e.into_inner());
+        TreeState {
+            root: giver.give(&self.root),
+            next: numbers.next,
+            in_use: numbers.in_use,
+        }
+    }
+
+    /// That of the program before.
+    pub(crate) fn take_over(state: TreeState, taker: &mut Taker) -> io::Result<Self> {
+        let tree = Self::new(taker.take(state.root)?, state.next)?;
+        let mut numbers = tree.numbers.lock().unwrap_or_else(|e| e.into_inner());
+        numbers.in_use = state.in_use;
+        drop(numbers);
+        Ok(tree)
     }
 
     /// Shares a volume; `virtiofsd` is the process that was started.

@@ -7,9 +7,11 @@ use std::{
     sync::atomic::{AtomicBool, Ordering},
 };
 
+use serde::{Deserialize, Serialize};
 use walnut_machine::{
     Share,
-    process::{Child, Spawn, Status},
+    process::{Child, ChildState, Spawn, Status},
+    takeover::{Giver, NoState, Taker},
 };
 use walnut_protocol::{GUEST_ROOT, agent::Storage};
 
@@ -17,7 +19,7 @@ use crate::{
     Error,
     flavor::{self, Flavor},
     staging::{Staging, denied},
-    tree::Tree,
+    tree::{Tree, TreeState},
 };
 
 /// The share's tag and its directory's name in the guest.
@@ -49,7 +51,42 @@ pub struct VirtioFs {
     dismissed: AtomicBool,
 }
 
+/// Volumes in a state ([`walnut_machine::takeover`]).
+#[derive(Debug, Serialize, Deserialize)]
+#[serde(deny_unknown_fields)]
+pub struct VirtioFsState {
+    child: ChildState,
+    socket: PathBuf,
+    mount_point: PathBuf,
+    tree: TreeState,
+}
+
 impl VirtioFs {
+    /// What the next program makes them its own from. They are served on meanwhile.
+    pub fn state(&self, giver: &mut Giver) -> Result<VirtioFsState, NoState> {
+        if self.dismissed.load(Ordering::Relaxed) {
+            return Err(NoState::never("virtiofsd has been told to go"));
+        }
+        Ok(VirtioFsState {
+            child: self.child.state(giver)?,
+            socket: self.socket.clone(),
+            mount_point: self.mount_point.clone(),
+            tree: self.tree.state(giver),
+        })
+    }
+
+    /// Those of the program before.
+    pub fn take_over(state: VirtioFsState, taker: &mut Taker) -> Result<Self, Error> {
+        let taken = |e: io::Error| Error::VirtioFs(format!("take virtiofsd over: {e}"));
+        Ok(Self {
+            child: Child::take_over("virtiofsd", state.child, taker).map_err(taken)?,
+            socket: state.socket,
+            mount_point: state.mount_point,
+            tree: Tree::take_over(state.tree, taker).map_err(taken)?,
+            dismissed: AtomicBool::new(false),
+        })
+    }
+
     /// Starts virtiofsd for `volumes` with its socket in `run_dir`, the
     /// sandbox's own directory (mode 0700). Spawn rules: see
     /// [`walnut_machine::process`].

@@ -249,10 +249,15 @@ impl Daemon {
         self.names.lock().unwrap().insert(name.to_owned());
     }
 
+    /// Its own PID, in whose network namespace the node is.
+    pub(crate) fn pid(&self) -> u32 {
+        self.child.lock().unwrap().id()
+    }
+
     /// Runs a program where the daemon's network is.
     #[track_caller]
     pub(crate) fn on_the_node(&self, program: &[&str]) -> Done {
-        let pid = self.child.lock().unwrap().id().to_string();
+        let pid = self.pid().to_string();
         let enter = ["--target", &pid, "--net"];
         finish(Command::new("nsenter").args(enter).args(program), b"")
     }

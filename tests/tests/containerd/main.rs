@@ -27,4 +27,5 @@ mod programs;
 mod recovery;
 mod sandboxes;
 mod streams;
+mod upgrade;
 mod volumes;

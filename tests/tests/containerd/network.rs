@@ -6,7 +6,7 @@ use walnut_tests::until;
 use crate::{daemon::Daemon, kubelet::Kubelet};
 
 /// Answers each connection and datagram to port 7000, of either family, with what was sent.
-const ECHO: &str = r#"exec python3 -c '
+pub(crate) const ECHO: &str = r#"exec python3 -c '
 import socket, threading
 def streams():
     server = socket.create_server(("::", 7000), family=socket.AF_INET6, dualstack_ipv6=True)

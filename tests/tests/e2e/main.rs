@@ -14,4 +14,5 @@ mod programs;
 mod races;
 mod streams;
 mod templates;
+mod upgrade;
 mod volumes;

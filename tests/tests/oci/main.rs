@@ -18,3 +18,4 @@ mod place;
 mod podman;
 mod refused;
 mod terminals;
+mod upgrade;

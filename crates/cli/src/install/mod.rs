@@ -210,7 +210,8 @@ pub(crate) fn install(args: &InstallArgs) -> Result<u8> {
     }
     if changed && !args.dry_run {
         println!(
-            "\nRestart containerd if it runs, so that it sees the runtime; `walnut check` says what this node can do."
+            "\nRestart containerd if it runs, so that it sees the runtime; `walnut check` says what this node can do. \
+             Sandboxes that run are of the version that they were started with: `walnut upgrade --all` changes that."
         );
     }
     Ok(0)

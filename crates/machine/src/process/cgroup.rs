@@ -165,6 +165,16 @@ impl Cgroup {
             .try_for_each(|dir| set(dir, &MEMORY, bytes).map(drop))
     }
 
+    /// Its directories.
+    pub fn dirs(&self) -> &[PathBuf] {
+        &self.dirs
+    }
+
+    /// One that is there, with these directories.
+    pub fn existing(dirs: Vec<PathBuf>) -> Self {
+        Self { dirs }
+    }
+
     /// What a process writes to, to be in it.
     pub(super) fn doors(&self) -> io::Result<Vec<File>> {
         let open = |dir: &PathBuf| {

@@ -10,9 +10,11 @@ use rustix::process::{
     Pid, PidfdFlags, Signal, WaitId, WaitIdOptions, kill_process_group, pidfd_open,
     pidfd_send_signal, waitid,
 };
+use serde::{Deserialize, Serialize};
 use tokio::io::{Interest, unix::AsyncFd};
 
-use super::Tail;
+use super::{Tail, tail::TailState};
+use crate::takeover::{Giver, NoState, Taker};
 
 /// Longest line of standard error that is quoted, in bytes.
 const QUOTE_MAX: usize = 400;
@@ -55,7 +57,41 @@ pub struct Child {
     stderr: Arc<Tail>,
 }
 
+/// A running process in a state ([`crate::takeover`]).
+#[derive(Debug, Serialize, Deserialize)]
+#[serde(deny_unknown_fields)]
+pub struct ChildState {
+    pid: u32,
+    stdout: TailState,
+    stderr: TailState,
+}
+
 impl Child {
+    /// For the next program, whose child it then is.
+    pub fn state(&self, giver: &mut Giver) -> Result<ChildState, NoState> {
+        match self.try_wait() {
+            Some(status) => Err(NoState::never(format!("{} {status}", self.name))),
+            None => Ok(ChildState {
+                pid: self.pid(),
+                stdout: self.stdout.state(giver),
+                stderr: self.stderr.state(giver),
+            }),
+        }
+    }
+
+    /// That of the program before, which has not reaped it: nobody else has its PID.
+    pub fn take_over(name: &'static str, state: ChildState, taker: &mut Taker) -> io::Result<Self> {
+        let stdout = Tail::take_over(state.stdout, taker)?;
+        let stderr = Tail::take_over(state.stderr, taker)?;
+        if !is_child(state.pid) {
+            return Err(io::Error::other(format!(
+                "process {} ({name}) is no child of this one",
+                state.pid
+            )));
+        }
+        Self::adopt(name, state.pid, stdout, stderr)
+    }
+
     /// Takes over the child process `pid`, which nobody else may reap.
     pub(super) fn adopt(
         name: &'static str,
@@ -188,6 +224,42 @@ impl Drop for Child {
     fn drop(&mut self) {
         self.kill();
         self.reap_blocking();
+    }
+}
+
+/// Whether a process is a child of this one that has not been reaped: what is killed and
+/// waited for must be.
+fn is_child(pid: u32) -> bool {
+    let Some(pid) = i32::try_from(pid).ok().and_then(Pid::from_raw) else {
+        return false;
+    };
+    let look = WaitIdOptions::EXITED | WaitIdOptions::NOHANG | WaitIdOptions::NOWAIT;
+    waitid(WaitId::Pid(pid), look).is_ok()
+}
+
+/// Reaps a child of this process that the program before started, when it ends.
+pub async fn reap(pid: u32) {
+    if !is_child(pid) {
+        return;
+    }
+    let Some(pid) = i32::try_from(pid).ok().and_then(Pid::from_raw) else {
+        return;
+    };
+    let watched = pidfd_open(pid, PidfdFlags::empty())
+        .map_err(io::Error::from)
+        .and_then(|fd| {
+            // SAFETY: the pidfd is owned by the AsyncFd and is neither closed nor replaced
+            // before it.
+            unsafe { AsyncFd::register_with_interest(fd, Interest::READABLE) }
+                .map_err(io::Error::from)
+        });
+    if let Ok(watched) = watched
+        && watched.readable().await.is_ok()
+    {
+        let _ = waitid(
+            WaitId::Pid(pid),
+            WaitIdOptions::EXITED | WaitIdOptions::NOHANG,
+        );
     }
 }
 

@@ -20,12 +20,16 @@ use super::{
     registers::Registers,
 };
 use crate::{
-    Disk, Driver, Error, Exit, Machine, MachineSpec, Pause, Snapshot, SpareDisks,
+    Disk, Driver, Error, Exit, Heritable, Machine, MachineSpec, Pause, Snapshot, SpareDisks,
     agent::{self, CONSOLE_MAX, Door, GUEST_CID, host, or_end},
     console,
     files::{self, Devices, Files},
     process::{Child, Spawn, Status},
 };
+
+mod takeover;
+
+pub use takeover::State;
 
 /// The vsock device's socket in the machine's directory.
 pub(super) const SOCKET: &str = "vsock.sock";
@@ -470,6 +474,10 @@ impl Machine for QemuMachine {
             true => Some(self),
             false => None,
         }
+    }
+
+    fn as_heritable(&self) -> Option<&dyn Heritable> {
+        Some(self)
     }
 }
 

@@ -13,6 +13,8 @@ use std::{
 
 use rustix::fs::{MemfdFlags, SealFlags, SeekFrom, fcntl_add_seals, memfd_create, seek, sendfile};
 
+use crate::takeover::{Fd, Giver, Taker};
+
 /// A page of the guest.
 const PAGE: usize = 4096;
 /// Read at once while memory is saved, in bytes.
@@ -30,6 +32,16 @@ impl Memory {
         file.set_len(bytes)?;
         fcntl_add_seals(&file, SealFlags::SHRINK | SealFlags::GROW | SealFlags::SEAL)?;
         Ok(Self(file))
+    }
+
+    /// For the next program.
+    pub(super) fn give(&self, giver: &mut Giver) -> Fd {
+        giver.give(&self.0)
+    }
+
+    /// That of the program before.
+    pub(super) fn take_over(fd: Fd, taker: &mut Taker) -> io::Result<Self> {
+        Ok(Self(taker.take(fd)?.into()))
     }
 
     /// A descriptor for a process to map.

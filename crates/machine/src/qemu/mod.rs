@@ -31,6 +31,7 @@ use std::{
 use async_trait::async_trait;
 
 use command::Threads;
+pub use machine::State;
 
 use crate::{Driver, Error, Machine, MachineSpec, Restore, SnapshotFiles, host};
 

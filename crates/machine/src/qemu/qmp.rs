@@ -13,14 +13,18 @@ use std::{
 };
 
 use nix::sys::socket::{ControlMessage, MsgFlags, sendmsg};
+use serde::{Deserialize, Serialize};
 use serde_json::{Value, json};
 use tokio::{
-    io::{AsyncWriteExt, Interest},
+    io::Interest,
     net::UnixStream,
     sync::{mpsc, oneshot},
 };
 
-use crate::{Error, process};
+use crate::{
+    Error, process,
+    takeover::{Fd, Giver, NoState, Taker},
+};
 
 /// Longest line that is accepted, in bytes. QEMU's longest answer to what is
 /// asked here is below 1 KiB.
@@ -34,11 +38,25 @@ type Reply = oneshot::Sender<Result<Value, String>>;
 /// A command, a descriptor that goes with it, and whoever waits.
 type Request = (Value, Option<OwnedFd>, Reply);
 
-/// What QEMU said unasked.
+/// What QEMU said unasked, and whether it is saying something.
 #[derive(Debug, Default)]
 struct Heard {
     version: Option<String>,
     shutdown: Option<String>,
+    /// A command waits for its reply.
+    asked: bool,
+    /// A line has come in part.
+    begun: bool,
+    /// The connection has ended.
+    over: bool,
+}
+
+/// The client in a state ([`crate::takeover`]).
+#[derive(Debug, Serialize, Deserialize)]
+#[serde(deny_unknown_fields)]
+pub(super) struct QmpState {
+    stream: Fd,
+    version: Option<String>,
 }
 
 /// The error for a command that did not do what it should.
@@ -55,17 +73,52 @@ pub(super) fn failed(command: &str, reason: impl ToString) -> Error {
 pub(super) struct Qmp {
     commands: mpsc::Sender<Request>,
     heard: Arc<Mutex<Heard>>,
+    stream: Arc<UnixStream>,
 }
 
 impl Qmp {
     /// Serves `stream`, and returns when QEMU's main loop has answered.
     pub(super) async fn negotiate(stream: UnixStream) -> Result<Self, Error> {
-        let (commands, requests) = mpsc::channel(8);
-        let heard = Arc::default();
-        tokio::spawn(serve(stream, requests, Arc::clone(&heard)));
-        let qmp = Self { commands, heard };
+        let qmp = Self::begin(stream, Heard::default());
         qmp.execute("qmp_capabilities").await?;
         Ok(qmp)
+    }
+
+    fn begin(stream: UnixStream, heard: Heard) -> Self {
+        let (commands, requests) = mpsc::channel(8);
+        let (stream, heard) = (Arc::new(stream), Arc::new(Mutex::new(heard)));
+        tokio::spawn(serve(Arc::clone(&stream), requests, Arc::clone(&heard)));
+        Self {
+            commands,
+            heard,
+            stream,
+        }
+    }
+
+    /// For the next program.
+    pub(super) fn state(&self, giver: &mut Giver) -> Result<QmpState, NoState> {
+        let heard = lock(&self.heard);
+        if heard.over || heard.shutdown.is_some() {
+            return Err(NoState::never("QEMU is ending"));
+        }
+        // Requests that nobody has taken yet are in the channel.
+        if heard.asked || heard.begun || self.commands.capacity() < self.commands.max_capacity() {
+            return Err(NoState::busy("QEMU is doing something it was asked to"));
+        }
+        Ok(QmpState {
+            stream: giver.give(&*self.stream),
+            version: heard.version.clone(),
+        })
+    }
+
+    /// That of the program before.
+    pub(super) fn take_over(state: QmpState, taker: &mut Taker) -> io::Result<Self> {
+        let stream = std::os::unix::net::UnixStream::from(taker.take(state.stream)?);
+        let heard = Heard {
+            version: state.version,
+            ..Heard::default()
+        };
+        Ok(Self::begin(UnixStream::from_std(stream)?, heard))
     }
 
     /// Executes a command that takes no arguments.
@@ -136,9 +189,18 @@ fn lock(heard: &Mutex<Heard>) -> MutexGuard<'_, Heard> {
 }
 
 async fn serve(
-    mut stream: UnixStream,
-    mut requests: mpsc::Receiver<Request>,
+    stream: Arc<UnixStream>,
+    requests: mpsc::Receiver<Request>,
     heard: Arc<Mutex<Heard>>,
+) {
+    exchange(&stream, requests, &heard).await;
+    lock(&heard).over = true;
+}
+
+async fn exchange(
+    stream: &UnixStream,
+    mut requests: mpsc::Receiver<Request>,
+    heard: &Mutex<Heard>,
 ) {
     let mut lines = Lines::default();
     // A command whose caller gave up still gets its reply read: replies come
@@ -146,27 +208,29 @@ async fn serve(
     let mut waiting: Option<Reply> = None;
     loop {
         tokio::select! {
-            line = lines.next(&stream) => {
+            line = lines.next(stream, heard) => {
                 let Ok(line) = line else { return };
                 match message(&line) {
                     Message::Reply(result) => {
                         if let Some(reply) = waiting.take() {
+                            lock(heard).asked = false;
                             let _ = reply.send(result);
                         }
                     }
-                    Message::Shutdown(reason) => lock(&heard).shutdown = Some(reason),
-                    Message::Greeting(version) => lock(&heard).version = Some(version),
+                    Message::Shutdown(reason) => lock(heard).shutdown = Some(reason),
+                    Message::Greeting(version) => lock(heard).version = Some(version),
                     Message::Other => {}
                     Message::Broken => return,
                 }
             }
             request = requests.recv(), if waiting.is_none() => {
                 let Some((command, fd, reply)) = request else { return };
+                lock(heard).asked = true;
                 waiting = Some(reply);
                 let line = format!("{command}\n");
                 let sent = match fd {
-                    Some(fd) => send_with(&stream, line.as_bytes(), fd).await,
-                    None => stream.write_all(line.as_bytes()).await,
+                    Some(fd) => send_with(stream, line.as_bytes(), fd).await,
+                    None => write_all(stream, line.as_bytes()).await,
                 };
                 if sent.is_err() {
                     return;
@@ -174,6 +238,18 @@ async fn serve(
             }
         }
     }
+}
+
+async fn write_all(stream: &UnixStream, mut line: &[u8]) -> io::Result<()> {
+    while !line.is_empty() {
+        stream.writable().await?;
+        match stream.try_write(line) {
+            Ok(written) => line = line.get(written..).unwrap_or_default(),
+            Err(e) if e.kind() == io::ErrorKind::WouldBlock => {}
+            Err(e) => return Err(e),
+        }
+    }
+    Ok(())
 }
 
 /// Sends a line, and a descriptor with it. One command waits at a time, so there is
@@ -245,10 +321,11 @@ struct Lines {
 }
 
 impl Lines {
-    async fn next(&mut self, stream: &UnixStream) -> io::Result<Vec<u8>> {
+    async fn next(&mut self, stream: &UnixStream, heard: &Mutex<Heard>) -> io::Result<Vec<u8>> {
         loop {
             if let Some(end) = self.buffer.iter().position(|&b| b == b'\n') {
                 let rest = self.buffer.split_off(end + 1);
+                lock(heard).begun = !rest.is_empty();
                 return Ok(std::mem::replace(&mut self.buffer, rest));
             }
             if self.buffer.len() >= LINE_MAX {
@@ -258,7 +335,10 @@ impl Lines {
             let mut chunk = [0; 2048];
             match stream.try_read(&mut chunk) {
                 Ok(0) => return Err(io::ErrorKind::UnexpectedEof.into()),
-                Ok(n) => self.buffer.extend_from_slice(&chunk[..n]),
+                Ok(n) => {
+                    self.buffer.extend_from_slice(&chunk[..n]);
+                    lock(heard).begun = true;
+                }
                 Err(e) if e.kind() == io::ErrorKind::WouldBlock => {}
                 Err(e) => return Err(e),
             }
@@ -269,7 +349,7 @@ impl Lines {
 #[cfg(test)]
 mod tests {
     use super::*;
-    use tokio::io::{AsyncBufReadExt, BufReader};
+    use tokio::io::{AsyncBufReadExt, AsyncWriteExt, BufReader};
 
     /// A peer that answers each line with the next of `replies`.
     async fn with_peer(replies: &[&str]) -> Result<Qmp, Error> {

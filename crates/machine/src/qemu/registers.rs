@@ -10,7 +10,10 @@ use tokio::{
 };
 
 use super::qmp;
-use crate::Error;
+use crate::{
+    Error,
+    takeover::{Fd, Giver},
+};
 
 /// Longest answer: `OK 0x`, 16 digits, and the end of the line.
 const ANSWER_MAX: usize = 24;
@@ -22,6 +25,11 @@ pub(super) struct Registers(UnixStream);
 impl Registers {
     pub(super) fn new(stream: UnixStream) -> Self {
         Self(stream)
+    }
+
+    /// For the next program, as between two exchanges nothing is under way.
+    pub(super) fn give(&self, giver: &mut Giver) -> Fd {
+        giver.give(&self.0)
     }
 
     /// Writes values of 32 bits, in order.

@@ -8,13 +8,17 @@ use std::{
 };
 
 use nix::errno::Errno;
+use serde::{Deserialize, Serialize};
 use tokio::{
     io::{Interest, unix::AsyncFd},
     sync::{Mutex, mpsc, watch},
 };
 use walnut_vmm_api::{Channel, ChannelError, End, Event, Message, Received, Reply, Request};
 
-use crate::Error;
+use crate::{
+    Error,
+    takeover::{Fd, Giver, NoState, Taker},
+};
 
 /// The supervisor's end.
 #[derive(Debug)]
@@ -29,6 +33,14 @@ pub(super) struct Control {
 /// Devices that the guest was asked to let go, and whether it has. No others are
 /// remembered, whatever the VMM says.
 type Leaving = Arc<watch::Sender<HashMap<String, bool>>>;
+
+/// The supervisor's end in a state ([`crate::takeover`]).
+#[derive(Debug, Serialize, Deserialize)]
+#[serde(deny_unknown_fields)]
+pub(super) struct ControlState {
+    channel: Fd,
+    leaving: HashMap<String, bool>,
+}
 
 fn monitor(request: &str, reason: impl std::fmt::Display) -> Error {
     Error::Other(format!("walnut-vmm, {request}: {reason}"))
@@ -55,6 +67,30 @@ impl Control {
             end,
             leaving,
         })
+    }
+
+    /// For the next program.
+    pub(super) fn state(&self, giver: &mut Giver) -> Result<ControlState, NoState> {
+        if self.end().is_some() {
+            return Err(NoState::never("the guest has ended"));
+        }
+        if self.replies.try_lock().is_err() {
+            let doing = "walnut-vmm is doing something it was asked to";
+            return Err(NoState::busy(doing));
+        }
+        Ok(ControlState {
+            channel: giver.give(self.channel.get_ref()),
+            leaving: self.leaving.borrow().clone(),
+        })
+    }
+
+    /// That of the program before.
+    pub(super) fn take_over(state: ControlState, taker: &mut Taker) -> Result<Self, Error> {
+        let channel = taker.take(state.channel);
+        let channel = channel.map_err(|e| monitor("take over", e))?;
+        let control = Self::new(Channel::from(channel))?;
+        control.leaving.send_replace(state.leaving);
+        Ok(control)
     }
 
     /// Sends a request and waits for its reply. `name` is for people.

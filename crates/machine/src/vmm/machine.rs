@@ -22,14 +22,18 @@ use walnut_vmm_api::{
 
 use super::{Vmm, control::Control};
 use crate::{
-    Disk, Error, Exit, HotPlug, Machine, MachineSpec, Nic, Pause, Pluggable, Resize, Share,
-    Snapshot, SnapshotFiles, SpareDisks,
+    Disk, Error, Exit, Heritable, HotPlug, Machine, MachineSpec, Nic, Pause, Pluggable, Resize,
+    Share, Snapshot, SnapshotFiles, SpareDisks,
     agent::{self, CONSOLE_MAX, Door, GUEST_CID, host, or_end},
     console,
     files::{self, Files},
     process::{Child, Spawn, Status, Tail, pipe},
     spec,
 };
+
+mod takeover;
+
+pub use takeover::State;
 
 /// The directory of the vsock device's sockets, and its own socket's name in it.
 const SOCKET_DIR: &str = "vsock";
@@ -612,6 +616,10 @@ impl Machine for VmmMachine {
     }
 
     fn as_resize(&self) -> Option<&dyn Resize> {
+        Some(self)
+    }
+
+    fn as_heritable(&self) -> Option<&dyn Heritable> {
         Some(self)
     }
 }

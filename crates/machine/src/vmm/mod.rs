@@ -10,6 +10,8 @@ mod plug;
 
 use std::path::PathBuf;
 
+pub use machine::State;
+
 use async_trait::async_trait;
 
 use crate::{Driver, Error, Machine, MachineSpec, Restore, SnapshotFiles};

@@ -84,7 +84,8 @@ struct SavedDisk {
 }
 
 /// A disk that a machine was given.
-#[derive(Debug, Clone)]
+#[derive(Debug, Clone, Serialize, Deserialize)]
+#[serde(deny_unknown_fields)]
 pub(crate) struct Attached {
     pub(crate) disk: Disk,
     /// `None` if the file could not be looked at, or changes with the guest; then there is

@@ -1,22 +1,31 @@
 //! Events for containerd: forwarded over its ttrpc socket, in their order, each
 //! until containerd has taken it.
 
-use std::time::Duration;
+use std::{
+    collections::VecDeque,
+    sync::{
+        Arc, Mutex as StdMutex, MutexGuard, PoisonError,
+        atomic::{AtomicBool, Ordering},
+    },
+    time::Duration,
+};
 
 use containerd_shim_protos::{
     api::ForwardRequest,
-    protobuf::{MessageDyn, MessageField, well_known_types::any::Any},
+    protobuf::{Message, MessageDyn, MessageField, well_known_types::any::Any},
     shim::event::Envelope,
     shim_async::EventsClient,
 };
 use protobuf::well_known_types::timestamp::Timestamp;
+use serde::{Deserialize, Serialize};
 use tokio::{
-    sync::{Mutex, mpsc},
+    sync::{Mutex, Notify},
     task::JoinHandle,
     time::{sleep, timeout},
 };
 use tracing::{debug, warn};
 use ttrpc::{Code, asynchronous::Client, context};
+use walnut_sandbox::machine::takeover::{NoState, hex};
 
 /// Events that wait at most while containerd is away.
 const QUEUE: usize = 4096;
@@ -29,30 +38,119 @@ const PAUSE: (Duration, Duration) = (Duration::from_millis(20), Duration::from_s
 #[derive(Debug)]
 pub(crate) struct Publisher {
     namespace: String,
-    queue: std::sync::Mutex<Option<mpsc::Sender<Envelope>>>,
+    address: Option<String>,
+    queue: Arc<Queue>,
     sender: Mutex<Option<JoinHandle<()>>>,
 }
+
+/// Events that containerd has not taken.
+#[derive(Debug, Default)]
+struct Queue {
+    waiting: StdMutex<VecDeque<Envelope>>,
+    closed: AtomicBool,
+    /// None is sent.
+    held: AtomicBool,
+    /// The first has been sent, and containerd has not said whether it takes it.
+    sent: AtomicBool,
+    /// Something of this has changed.
+    changed: Notify,
+}
+
+impl Queue {
+    fn waiting(&self) -> MutexGuard<'_, VecDeque<Envelope>> {
+        self.waiting.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+
+    /// The first that waits, once it may be sent; none when there will be no more.
+    async fn first(&self) -> Option<Envelope> {
+        loop {
+            // One that changes from here on is seen.
+            let changed = self.changed.notified();
+            if !self.held.load(Ordering::Relaxed) {
+                let first = self.waiting().front().cloned();
+                if first.is_some() || self.closed.load(Ordering::Relaxed) {
+                    return first;
+                }
+            }
+            changed.await;
+        }
+    }
+}
+
+/// An event in a state.
+#[derive(Debug, Serialize, Deserialize)]
+#[serde(transparent)]
+pub(crate) struct EventState(#[serde(with = "hex")] Vec<u8>);
 
 impl Publisher {
     /// To the ttrpc socket at `address`; without one, events go nowhere.
     pub(crate) fn new(namespace: &str, address: Option<&str>) -> Self {
-        let (queue, events) = mpsc::channel(QUEUE);
+        Self::begin(namespace, address, VecDeque::new())
+    }
+
+    fn begin(namespace: &str, address: Option<&str>, waiting: VecDeque<Envelope>) -> Self {
+        let queue = Arc::new(Queue {
+            waiting: StdMutex::new(waiting),
+            ..Queue::default()
+        });
         let sender = address.map(|address| {
             let address = match address.strip_prefix("unix://") {
                 Some(_) => address.to_owned(),
                 None => format!("unix://{address}"),
             };
-            tokio::spawn(send(address, events))
+            tokio::spawn(send(address, queue.clone()))
         });
         Self {
             namespace: namespace.into(),
-            queue: std::sync::Mutex::new(sender.is_some().then_some(queue)),
+            address: address.map(str::to_owned),
+            queue,
             sender: Mutex::new(sender),
         }
     }
 
+    /// That of the program before, with the events that wait.
+    pub(crate) fn take_over(
+        namespace: &str,
+        address: Option<&str>,
+        events: Vec<EventState>,
+    ) -> anyhow::Result<Self> {
+        let events = events
+            .into_iter()
+            .map(|event| Envelope::parse_from_bytes(&event.0));
+        let events: Result<_, _> = events.collect();
+        Ok(Self::begin(namespace, address, events?))
+    }
+
+    /// Where events go.
+    pub(crate) fn address(&self) -> Option<&str> {
+        self.address.as_deref()
+    }
+
+    /// From now on none is sent, or, again, they are.
+    pub(crate) fn hold(&self, held: bool) {
+        self.queue.held.store(held, Ordering::Relaxed);
+        self.queue.changed.notify_one();
+    }
+
+    /// The events that wait, for the next program.
+    pub(crate) fn state(&self) -> Result<Vec<EventState>, NoState> {
+        if self.queue.sent.load(Ordering::Relaxed) {
+            return Err(NoState::busy("containerd is being told of something"));
+        }
+        let waiting = self.queue.waiting();
+        let events = waiting.iter().map(|event| {
+            let bytes = event.write_to_bytes();
+            let bytes = bytes.map_err(|e| NoState::never(format!("encode an event: {e}")));
+            bytes.map(EventState)
+        });
+        events.collect()
+    }
+
     /// Publishes an event; never waits.
     pub(crate) fn publish(&self, topic: &str, event: &dyn MessageDyn) {
+        if self.address.is_none() || self.queue.closed.load(Ordering::Relaxed) {
+            return;
+        }
         let value = match event.write_to_bytes_dyn() {
             Ok(value) => value,
             Err(e) => return warn!("encode the event {topic}: {e}"),
@@ -70,17 +168,19 @@ impl Publisher {
             event: MessageField::some(any),
             ..Default::default()
         };
-        let queue = self.queue.lock().unwrap_or_else(|e| e.into_inner());
-        if let Some(queue) = &*queue
-            && queue.try_send(envelope).is_err()
-        {
-            warn!("an event is lost, since {QUEUE} wait for containerd: {topic}");
+        let mut waiting = self.queue.waiting();
+        if waiting.len() >= QUEUE {
+            return warn!("an event is lost, since {QUEUE} wait for containerd: {topic}");
         }
+        waiting.push_back(envelope);
+        drop(waiting);
+        self.queue.changed.notify_one();
     }
 
     /// Returns when all events are with containerd, or when `limit` has passed.
     pub(crate) async fn close(&self, limit: Duration) {
-        drop(self.queue.lock().unwrap_or_else(|e| e.into_inner()).take());
+        self.queue.closed.store(true, Ordering::Relaxed);
+        self.queue.changed.notify_one();
         if let Some(sender) = self.sender.lock().await.take()
             && timeout(limit, sender).await.is_err()
         {
@@ -99,30 +199,33 @@ pub(crate) fn timestamp(ns: i64) -> Timestamp {
 }
 
 /// Forwards one event after the other.
-async fn send(address: String, mut events: mpsc::Receiver<Envelope>) {
+async fn send(address: String, queue: Arc<Queue>) {
     let mut client: Option<EventsClient> = None;
-    while let Some(envelope) = events.recv().await {
+    let mut pause = PAUSE.0;
+    while let Some(envelope) = queue.first().await {
         let request = ForwardRequest {
             envelope: MessageField::some(envelope),
             ..Default::default()
         };
-        let mut pause = PAUSE.0;
-        loop {
-            match forward(&address, &mut client, &request).await {
-                Ok(()) => break,
-                Err(ttrpc::Error::RpcStatus(status)) if is_final(status.code()) => {
-                    let topic = &request.envelope.topic;
-                    warn!("containerd refused the event {topic}: {}", status.message());
-                    break;
-                }
-                Err(e) => {
-                    debug!("forward an event: {e}");
-                    client = None;
-                    sleep(pause).await;
-                    pause = (pause * 2).min(PAUSE.1);
-                }
+        queue.sent.store(true, Ordering::Relaxed);
+        let forwarded = forward(&address, &mut client, &request).await;
+        queue.sent.store(false, Ordering::Relaxed);
+        match forwarded {
+            Ok(()) => {}
+            Err(ttrpc::Error::RpcStatus(status)) if is_final(status.code()) => {
+                let topic = &request.envelope.topic;
+                warn!("containerd refused the event {topic}: {}", status.message());
+            }
+            Err(e) => {
+                debug!("forward an event: {e}");
+                client = None;
+                sleep(pause).await;
+                pause = (pause * 2).min(PAUSE.1);
+                continue;
             }
         }
+        queue.waiting().pop_front();
+        pause = PAUSE.0;
     }
 }
 
@@ -151,12 +254,9 @@ async fn forward(
 
 #[cfg(test)]
 mod tests {
-    use std::sync::{Arc, Mutex as StdMutex};
-
     use async_trait::async_trait;
     use containerd_shim_protos::{
         events::task::TaskOOM,
-        protobuf::Message,
         shim_async::{Events, create_events},
     };
     use protobuf::well_known_types::empty::Empty;

@@ -21,7 +21,7 @@ use tokio::{
     time::timeout,
 };
 use tracing::{info, warn};
-use walnut_sandbox::{Error, Input, Output, Result, StdioTargets};
+use walnut_sandbox::{Error, Input, Output, Result, StdioTargets, machine::process};
 
 use crate::front::Streams;
 
@@ -30,17 +30,43 @@ const READY: Duration = Duration::from_secs(30);
 /// and after the end of its input until it ends.
 const GRACE: Duration = Duration::from_secs(10);
 
+/// A program that takes output.
+#[derive(Debug)]
+pub(super) struct Logger {
+    pid: u32,
+    /// Ends with it.
+    task: JoinHandle<()>,
+}
+
+impl Logger {
+    /// One that the program before started.
+    pub(super) fn take_over(pid: u32) -> Self {
+        Self {
+            pid,
+            task: tokio::spawn(process::reap(pid)),
+        }
+    }
+
+    pub(super) fn is_finished(&self) -> bool {
+        self.task.is_finished()
+    }
+
+    pub(super) fn pid(&self) -> u32 {
+        self.pid
+    }
+}
+
 /// Whose streams they are.
 pub(super) struct Whose<'a> {
     pub(super) namespace: &'a str,
     pub(super) id: &'a str,
 }
 
-/// Opens what streams are called; with a program that logs, the task that reaps it.
+/// Opens what streams are called; with a program that logs, that.
 pub(super) async fn open(
     whose: Whose<'_>,
     streams: &Streams,
-) -> Result<(StdioTargets, Option<JoinHandle<()>>)> {
+) -> Result<(StdioTargets, Option<Logger>)> {
     let some = |path: &str| (!path.is_empty()).then(|| PathBuf::from(path));
     let mut targets = StdioTargets {
         terminal: streams.terminal,
@@ -113,7 +139,7 @@ fn make(path: &Path) -> Result<()> {
 
 /// Starts a program that takes output: stdout at descriptor 3, stderr at 4; it closes
 /// descriptor 5 when it is ready.
-async fn start(whose: Whose<'_>, uri: &str) -> Result<(Output, Output, JoinHandle<()>)> {
+async fn start(whose: Whose<'_>, uri: &str) -> Result<(Output, Output, Logger)> {
     let (program, args) = command_line(uri)?;
     let failed = |e: &dyn std::fmt::Display| {
         Error::Invalid(format!(
@@ -146,7 +172,10 @@ async fn start(whose: Whose<'_>, uri: &str) -> Result<(Output, Output, JoinHandl
         return Err(failed(&e));
     }
     // It takes the rest of the output, however the sandbox ends, and goes then.
-    let logger = tokio::spawn(reap(child, program));
+    let logger = Logger {
+        pid: child.id().unwrap_or_default(),
+        task: tokio::spawn(reap(child, program)),
+    };
     Ok((Output::pipe(to_stdout), Output::pipe(to_stderr), logger))
 }
 
@@ -226,9 +255,9 @@ async fn reap(mut child: Child, program: PathBuf) {
 }
 
 /// Waits for programs that have had all there is.
-pub(super) async fn finish(loggers: Vec<JoinHandle<()>>) {
+pub(super) async fn finish(loggers: Vec<Logger>) {
     for logger in loggers {
-        if timeout(GRACE, logger).await.is_err() {
+        if timeout(GRACE, logger.task).await.is_err() {
             warn!("a program that takes output does not end; it is left alone");
             return;
         }
@@ -286,7 +315,7 @@ mod tests {
             let pipe = pipe.take().unwrap();
             std::io::Write::write_all(&mut fs::File::from(pipe), text.as_bytes()).unwrap();
         }
-        logger.unwrap().await.unwrap();
+        logger.unwrap().task.await.unwrap();
         let want = format!("space/box to {} bare\none\ntwo\n", file.display());
         assert_eq!(fs::read_to_string(&file).unwrap(), want);
     }

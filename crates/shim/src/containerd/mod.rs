@@ -15,6 +15,7 @@ mod info;
 mod logger;
 mod pod;
 mod pod_config;
+mod serve;
 mod start;
 
 pub(crate) use args::{Action, Flags, parse};
@@ -22,8 +23,9 @@ pub(crate) use delete::delete;
 pub(crate) use events::timestamp;
 use group::Outline;
 pub(crate) use info::info;
-pub(crate) use pod::Pod;
+pub(crate) use pod::{Pod, PodState};
 pub(crate) use pod_config::read as pod_request;
+pub(crate) use serve::{run, serve};
 pub(crate) use start::start;
 
 use std::{

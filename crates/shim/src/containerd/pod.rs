@@ -12,6 +12,7 @@ use std::{
     time::Duration,
 };
 
+use anyhow::Context as _;
 use async_trait::async_trait;
 use containerd_shim_protos::{
     api::CreateTaskRequest,
@@ -22,17 +23,25 @@ use containerd_shim_protos::{
     protobuf::{MessageDyn, MessageField},
     topics,
 };
-use tokio::{sync::watch, task::JoinHandle};
+use serde::{Deserialize, Serialize};
+use tokio::sync::watch;
 use tracing::{debug, warn};
-use walnut_sandbox::{ExitInfo, Layout, Network, Result, Sandbox, SandboxDir, StdioTargets};
+use walnut_protocol::supervisor::AboutResponse;
+use walnut_sandbox::{
+    ExitInfo, Layout, Lock, Network, Result, Sandbox, SandboxDir, StdioTargets,
+    machine::takeover::{Fd, Giver, NoState, Taker},
+};
 
 use super::{
     INIT_PID, SOCKET,
-    events::{Publisher, timestamp},
+    events::{EventState, Publisher, timestamp},
     group::Outline,
-    logger::{self, Whose},
+    logger::{self, Logger, Whose},
 };
-use crate::front::{Count, Event, Front, Place, Streams};
+use crate::{
+    front::{Count, Event, Front, Place, Streams},
+    upgrade::FrontState,
+};
 
 /// What a process is said to have ended with that its machine took along: killed.
 const EXIT_KILLED: u32 = 128 + 9;
@@ -56,7 +65,7 @@ pub(crate) struct Pod {
     out_of_memory: Mutex<HashSet<String>>,
     /// How readily each container is to be killed.
     oom_scores: Mutex<HashMap<String, i32>>,
-    loggers: Mutex<Vec<JoinHandle<()>>>,
+    loggers: Mutex<Vec<Logger>>,
     end: watch::Sender<bool>,
 }
 
@@ -88,6 +97,43 @@ impl Pod {
             loggers: Mutex::default(),
             end: watch::Sender::new(false),
         })
+    }
+
+    /// That of the program before, whose sandbox is `sandbox`.
+    pub(crate) fn take_over(
+        state: PodState,
+        sandbox: Arc<Sandbox>,
+        taker: &mut Taker,
+    ) -> anyhow::Result<Arc<Self>> {
+        let lock_file = taker.take(state.lock).context("take over the lock")?;
+        let dir = SandboxDir::inherited(state.dir, Lock::inherited(lock_file));
+        let address = state.ttrpc_address.as_deref();
+        let publisher = Publisher::take_over(&state.namespace, address, state.events)?;
+        let layout = Layout {
+            state: state.state_root,
+            run: state.run_root,
+        };
+        let pod = Arc::new_cyclic(|me| Self {
+            me: me.clone(),
+            publisher,
+            namespace: state.namespace,
+            name: state.name,
+            dir,
+            layout,
+            sandbox: Mutex::default(),
+            pid: AtomicU32::new(state.pid),
+            out_of_memory: Mutex::new(state.out_of_memory),
+            oom_scores: Mutex::new(state.oom_scores),
+            loggers: Mutex::new(state.loggers.into_iter().map(Logger::take_over).collect()),
+            end: watch::Sender::new(false),
+        });
+        pod.up(&sandbox, "");
+        Ok(pod)
+    }
+
+    /// The sandbox's directory.
+    pub(crate) fn dir(&self) -> &Path {
+        self.dir.path()
     }
 
     /// Returns when there is nothing more to supervise; the machine is gone then.
@@ -176,6 +222,24 @@ impl Pod {
         self.publisher
             .publish(topics::TASK_EXIT_EVENT_TOPIC, &event);
     }
+}
+
+/// The front end in a state.
+#[derive(Debug, Serialize, Deserialize)]
+#[serde(deny_unknown_fields)]
+pub(crate) struct PodState {
+    namespace: String,
+    name: String,
+    dir: PathBuf,
+    lock: Fd,
+    state_root: PathBuf,
+    run_root: PathBuf,
+    ttrpc_address: Option<String>,
+    events: Vec<EventState>,
+    pid: u32,
+    out_of_memory: HashSet<String>,
+    oom_scores: HashMap<String, i32>,
+    loggers: Vec<u32>,
 }
 
 /// An exit code: containerd has no word for a sandbox that failed.
@@ -351,5 +415,44 @@ impl Front for Pod {
 
     async fn stop_saved(&self, sandbox: &Arc<Sandbox>, id: &str) -> Result<()> {
         sandbox.kill(id, "", 9, true).await
+    }
+
+    fn about(&self) -> AboutResponse {
+        let digest = self.dir.path().file_name().unwrap_or_default();
+        let name = self.name.strip_suffix(&*digest.to_string_lossy());
+        AboutResponse {
+            front: "containerd".into(),
+            name: name
+                .map_or(&*self.name, |name| name.trim_end_matches('-'))
+                .into(),
+            namespace: self.namespace.clone(),
+            ..Default::default()
+        }
+    }
+
+    fn hold(&self, held: bool) {
+        self.publisher.hold(held);
+    }
+
+    fn state(&self, giver: &mut Giver) -> std::result::Result<FrontState, NoState> {
+        if *self.end.borrow() {
+            return Err(NoState::never("it is ending"));
+        }
+        let loggers = lock(&self.loggers);
+        let loggers = loggers.iter().filter(|logger| !logger.is_finished());
+        Ok(FrontState::Pod(PodState {
+            namespace: self.namespace.clone(),
+            name: self.name.clone(),
+            dir: self.dir.path().to_owned(),
+            lock: giver.give(self.dir.lock()),
+            state_root: self.layout.state.clone(),
+            run_root: self.layout.run.clone(),
+            ttrpc_address: self.publisher.address().map(str::to_owned),
+            events: self.publisher.state()?,
+            pid: self.pid.load(Ordering::Relaxed),
+            out_of_memory: lock(&self.out_of_memory).clone(),
+            oom_scores: lock(&self.oom_scores).clone(),
+            loggers: loggers.map(Logger::pid).collect(),
+        }))
     }
 }

@@ -18,18 +18,25 @@ use std::{
 
 use anyhow::{Context, Result as Anyhow};
 use async_trait::async_trait;
+use serde::{Deserialize, Serialize};
 use tokio::{sync::watch, time::timeout};
 use tracing::{error, warn};
+use ttrpc::asynchronous::Server;
+use walnut_protocol::supervisor::AboutResponse;
 use walnut_sandbox::{
-    BundleState, BundleStatus, Error, ExitInfo, Inherited, Input, Layout, Network, Output, Result,
-    Sandbox, SandboxDir, StdioTargets, now_ns,
+    BundleState, BundleStatus, Error, ExitInfo, Inherited, Input, Layout, Lock, Network, Output,
+    Result, Sandbox, SandboxDir, StdioTargets,
+    machine::takeover::{Fd, Giver, NoState, Taker},
+    now_ns,
 };
 
 use self::args::Lives;
 use crate::{
     front::{Count, Event, Front, Place, Streams},
-    listen,
-    owner::broken,
+    lease::Lease,
+    server,
+    service::TaskService,
+    upgrade::FrontState,
 };
 
 /// What a container ends with whose machine failed, or was ended: killed.
@@ -40,7 +47,7 @@ const END_GRACE: Duration = Duration::from_secs(5);
 /// Supervises a container made from a bundle; its exit code.
 pub(crate) async fn serve(serve: ServeBundle) -> Anyhow<u8> {
     let network = enter(&serve.network)?;
-    let lease = serve.lease;
+    let lease = Lease::new(serve.lease).context("watch the lease")?;
     let dir = SandboxDir::inherited(serve.run_dir, serve.lock);
     let layout = Layout::from_env()?;
     let terminal = match &serve.stderr {
@@ -64,10 +71,17 @@ pub(crate) async fn serve(serve: ServeBundle) -> Anyhow<u8> {
         streams: Mutex::new(Some(streams)),
         terminal,
         network,
+        lease,
         phase: watch::Sender::default(),
     });
-    let mut server = listen(serve.socket, front.clone(), None).await?;
-    let code = front.supervise(lease).await;
+    let service = Arc::new(TaskService::new(front.clone(), None)?);
+    let server = server::listen(serve.socket, service).await?;
+    run(front, server).await
+}
+
+/// From a container that is served to its end; its exit code.
+pub(crate) async fn run(front: Arc<Bundle>, mut server: Server) -> Anyhow<u8> {
+    let code = front.supervise().await;
     server.shutdown().await.context("stop serving")?;
     front.clean_up();
     Ok(u8::try_from(code).unwrap_or(u8::MAX))
@@ -123,7 +137,7 @@ enum Phase {
 
 /// A container made from a bundle.
 #[derive(Debug)]
-struct Bundle {
+pub(crate) struct Bundle {
     id: String,
     container_dir: PathBuf,
     dir: SandboxDir,
@@ -133,10 +147,59 @@ struct Bundle {
     /// Its terminal's outer side.
     terminal: Option<File>,
     network: Network,
+    lease: Lease,
     phase: watch::Sender<Phase>,
 }
 
+/// The front end in a state.
+#[derive(Debug, Serialize, Deserialize)]
+#[serde(deny_unknown_fields)]
+pub(crate) struct BundleFront {
+    id: String,
+    container_dir: PathBuf,
+    dir: PathBuf,
+    lock: Fd,
+    state_root: PathBuf,
+    run_root: PathBuf,
+    terminal: Option<Fd>,
+    /// It lives in a network namespace that is the container's.
+    networked: bool,
+    lease: Option<Fd>,
+    /// In the sandbox.
+    container: String,
+}
+
 impl Bundle {
+    /// That of the program before, whose sandbox is `sandbox`.
+    pub(crate) fn take_over(
+        state: BundleFront,
+        sandbox: Arc<Sandbox>,
+        taker: &mut Taker,
+    ) -> Anyhow<Arc<Self>> {
+        let lock = taker.take(state.lock).context("take over the lock")?;
+        let terminal = state.terminal.map(|fd| taker.take(fd)).transpose();
+        let terminal = terminal.context("take over the terminal")?.map(File::from);
+        let front = Arc::new(Self {
+            id: state.id,
+            container_dir: state.container_dir,
+            dir: SandboxDir::inherited(state.dir, Lock::inherited(lock)),
+            layout: Layout {
+                state: state.state_root,
+                run: state.run_root,
+            },
+            streams: Mutex::default(),
+            terminal,
+            network: match state.networked {
+                true => Network::Own,
+                false => Network::None,
+            },
+            lease: Lease::take_over(state.lease, taker).context("take over the lease")?,
+            phase: watch::Sender::default(),
+        });
+        front.up(&sandbox, &state.container);
+        Ok(front)
+    }
+
     /// Goes on to the next phase; the last ones are final.
     fn go_on(&self, next: Phase) {
         self.phase.send_if_modified(|phase| {
@@ -150,9 +213,9 @@ impl Bundle {
 
     /// Returns the exit code when there is nothing more to supervise; the sandbox is
     /// gone then, and the state says so.
-    async fn supervise(&self, lease: OwnedFd) -> u32 {
+    async fn supervise(&self) -> u32 {
         let mut phase = self.phase.subscribe();
-        let mut lease = std::pin::pin!(broken(lease));
+        let mut lease = std::pin::pin!(self.lease.broken());
         let mut leased = true;
         let mut sandbox: Option<Arc<Sandbox>> = None;
         let exit = loop {
@@ -330,5 +393,36 @@ impl Front for Bundle {
     async fn stop_saved(&self, _: &Arc<Sandbox>, _: &str) -> Result<()> {
         self.go_on(Phase::Ending(None));
         Ok(())
+    }
+
+    fn about(&self) -> AboutResponse {
+        AboutResponse {
+            front: "oci".into(),
+            name: self.id.clone(),
+            ..Default::default()
+        }
+    }
+
+    fn state(&self, giver: &mut Giver) -> std::result::Result<FrontState, NoState> {
+        let Phase::Serving(sandbox) = &*self.phase.borrow() else {
+            return Err(NoState::never("it is ending"));
+        };
+        let containers = sandbox.container_ids();
+        let [container] = containers.as_slice() else {
+            return Err(NoState::never("it has no container"));
+        };
+        let terminal = self.terminal.as_ref();
+        Ok(FrontState::Bundle(BundleFront {
+            id: self.id.clone(),
+            container_dir: self.container_dir.clone(),
+            dir: self.dir.path().to_owned(),
+            lock: giver.give(self.dir.lock()),
+            state_root: self.layout.state.clone(),
+            run_root: self.layout.run.clone(),
+            terminal: terminal.map(|terminal| giver.give(terminal)),
+            networked: self.network == Network::Own,
+            lease: self.lease.state(giver),
+            container: container.clone(),
+        }))
     }
 }

@@ -20,6 +20,11 @@ impl TaskService {
         Ok(())
     }
 
+    /// There is one, which the program before made.
+    pub(crate) fn announced(&self) {
+        self.announced.store(true, Ordering::Release);
+    }
+
     /// Makes the machine of the pod `id`.
     pub(crate) async fn start_pod(
         &self,

@@ -20,12 +20,13 @@ use containerd_shim_protos::{
     sandbox_async::Sandbox as SandboxApi,
     types::platform::Platform,
 };
+use serde::{Deserialize, Serialize};
 use tokio::{
     sync::watch,
     time::{sleep, timeout},
 };
 use ttrpc::r#async::TtrpcContext;
-use walnut_sandbox::{Error, PodRequest, Sandbox, Settings, now_ns};
+use walnut_sandbox::{Error, PodRequest, Sandbox, Settings, machine::takeover::NoState, now_ns};
 
 use super::{Reply, TaskService, fault};
 use crate::{
@@ -150,6 +151,48 @@ impl SandboxService {
             let _ = self.end.subscribe().wait_for(Option::is_some).await;
         }
         Ok(())
+    }
+}
+
+/// A pod in a state.
+#[derive(Debug, Serialize, Deserialize)]
+#[serde(deny_unknown_fields)]
+pub(crate) struct SandboxPod {
+    id: String,
+    /// Nanoseconds since the epoch.
+    started: i64,
+}
+
+impl SandboxService {
+    /// For the next program; none where containerd has not asked for a sandbox by itself.
+    pub(crate) fn state(&self) -> Result<Option<SandboxPod>, NoState> {
+        if self.ended().is_some() {
+            return Err(NoState::never("its machine has ended"));
+        }
+        let slot = self.slot();
+        let Some(pod) = &*slot else { return Ok(None) };
+        if pod.stopping {
+            return Err(NoState::never("it is being ended"));
+        }
+        let Some((_, started)) = pod.started else {
+            return Err(NoState::busy("its machine is being made"));
+        };
+        Ok(Some(SandboxPod {
+            id: pod.id.clone(),
+            started,
+        }))
+    }
+
+    /// Goes on with the pod of the program before.
+    pub(crate) fn take_over(self: &Arc<Self>, state: SandboxPod, sandbox: &Arc<Sandbox>) {
+        self.tasks.announced();
+        *self.slot() = Some(Pod {
+            id: state.id,
+            request: None,
+            started: Some((sandbox.clone(), state.started)),
+            stopping: false,
+        });
+        self.follow(sandbox.clone());
     }
 }
 
@@ -308,9 +351,11 @@ impl SandboxApi for Shared {
         // One that could not be made ends as well.
         let _ = self.0.stop(&req.sandbox_id, None).await;
         let tasks = self.0.tasks.clone();
+        let doing = tasks.busy.with("it is being ended");
         tokio::spawn(async move {
             sleep(LAST_WORD).await;
             tasks.end_pod().await;
+            drop(doing);
         });
         Ok(ShutdownSandboxResponse::default())
     }

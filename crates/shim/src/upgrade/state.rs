@@ -1,0 +1,108 @@
+//! What a supervisor leaves to the program that takes its place.
+//!
+//! A few bytes that say what it is, then JSON. It comes from this process's own memory and
+//! is sealed, so nobody has changed it; but it may be another version's. A field that is
+//! not known is refused, in the dry run that precedes: so one that is added later has a
+//! default, with which a state of before can be read, and [`FORMAT`] grows when one that
+//! is read would mean something else.
+
+use serde::{Deserialize, Serialize};
+use walnut_sandbox::SandboxState;
+
+use super::{TOKEN_MAX, program::Build};
+use crate::{
+    connections::ConnectionsState,
+    containerd::PodState,
+    oci::BundleFront,
+    owner::OwnerState,
+    service::{SandboxPod, ServiceState},
+};
+
+/// Of the state.
+pub(crate) const FORMAT: u32 = 1;
+/// Largest state that is read, in bytes.
+pub(crate) const STATE_MAX: u64 = 64 << 20;
+/// How it begins.
+const MAGIC: &[u8; 12] = b"walnut-state";
+const HEADER: usize = MAGIC.len() + 4;
+
+/// All that a supervisor knows.
+#[derive(Debug, Serialize, Deserialize)]
+#[serde(deny_unknown_fields)]
+pub(crate) struct State {
+    /// Of the request for the upgrade.
+    pub(crate) token: String,
+    /// The program that was.
+    pub(crate) from: Build,
+    pub(crate) connections: ConnectionsState,
+    pub(crate) front: FrontState,
+    pub(crate) sandbox: SandboxState,
+    pub(crate) tasks: ServiceState,
+    /// Where containerd asked for the sandbox by itself.
+    pub(crate) pod: Option<SandboxPod>,
+    /// Processes that go their own way, and are this one's children.
+    pub(crate) background: Vec<u32>,
+}
+
+/// Whom it works for.
+#[derive(Debug, Serialize, Deserialize)]
+#[serde(rename_all = "kebab-case", deny_unknown_fields)]
+pub(crate) enum FrontState {
+    Owner(OwnerState),
+    Pod(PodState),
+    Bundle(BundleFront),
+}
+
+impl State {
+    /// As bytes.
+    pub(crate) fn pack(&self) -> Result<Vec<u8>, String> {
+        let mut bytes = Vec::from(MAGIC);
+        bytes.extend(FORMAT.to_le_bytes());
+        serde_json::to_writer(&mut bytes, self).map_err(|e| format!("write the state: {e}"))?;
+        if u64::try_from(bytes.len()).unwrap_or(u64::MAX) > STATE_MAX {
+            return Err(format!(
+                "write the state: it is larger than {STATE_MAX} bytes"
+            ));
+        }
+        Ok(bytes)
+    }
+
+    /// Of such bytes, or what is wrong with them.
+    pub(crate) fn parse(bytes: &[u8]) -> Result<Self, String> {
+        if u64::try_from(bytes.len()).unwrap_or(u64::MAX) > STATE_MAX {
+            return Err(format!(
+                "read the state: it is larger than {STATE_MAX} bytes"
+            ));
+        }
+        let (header, json) = bytes.split_at_checked(HEADER).ok_or("it is no state")?;
+        let (magic, format) = header.split_at(MAGIC.len());
+        let format = format.try_into().map(u32::from_le_bytes);
+        if magic != MAGIC {
+            return Err("read the state: it is none".into());
+        }
+        match format {
+            Ok(FORMAT) => {}
+            format => {
+                let format = format.unwrap_or_default();
+                return Err(format!(
+                    "read the state: it is of format {format}, and this program knows {FORMAT}"
+                ));
+            }
+        }
+        let state: Self =
+            serde_json::from_slice(json).map_err(|e| format!("read the state: {e}"))?;
+        match state.problem() {
+            None => Ok(state),
+            Some(problem) => Err(format!("read the state: {problem}")),
+        }
+    }
+
+    /// What no state can say.
+    fn problem(&self) -> Option<&'static str> {
+        if !(1..=TOKEN_MAX).contains(&self.token.len()) {
+            return Some("its token is too long, or there is none");
+        }
+        let mut connections = self.connections.all.iter();
+        connections.find_map(|connection| connection.problem())
+    }
+}
