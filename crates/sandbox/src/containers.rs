@@ -119,7 +119,7 @@ impl Sandbox {
             true => Some(VirtioFs::start(&volumes, &config.run_dir).await?),
             false => None,
         };
-        let mut links = Links::take(config.network, &plan.spec, size.vcpus).await?;
+        let mut links = Links::take(&config.network, &plan.spec, size.vcpus).await?;
         steps.done("links taken");
         let parts = start::Parts {
             size,
@@ -162,7 +162,7 @@ impl Sandbox {
         let size = sizing::size(&spec, &config.settings);
         let cgroup = cgroup::enter(&config, size.memory);
         let mut shared = Some(VirtioFs::start(&[], &config.run_dir).await?);
-        let mut links = Links::take(config.network, &spec, size.vcpus).await?;
+        let mut links = Links::take(&config.network, &spec, size.vcpus).await?;
         steps.done("links taken");
         let parts = start::Parts {
             size,
@@ -307,7 +307,7 @@ impl Sandbox {
         };
         let files = match plan.role {
             Role::First => Vec::new(),
-            _ => guest_spec::files(&plan.spec, id, self.pod.as_ref()),
+            _ => guest_spec::files(&plan.spec, id, self.pod.as_ref(), self.names.as_ref()),
         };
         let place = guest_spec::Place {
             root: &root,

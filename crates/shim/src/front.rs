@@ -9,7 +9,7 @@ use std::{
 
 use async_trait::async_trait;
 use containerd_shim_protos::api::CreateTaskRequest;
-use walnut_sandbox::{Error, ExitInfo, Network, Result, Sandbox, StdioTargets};
+use walnut_sandbox::{Error, ExitInfo, Furnished, Network, Result, Sandbox, StdioTargets};
 
 /// Where a sandbox lies.
 #[derive(Debug, Clone, Copy)]
@@ -22,8 +22,8 @@ pub(crate) struct Place<'a> {
     pub(crate) node: Option<(&'a Path, &'a Path)>,
     /// Its bundles are of Walnut's making.
     pub(crate) own: bool,
-    /// Where its network comes from.
-    pub(crate) network: Network,
+    /// Where its network comes from, unless [`Front::furnish`] makes one.
+    pub(crate) network: &'a Network,
 }
 
 /// What happens in a sandbox.
@@ -84,6 +84,12 @@ pub(crate) trait Front: Debug + Send + Sync + 'static {
 
     /// Mounts are about to be made on these points, and on no others.
     fn mounting(&self, points: &[PathBuf]) -> Result<()>;
+
+    /// Makes the network of a sandbox that is about to be made, if that is here to be made.
+    /// What it is made of goes when supervision ends.
+    async fn furnish(&self) -> Result<Option<Furnished>> {
+        Ok(None)
+    }
 
     /// The sandbox is up, for the container `id`.
     fn up(&self, sandbox: &Arc<Sandbox>, id: &str);

@@ -135,7 +135,8 @@ async fn serve(options: Options, standby: Option<Arc<Sandbox>>) -> Result<()> {
         options.id,
         options.container_dir,
         options.run_dir,
-    ));
+        &lock,
+    )?);
     let mut server = listen(options.socket, owner.clone(), standby).await?;
     owner.supervise(options.lease).await;
     server.shutdown().await.context("stop serving")?;

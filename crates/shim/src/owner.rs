@@ -2,7 +2,7 @@
 //! containers: keep the record true, and end when the container has ended.
 
 use std::{
-    os::fd::OwnedFd,
+    os::fd::{AsFd, OwnedFd},
     path::{Path, PathBuf},
     sync::Arc,
     time::Duration,
@@ -12,7 +12,7 @@ use async_trait::async_trait;
 use tokio::{io::AsyncReadExt, net::unix::pipe, sync::watch, time::timeout};
 use tracing::{error, warn};
 use walnut_sandbox::{
-    Error, ExitInfo, Input, Network, Output, Record, Result, Sandbox, Status, StdioTargets,
+    ContainerLinks, Error, ExitInfo, Furnished, Input, Lock, Network, Output, Record, Result, Sandbox, Status, StdioTargets,
 };
 
 use crate::{
@@ -41,6 +41,7 @@ pub(crate) struct Owner {
     pub(crate) id: String,
     pub(crate) container_dir: PathBuf,
     pub(crate) run_dir: PathBuf,
+    links: ContainerLinks,
     phase: watch::Sender<Phase>,
 }
 
@@ -51,13 +52,22 @@ enum End {
 }
 
 impl Owner {
-    pub(crate) fn new(id: String, container_dir: PathBuf, run_dir: PathBuf) -> Self {
-        Self {
+    /// `lock` is the container's, and held.
+    pub(crate) fn new(
+        id: String,
+        container_dir: PathBuf,
+        run_dir: PathBuf,
+        lock: &Lock,
+    ) -> Result<Self> {
+        let node = run_dir.parent().unwrap_or(&run_dir);
+        let links = ContainerLinks::new(&id, &container_dir, node, lock.as_fd())?;
+        Ok(Self {
             id,
+            links,
             container_dir,
             run_dir,
             phase: watch::Sender::default(),
-        }
+        })
     }
 
     /// The node's state and run directories, as the container's tell.
@@ -177,9 +187,15 @@ impl Owner {
         });
     }
 
-    /// Removes the run directory, and the container if it was to go with its end.
+    /// Takes the container from its networks, removes the run directory, and the container
+    /// if it was to go with its end.
     pub(crate) async fn clean_up(&self) {
         remove(&self.run_dir);
+        if let Err(e) = self.links.unmake().await {
+            // With its directory, from which the next command will try again.
+            error!("{e}");
+            return;
+        }
         match Record::load(&self.container_dir) {
             Ok(record) if record.auto_remove || record.status == Status::Creating => {
                 remove(&self.container_dir);
@@ -198,7 +214,7 @@ impl Front for Owner {
             run_dir: &self.run_dir,
             node: self.node(),
             own: true,
-            network: Network::None,
+            network: &Network::None,
         }
     }
 
@@ -220,6 +236,10 @@ impl Front for Owner {
                 "the root file system of a container of walnut's is an image".into(),
             )),
         }
+    }
+
+    async fn furnish(&self) -> Result<Option<Furnished>> {
+        self.links.make().await
     }
 
     fn up(&self, sandbox: &Arc<Sandbox>, id: &str) {

@@ -34,6 +34,7 @@ const DRIVER: &str = "WALNUT_DRIVER";
 /// seconds.
 pub const BOOT_TIMEOUT: &str = "WALNUT_BOOT_TIMEOUT";
 const TEMPLATES: &str = "WALNUT_TEMPLATES";
+const NETWORK: &str = "WALNUT_NETWORK";
 const PRESSURE: &str = "WALNUT_PRESSURE";
 /// The word that switches something off.
 const OFF: &str = "off";
@@ -51,6 +52,8 @@ pub struct Settings {
     pub container: Needs,
     /// The machine of a pod that does not say what its containers will need.
     pub pod: Needs,
+    /// Networks of containers.
+    pub network: Network,
     /// The host that they run on.
     pub host: Host,
     /// Pods' annotations.
@@ -81,6 +84,16 @@ pub struct Needs {
     pub memory: Bytes,
     /// vCPUs.
     pub vcpus: u32,
+}
+
+/// Networks of `walnut run`; those of pods are their clients' matter.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(deny_unknown_fields)]
+pub struct Network {
+    /// The network of containers that name none, or `none`.
+    pub default: String,
+    /// Directories with CNI's plugins.
+    pub plugins: Vec<PathBuf>,
 }
 
 /// The host.
@@ -122,6 +135,12 @@ impl Default for Settings {
             container: needs(512),
             // Memory that its containers do not touch is not the host's loss.
             pod: needs(2048),
+            network: Network {
+                default: walnut_network::DEFAULT.into(),
+                plugins: ["/usr/lib/cni", "/opt/cni/bin", "/usr/libexec/cni"]
+                    .map(Into::into)
+                    .into(),
+            },
             host: Host {
                 pressure: "/proc/pressure/memory".into(),
             },
@@ -192,6 +211,9 @@ impl Settings {
         if let Some(switch) = var(TEMPLATES) {
             self.machine.templates = switch != OFF;
         }
+        if let Some(network) = var(NETWORK) {
+            self.network.default = network;
+        }
         if let Some(file) = var(PRESSURE) {
             self.host.pressure = file.into();
         }
@@ -215,6 +237,9 @@ impl Settings {
                     Bytes(MEMORY_MIN)
                 ));
             }
+        }
+        if self.network.plugins.iter().any(|dir| !dir.is_absolute()) {
+            return Err("network.plugins must be absolute paths of directories".into());
         }
         Ok(())
     }
@@ -273,6 +298,7 @@ mod tests {
         assert!(!with(TEMPLATES, "off").unwrap().machine.templates);
         assert!(with(TEMPLATES, "").unwrap().machine.templates);
         assert_eq!(with(PRESSURE, "off").unwrap().pressure(), None);
+        assert_eq!(with(NETWORK, "none").unwrap().network.default, "none");
         for (name, value) in [
             (DRIVER, "best"),
             (BOOT_TIMEOUT, "0"),
