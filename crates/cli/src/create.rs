@@ -15,8 +15,8 @@ use anyhow::{Context, Result, bail};
 use oci_spec::{image::Config, runtime::Spec};
 use walnut_image::{Image, Lease};
 use walnut_sandbox::{
-    ANNOTATION_LOG, Assets, Attachments, Checkpoint, Error, Handover, ImageRef, Layout, Lock, Pools, Record,
-    Settings, Status, Wanted, find, list, networks::Networks, now_ns,
+    ANNOTATION_LOG, Assets, Attachments, Checkpoint, Error, Handover, ImageRef, Layout, Lock,
+    Pools, Record, Settings, Status, Wanted, find, list, networks::Networks, now_ns,
 };
 
 use crate::{args::RunArgs, saved, spec, supervisor};

@@ -12,7 +12,9 @@ use containerd_shim_protos::{
 };
 use tokio::signal::unix::{SignalKind, signal};
 use walnut_image::Store;
-use walnut_sandbox::{Checkpoint, Draft, Error, ImageRef, Layout, Lock, Record, Settings, reconcile};
+use walnut_sandbox::{
+    Checkpoint, Draft, Error, ImageRef, Layout, Lock, Record, Settings, reconcile,
+};
 
 use crate::{
     args::{PullWhen, RunArgs},

@@ -48,7 +48,10 @@ pub enum Error {
     )]
     Program(&'static str),
     /// A plugin of CNI's failed.
-    #[error("{attempt} the network {network}: the plugin {plugin}: {why}{}", what_to_do(why))]
+    #[error(
+        "{attempt} the network {network}: the plugin {plugin}: {why}{}",
+        what_to_do(why)
+    )]
     Refused {
         /// The network.
         network: String,

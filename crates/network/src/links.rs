@@ -6,7 +6,10 @@ use futures::TryStreamExt;
 use ipnet::IpNet;
 use rtnetlink::{
     Handle, LinkBridge, LinkUnspec, RouteMessageBuilder,
-    packet_route::route::{RouteAddress, RouteAttribute, RouteHeader, RouteMessage, RouteType},
+    packet_route::{
+        address::AddressHeaderFlags,
+        route::{RouteAddress, RouteAttribute, RouteHeader, RouteMessage, RouteType},
+    },
 };
 
 use crate::{Error, Mac, Result, error};
@@ -70,8 +73,13 @@ pub(crate) async fn furnish(handle: &Handle, name: &str, addresses: &[(IpAddr, u
     let what = || format!("set up the bridge {name}");
     let link = index(handle, name).await?;
     for &(ip, prefix) in addresses {
-        let added = handle.address().add(link, ip, prefix).execute().await;
-        added.map_err(Error::netlink(what()))?;
+        let mut add = handle.address().add(link, ip, prefix);
+        if ip.is_ipv6() {
+            // A bridge without a port would look for duplicates for ever, and nobody could
+            // listen there meanwhile.
+            add.message_mut().header.flags |= AddressHeaderFlags::Nodad;
+        }
+        add.execute().await.map_err(Error::netlink(what()))?;
     }
     let up = LinkUnspec::new_with_index(link).up().build();
     let set = handle.link().set(up).execute().await;
@@ -115,7 +123,9 @@ pub(crate) async fn routes(handle: &Handle) -> Result<Vec<IpNet>> {
 fn destination(route: &RouteMessage) -> Option<IpNet> {
     let header = &route.header;
     let prefix = header.destination_prefix_length;
-    if header.table != RouteHeader::RT_TABLE_MAIN || header.kind != RouteType::Unicast || prefix == 0
+    if header.table != RouteHeader::RT_TABLE_MAIN
+        || header.kind != RouteType::Unicast
+        || prefix == 0
     {
         return None;
     }

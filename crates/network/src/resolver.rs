@@ -35,6 +35,8 @@ const LOCK: &str = ".lock";
 const PORT: u16 = 53;
 /// Longest it may take to know what it has been told.
 const DEADLINE: Duration = Duration::from_secs(5);
+/// Between two questions.
+const PAUSE: Duration = Duration::from_millis(20);
 /// How long one question waits for its answer.
 const ANSWER: Duration = Duration::from_millis(100);
 
@@ -76,7 +78,10 @@ impl Resolver {
     /// # Errors
     /// If it does not answer.
     pub fn add(&self, network: &str, servers: &[IpAddr], named: &Named<'_>) -> Result<()> {
-        let made = fs::DirBuilder::new().recursive(true).mode(0o700).create(&self.dir);
+        let made = fs::DirBuilder::new()
+            .recursive(true)
+            .mode(0o700)
+            .create(&self.dir);
         made.map_err(Error::file("create the directory", &self.dir))?;
         let _lock = self.lock()?;
         let mut entries = self.entries(network)?;
@@ -84,7 +89,31 @@ impl Resolver {
         entries.push(line(named));
         self.write(network, &heading(servers), &entries)?;
         self.tell()?;
-        answers(network, servers, named)
+        self.answers(network, servers, named)
+    }
+
+    /// Waits until the servers know the container.
+    fn answers(&self, network: &str, servers: &[IpAddr], named: &Named<'_>) -> Result<()> {
+        let (Some(name), Some(ip)) = (named.names.first(), named.addresses.first()) else {
+            return Ok(());
+        };
+        let until = Instant::now() + DEADLINE;
+        for server in servers {
+            while !knows(*server, name, *ip).unwrap_or(false) {
+                if Instant::now() > until {
+                    return Err(Error::Config(format!(
+                        "wait for the name server of the network {network}: {PROGRAM} does not answer on {}; does another program have this port?",
+                        SocketAddr::new(*server, PORT)
+                    )));
+                }
+                std::thread::sleep(PAUSE);
+                // It ends if it cannot listen, as on an address that is not ready yet.
+                if self.pid().is_none() {
+                    self.start()?;
+                }
+            }
+        }
+        Ok(())
     }
 
     /// Forgets a container, if it knows it.
@@ -180,7 +209,8 @@ impl Resolver {
     fn networks(&self) -> Result<usize> {
         let entries = fs::read_dir(&self.dir).map_err(Error::file("list", &self.dir))?;
         let names = entries.flatten().map(|entry| entry.file_name());
-        let networks = names.filter(|name| name != PID && !name.as_encoded_bytes().starts_with(b"."));
+        let networks =
+            names.filter(|name| name != PID && !name.as_encoded_bytes().starts_with(b"."));
         Ok(networks.count())
     }
 
@@ -199,18 +229,17 @@ impl Resolver {
     fn tell(&self) -> Result<()> {
         let networks = self.networks()?;
         match self.pid() {
-            Some(pid) if networks == 0 => self.stop(pid),
+            pid if networks == 0 => self.stop(pid),
             Some(pid) if kill(pid, Signal::SIGHUP).is_ok() => Ok(()),
-            _ if networks == 0 => Ok(()),
             _ => self.start(),
         }
     }
 
     /// Returns when it is gone: who is told something while it ends would not hear it.
-    fn stop(&self, pid: Pid) -> Result<()> {
+    fn stop(&self, pid: Option<Pid>) -> Result<()> {
         let until = Instant::now() + DEADLINE;
         let mut signal = Signal::SIGTERM;
-        while self.pid() == Some(pid) {
+        while let Some(pid) = pid.filter(|pid| self.pid() == Some(*pid)) {
             let _ = kill(pid, signal);
             if Instant::now() > until {
                 signal = Signal::SIGKILL;
@@ -283,39 +312,28 @@ fn line(named: &Named<'_>) -> String {
         let all = named.addresses.iter().copied();
         list(&all.filter(|ip| ip.is_ipv4() == v4).collect::<Vec<_>>())
     };
-    format!("{} {} {} {}", named.id, of(true), of(false), named.names.join(","))
+    format!(
+        "{} {} {} {}",
+        named.id,
+        of(true),
+        of(false),
+        named.names.join(",")
+    )
 }
 
 fn id(line: &str) -> &str {
     line.split(' ').next().unwrap_or_default()
 }
 
-/// Waits until the servers know the container.
-fn answers(network: &str, servers: &[IpAddr], named: &Named<'_>) -> Result<()> {
-    let (Some(name), Some(ip)) = (named.names.first(), named.addresses.first()) else {
-        return Ok(());
-    };
-    let until = Instant::now() + DEADLINE;
-    for server in servers {
-        while !knows(*server, name, *ip).unwrap_or(false) {
-            if Instant::now() > until {
-                return Err(Error::Config(format!(
-                    "wait for the name server of the network {network}: {PROGRAM} does not answer on {}; does another program have this port?",
-                    SocketAddr::new(*server, PORT)
-                )));
-            }
-            std::thread::sleep(Duration::from_millis(5));
-        }
-    }
-    Ok(())
-}
-
 /// Whether a server says that a name has this address.
 fn knows(server: IpAddr, name: &str, ip: IpAddr) -> io::Result<bool> {
-    let socket = UdpSocket::bind((match server {
-        IpAddr::V4(_) => IpAddr::from([0; 4]),
-        IpAddr::V6(_) => IpAddr::from([0; 16]),
-    }, 0))?;
+    let socket = UdpSocket::bind((
+        match server {
+            IpAddr::V4(_) => IpAddr::from([0; 4]),
+            IpAddr::V6(_) => IpAddr::from([0; 16]),
+        },
+        0,
+    ))?;
     socket.set_read_timeout(Some(ANSWER))?;
     socket.connect((server, PORT))?;
     socket.send(&question(name, ip.is_ipv4()))?;

@@ -246,9 +246,7 @@ pub(crate) fn files(
         ("hostname", "/etc/hostname", format!("{hostname}\n")),
     ]
     .into_iter()
-    .chain(
-        resolv_conf.map(|text| ("resolv.conf", "/etc/resolv.conf", text)),
-    )
+    .chain(resolv_conf.map(|text| ("resolv.conf", "/etc/resolv.conf", text)))
     .filter(|(_, destination, _)| {
         !spec
             .mounts()

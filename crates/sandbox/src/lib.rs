@@ -43,7 +43,8 @@ mod stdio;
 mod template;
 
 pub use attachments::{
-    Attachments, ContainerLinks, Furnished, HostEntry, NameServers, Names, NetworkLink, PublishedPort, Transport,
+    Attachments, ContainerLinks, Furnished, HostEntry, NameServers, Names, NetworkLink,
+    PublishedPort, Transport,
 };
 pub use bundle::{BundleState, BundleStatus, Bundles};
 pub use checkpoint::{

@@ -12,7 +12,8 @@ use async_trait::async_trait;
 use tokio::{io::AsyncReadExt, net::unix::pipe, sync::watch, time::timeout};
 use tracing::{error, warn};
 use walnut_sandbox::{
-    ContainerLinks, Error, ExitInfo, Furnished, Input, Lock, Network, Output, Record, Result, Sandbox, Status, StdioTargets,
+    ContainerLinks, Error, ExitInfo, Furnished, Input, Lock, Network, Output, Record, Result,
+    Sandbox, Status, StdioTargets,
 };
 
 use crate::{

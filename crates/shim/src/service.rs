@@ -36,8 +36,8 @@ use tokio::{
     time::timeout,
 };
 use walnut_sandbox::{
-    ANNOTATION_RECLAIM, Assets, ContainerRequest, Error, ExecRequest, Furnished, ProcessState, RootfsMount,
-    Sandbox, SandboxConfig, Settings,
+    ANNOTATION_RECLAIM, Assets, ContainerRequest, Error, ExecRequest, Furnished, ProcessState,
+    RootfsMount, Sandbox, SandboxConfig, Settings,
 };
 
 use crate::{

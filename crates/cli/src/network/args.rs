@@ -134,7 +134,10 @@ impl FromStr for PublishArg {
     type Err = String;
 
     fn from_str(text: &str) -> Result<Self, String> {
-        let usage = || "write it as HOST:CONTAINER, IP:HOST:CONTAINER or with /udp behind, as 8080:80".to_owned();
+        let usage = || {
+            "write it as HOST:CONTAINER, IP:HOST:CONTAINER or with /udp behind, as 8080:80"
+                .to_owned()
+        };
         let (ports, protocol) = match text.rsplit_once('/') {
             None => (text, Transport::Tcp),
             Some((ports, "tcp")) => (ports, Transport::Tcp),
@@ -241,7 +244,9 @@ impl FromStr for AddHostArg {
 
 /// A port as a table shows it.
 pub(crate) fn shown(port: &PublishedPort) -> String {
-    let ip = port.host_ip.map(|ip| SocketAddr::new(ip, port.host_port).to_string());
+    let ip = port
+        .host_ip
+        .map(|ip| SocketAddr::new(ip, port.host_port).to_string());
     let host = ip.unwrap_or_else(|| port.host_port.to_string());
     let protocol = match port.protocol {
         Transport::Tcp => "tcp",
@@ -287,12 +292,25 @@ mod tests {
 
     #[test]
     fn addresses_and_hosts() {
-        assert_eq!("02:00:00:AA:bb:CC".parse(), Ok(MacArg("02:00:00:aa:bb:cc".into())));
-        for text in ["", "02:00", "03:00:00:00:00:01", "00:00:00:00:00:00", "2:0:0:0:0:1", "02:00:00:00:00:0g"] {
+        assert_eq!(
+            "02:00:00:AA:bb:CC".parse(),
+            Ok(MacArg("02:00:00:aa:bb:cc".into()))
+        );
+        for text in [
+            "",
+            "02:00",
+            "03:00:00:00:00:01",
+            "00:00:00:00:00:00",
+            "2:0:0:0:0:1",
+            "02:00:00:00:00:0g",
+        ] {
             assert!(text.parse::<MacArg>().is_err(), "{text}");
         }
         let AddHostArg(entry) = "db:fd00::5".parse().unwrap();
-        assert_eq!((entry.name.as_str(), entry.ip), ("db", Some("fd00::5".parse().unwrap())));
+        assert_eq!(
+            (entry.name.as_str(), entry.ip),
+            ("db", Some("fd00::5".parse().unwrap()))
+        );
         let AddHostArg(entry) = "outside:host-gateway".parse().unwrap();
         assert_eq!(entry.ip, None);
         for text in ["db", ":192.0.2.1", "a b:192.0.2.1", "db:x"] {

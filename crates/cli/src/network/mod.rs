@@ -30,7 +30,10 @@ pub(crate) async fn network(command: NetworkCommand) -> Result<u8> {
             return each(&args.networks, async |name| {
                 // No container is made meanwhile.
                 let _names = Lock::take(&layout.state.join("names.lock"))?;
-                let users: Vec<_> = members(&layout, name)?.into_iter().map(|m| m.name).collect();
+                let users: Vec<_> = members(&layout, name)?
+                    .into_iter()
+                    .map(|m| m.name)
+                    .collect();
                 Ok(networks.remove(name, &users).await?)
             })
             .await;
@@ -104,7 +107,11 @@ fn ls(layout: &Layout, networks: &Networks, args: &NetworkLsArgs) -> Result<()> 
     }
     let mut rows = Vec::new();
     for network in &all {
-        let subnets: Vec<_> = network.subnets.iter().map(|r| r.subnet.to_string()).collect();
+        let subnets: Vec<_> = network
+            .subnets
+            .iter()
+            .map(|r| r.subnet.to_string())
+            .collect();
         rows.push([
             network.name.clone(),
             network.driver.clone(),
@@ -114,7 +121,14 @@ fn ls(layout: &Layout, networks: &Networks, args: &NetworkLsArgs) -> Result<()> 
             network.bridge.clone().unwrap_or_else(|| "-".into()),
         ]);
     }
-    let head = ["NETWORK", "DRIVER", "SUBNETS", "INTERNAL", "CONTAINERS", "BRIDGE"];
+    let head = [
+        "NETWORK",
+        "DRIVER",
+        "SUBNETS",
+        "INTERNAL",
+        "CONTAINERS",
+        "BRIDGE",
+    ];
     Ok(output::table(head, &rows)?)
 }
 

@@ -113,7 +113,10 @@ fn first(link: &mut NetworkLink, network: &Network, args: &NetworkArgs) -> Resul
         let known: Vec<_> = network.subnets.iter().map(|range| range.subnet).collect();
         if !known.is_empty() && !known.iter().any(|subnet| subnet.contains(ip)) {
             let known: Vec<_> = known.iter().map(ToString::to_string).collect();
-            bail!("--ip {ip}: it is not an address of the network {name}, {}", known.join(", "));
+            bail!(
+                "--ip {ip}: it is not an address of the network {name}, {}",
+                known.join(", ")
+            );
         }
     }
     if !args.ip.is_empty() {

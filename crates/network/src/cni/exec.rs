@@ -55,7 +55,11 @@ impl Cni<'_> {
         };
         let failed = |e: io::Error| refused(format!("execute it: {e}"));
         // Files, so that nobody waits for anybody to read.
-        let (stdin, stdout, stderr) = (file().map_err(failed)?, file().map_err(failed)?, file().map_err(failed)?);
+        let (stdin, stdout, stderr) = (
+            file().map_err(failed)?,
+            file().map_err(failed)?,
+            file().map_err(failed)?,
+        );
         give(&stdin, config).map_err(failed)?;
         let mut child = Command::new(&program);
         let path = std::env::var("PATH").map_or(SYSTEM.into(), |path| format!("{path}:{SYSTEM}"));
@@ -88,7 +92,11 @@ impl Cni<'_> {
         if status.success() {
             return Ok(said);
         }
-        Err(refused(why(&said, &read(stderr).unwrap_or_default(), status)))
+        Err(refused(why(
+            &said,
+            &read(stderr).unwrap_or_default(),
+            status,
+        )))
     }
 }
 
@@ -116,7 +124,10 @@ fn end(mut child: Child) -> io::Result<ExitStatus> {
     let until = Instant::now() + DEADLINE;
     loop {
         let left = until.saturating_duration_since(Instant::now());
-        let mut wait = [rustix::event::PollFd::new(&pidfd, rustix::event::PollFlags::IN)];
+        let mut wait = [rustix::event::PollFd::new(
+            &pidfd,
+            rustix::event::PollFlags::IN,
+        )];
         let timeout = rustix::event::Timespec::try_from(left).map_err(io::Error::other)?;
         match rustix::event::poll(&mut wait, Some(&timeout)) {
             Err(rustix::io::Errno::INTR) => {}
@@ -143,7 +154,9 @@ fn why(stdout: &[u8], stderr: &[u8], status: ExitStatus) -> String {
             details,
         }) => {
             let details = details.filter(|details| !details.is_empty());
-            let details = details.map(|details| format!(": {details}")).unwrap_or_default();
+            let details = details
+                .map(|details| format!(": {details}"))
+                .unwrap_or_default();
             match code {
                 Some(code) => format!("{msg}{details} (code {code})"),
                 None => format!("{msg}{details}"),

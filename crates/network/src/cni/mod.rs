@@ -60,7 +60,9 @@ impl ConfList {
         for plugin in plugins {
             let kind = plugin.get("type").and_then(Value::as_str).unwrap_or("");
             if kind.is_empty() || kind.contains('/') {
-                return Err(refuse("each plugin must have a \"type\", the name of a program"));
+                return Err(refuse(
+                    "each plugin must have a \"type\", the name of a program",
+                ));
             }
         }
         Ok(list)
@@ -144,16 +146,15 @@ impl Cni<'_> {
         })
     }
 
-    /// Adds the container to the network; the result of the last plugin.
+    /// Adds the container to the network. `made` is the result of the last plugin then.
     ///
     /// # Errors
-    /// If a plugin is missing or refuses. What plugins before it made is there then: a
-    /// `DEL` is to follow.
-    pub fn add(&self, attachment: &Attachment<'_>) -> Result<Value> {
+    /// If a plugin is missing or refuses. `made` is what plugins before it have made: a
+    /// `DEL` with it is to follow.
+    pub fn add(&self, attachment: &Attachment<'_>, made: &mut Option<Value>) -> Result<()> {
         check_interface(attachment.interface)?;
-        let mut previous = None;
         for plugin in attachment.list.plugins() {
-            let config = config(attachment, plugin, previous.as_ref());
+            let config = config(attachment, plugin, made.as_ref());
             let said = self.execute("ADD", attachment, plugin, &config)?;
             let result: Value = serde_json::from_slice(&said).map_err(|e| Error::Refused {
                 network: attachment.list.name().to_owned(),
@@ -161,9 +162,9 @@ impl Cni<'_> {
                 attempt: "add to",
                 why: format!("its result is not JSON: {e}"),
             })?;
-            previous = Some(result);
+            *made = Some(result);
         }
-        previous.ok_or_else(|| Error::Config("a network has no plugins".into()))
+        Ok(())
     }
 
     /// Whether all that `ADD` made is as it was.
@@ -231,7 +232,10 @@ fn config(
 /// A name that can be an interface's (§2, CNI_IFNAME).
 fn check_interface(name: &str) -> Result<()> {
     let fine = |c: char| !c.is_whitespace() && !matches!(c, '/' | ':') && !c.is_control();
-    if name.is_empty() || name.len() > INTERFACE_MAX || name.starts_with('.') || !name.chars().all(fine)
+    if name.is_empty()
+        || name.len() > INTERFACE_MAX
+        || name.starts_with('.')
+        || !name.chars().all(fine)
     {
         return Err(Error::Config(format!(
             "call an interface {name:?}: use 1 to {INTERFACE_MAX} characters, without \"/\", \":\" and spaces"

@@ -80,7 +80,9 @@ fn results_go_from_plugin_to_plugin_and_back() {
     let capabilities = capabilities.as_object().unwrap();
     let list = list();
     let mut attachment = attachment(&list, capabilities);
-    let result = plugins.cni().add(&attachment).unwrap();
+    let mut made = None;
+    plugins.cni().add(&attachment, &mut made).unwrap();
+    let result = made.unwrap();
     assert_eq!(result["last"], 1);
     attachment.result = Some(&result);
     plugins.cni().check(&attachment).unwrap();
@@ -110,18 +112,31 @@ fn results_go_from_plugin_to_plugin_and_back() {
     assert_eq!(second["prevResult"]["ips"][0]["address"], "192.0.2.5/24");
     assert_eq!(second["runtimeConfig"], json!({"portMappings": [1]}));
     for (_, config) in &calls[2..] {
-        assert_eq!(config["prevResult"], json!({"cniVersion": "1.0.0", "last": 1}));
+        assert_eq!(
+            config["prevResult"],
+            json!({"cniVersion": "1.0.0", "last": 1})
+        );
     }
 }
 
 #[test]
 fn what_a_plugin_says_is_the_reason() {
     let refuses = r#"echo '{"cniVersion":"1.0.0","code":11,"msg":"try again","details":"two\nlines"}'; exit 1"#;
-    let plugins = Plugins::new().with("one", "echo '{}'").with("two", refuses);
+    let plugins = Plugins::new()
+        .with("one", r#"echo '{"cniVersion":"1.0.0"}'"#)
+        .with("two", refuses);
     let (list, none) = (list(), Map::new());
     let attachment = attachment(&list, &none);
-    let said = plugins.cni().add(&attachment).unwrap_err().to_string();
-    for part in ["network net", "plugin two", "try again: two lines (code 11)"] {
+    let mut made = None;
+    let said = plugins.cni().add(&attachment, &mut made).unwrap_err();
+    let said = said.to_string();
+    // What is to be taken away again.
+    assert_eq!(made, Some(json!({"cniVersion": "1.0.0"})));
+    for part in [
+        "network net",
+        "plugin two",
+        "try again: two lines (code 11)",
+    ] {
         assert!(said.contains(part), "{said}");
     }
     assert_eq!(said.lines().count(), 1, "{said}");
@@ -136,7 +151,11 @@ fn what_a_plugin_says_is_the_reason() {
         ("echo no JSON", "not JSON"),
     ] {
         let plugins = Plugins::new().with("one", does);
-        let said = plugins.cni().add(&attachment).unwrap_err().to_string();
+        let said = plugins
+            .cni()
+            .add(&attachment, &mut None)
+            .unwrap_err()
+            .to_string();
         assert!(said.contains(says), "{said}");
     }
 }
@@ -146,14 +165,23 @@ fn a_missing_plugin_is_named_with_its_package() {
     let plugins = Plugins::new().with("one", "echo '{}'");
     let (list, none) = (list(), Map::new());
     assert_eq!(list.programs(), ["one", "addresses", "two"]);
-    let said = plugins.cni().add(&attachment(&list, &none)).unwrap_err();
+    let said = plugins
+        .cni()
+        .add(&attachment(&list, &none), &mut None)
+        .unwrap_err();
     let said = said.to_string();
-    assert!(said.contains("plugin two") && said.contains("containernetworking-plugins"), "{said}");
+    assert!(
+        said.contains("plugin two") && said.contains("containernetworking-plugins"),
+        "{said}"
+    );
 }
 
 #[test]
 fn who_waits_for_the_lock_waits_for_plugins() {
-    let plugins = Plugins::new().with("one", "sleep infinity <&- >&- 2>&- & echo $! >\"$0.pid\"; echo '{}'");
+    let plugins = Plugins::new().with(
+        "one",
+        "sleep infinity <&- >&- 2>&- & echo $! >\"$0.pid\"; echo '{}'",
+    );
     let list = json!({"cniVersion": "1.0.0", "name": "net", "plugins": [{"type": "one"}]});
     let (list, none) = (ConfList::new(list, "net").unwrap(), Map::new());
     let path = plugins.dir.path().join("lock");
@@ -163,7 +191,7 @@ fn who_waits_for_the_lock_waits_for_plugins() {
         path: &plugins.path,
         lock: Some(std::os::fd::AsFd::as_fd(&lock)),
     };
-    cni.add(&attachment(&list, &none)).unwrap();
+    cni.add(&attachment(&list, &none), &mut None).unwrap();
     drop(lock);
     // A child of the plugin's has it.
     fs::File::open(&path).unwrap().try_lock().unwrap_err();

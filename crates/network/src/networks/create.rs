@@ -185,7 +185,9 @@ impl Networks {
         };
         if let Ok(making) = serde_json::from_slice::<Making>(&text) {
             let known = self.list()?;
-            let known = known.iter().any(|n| n.bridge.as_ref() == Some(&making.bridge));
+            let known = known
+                .iter()
+                .any(|n| n.bridge.as_ref() == Some(&making.bridge));
             let handle = links::open()?;
             // Another one's, if it has another address.
             if !known && mac(&handle, &making.bridge).await? == Some(making.mac) {
@@ -213,7 +215,10 @@ impl Taken {
         for network in &self.there {
             for range in &network.subnets {
                 if subnets::overlap(&range.subnet, subnet) {
-                    return Some(format!("that of the network {}, {}", network.name, range.subnet));
+                    return Some(format!(
+                        "that of the network {}, {}",
+                        network.name, range.subnet
+                    ));
                 }
             }
         }
@@ -228,7 +233,11 @@ fn check(new: &NewNetwork) -> Result<()> {
     check_name(&new.name)?;
     let refuse = |why: String| Error::Config(format!("create the network {}: {why}", new.name));
     for (v4, family) in [(true, "IPv4"), (false, "IPv6")] {
-        let count = new.subnets.iter().filter(|s| s.addr().is_ipv4() == v4).count();
+        let count = new
+            .subnets
+            .iter()
+            .filter(|s| s.addr().is_ipv4() == v4)
+            .count();
         if count > 1 {
             return Err(refuse(format!("give one subnet of {family} at most")));
         }
@@ -271,7 +280,9 @@ fn addresses(new: &NewNetwork, n: u32, taken: &Taken) -> Result<Option<Vec<Range
         getrandom::fill(&mut random).map_err(|e| Error::system("get random numbers")(e.into()))?;
         subnets.extend(subnets::unique_local(random));
     }
-    let ranges = subnets.into_iter().map(|s| subnets::range(s, &new.gateways));
+    let ranges = subnets
+        .into_iter()
+        .map(|s| subnets::range(s, &new.gateways));
     ranges.collect::<Result<_>>().map(Some)
 }
 

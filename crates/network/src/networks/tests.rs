@@ -6,7 +6,9 @@ fn net(text: &str) -> IpNet {
 
 #[test]
 fn numbers_are_networks_that_do_not_overlap() {
-    let all: Vec<_> = (0..subnets::COUNT).map(|n| subnets::nth(n).unwrap()).collect();
+    let all: Vec<_> = (0..subnets::COUNT)
+        .map(|n| subnets::nth(n).unwrap())
+        .collect();
     assert_eq!(all[0], net("10.64.0.0/22"));
     assert_eq!(all[255], net("10.67.252.0/22"));
     assert_eq!(subnets::nth(subnets::COUNT), None);
@@ -23,11 +25,17 @@ fn numbers_are_networks_that_do_not_overlap() {
 #[test]
 fn subnets_have_a_gateway_and_room() {
     let got = |subnet: &str, gateway: &str| {
-        let gateways: Vec<IpAddr> = gateway.split_terminator(' ').map(|g| g.parse().unwrap()).collect();
+        let gateways: Vec<IpAddr> = gateway
+            .split_terminator(' ')
+            .map(|g| g.parse().unwrap())
+            .collect();
         subnets::range(net(subnet), &gateways).map(|range| range.gateway.unwrap().to_string())
     };
     assert_eq!(got("192.0.2.0/24", "").unwrap(), "192.0.2.1");
-    assert_eq!(got("192.0.2.0/24", "192.0.2.254 fd00::9").unwrap(), "192.0.2.254");
+    assert_eq!(
+        got("192.0.2.0/24", "192.0.2.254 fd00::9").unwrap(),
+        "192.0.2.254"
+    );
     assert_eq!(got("fd00:1::/64", "").unwrap(), "fd00:1::1");
     for (subnet, gateway, why) in [
         ("192.0.2.1/24", "", "write 192.0.2.0/24"),
@@ -66,7 +74,10 @@ async fn what_cannot_be_is_refused_with_the_reason() {
         (new("-a", &[]), "use 1 to 64"),
         (new("a/b", &[]), "use 1 to 64"),
         (new("host", &[]), "something else"),
-        (new("net", &["192.0.2.0/24", "198.51.100.0/24"]), "one subnet of IPv4"),
+        (
+            new("net", &["192.0.2.0/24", "198.51.100.0/24"]),
+            "one subnet of IPv4",
+        ),
         (mtu(500, false), "from 576"),
         (mtu(1000, true), "from 1280"),
         (gateway, "in no --subnet"),
@@ -87,8 +98,17 @@ fn lists_of_others_are_networks_too() {
         "ipam":{"type":"host-local","ranges":[[{"subnet":"192.0.2.0/24"}]]}}]}"#;
     fs::write(dir.path().join("10-mine.conflist"), list).unwrap();
     fs::write(dir.path().join("broken.conflist"), "{").unwrap();
-    fs::write(dir.path().join("bridge.conflist"), list.replace("lan", "bridge")).unwrap();
-    let names: Vec<_> = networks.list().unwrap().into_iter().map(|n| n.name).collect();
+    fs::write(
+        dir.path().join("bridge.conflist"),
+        list.replace("lan", "bridge"),
+    )
+    .unwrap();
+    let names: Vec<_> = networks
+        .list()
+        .unwrap()
+        .into_iter()
+        .map(|n| n.name)
+        .collect();
     assert_eq!(names, [DEFAULT, "lan"]);
     let lan = networks.find("lan").unwrap();
     assert_eq!(lan.driver, "macvlan");

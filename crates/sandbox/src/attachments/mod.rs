@@ -150,13 +150,15 @@ impl Attachments {
                 capabilities: &capabilities,
                 result: None,
             };
-            let made = at.cni(&self.plugins).add(&attachment)?;
-            let network = NodeNetwork::of(list);
-            Networks::guard(&network)?;
-            self.introduce(at, &network, &CniResult::of(&made))?;
-            self.links[index].result = Some(made);
+            let mut made = None;
+            let added = at.cni(&self.plugins).add(&attachment, &mut made);
+            self.links[index].result = made;
             self.links[index].capabilities = capabilities;
             self.store(at.container)?;
+            added?;
+            let network = NodeNetwork::of(list);
+            Networks::guard(&network)?;
+            self.introduce(at, &network, &self.links[index].made())?;
         }
         Ok(())
     }
@@ -182,10 +184,16 @@ impl Attachments {
     fn unmake(&mut self, at: &Directory<'_>, namespace: Option<&Path>) -> Result<()> {
         let mut failed = None;
         for index in (0..self.links.len()).rev() {
-            let link = &self.links[index];
-            if !link.begun {
+            if !self.links[index].begun {
                 continue;
             }
+            if self.links[index].result.is_none() {
+                // Nobody was left to write it down. Plugins go by it, and some forget more
+                // than others do when they are asked a second time.
+                self.links[index].result = leased(&self.links[index], at);
+                self.store(at.container)?;
+            }
+            let link = &self.links[index];
             if let Err(e) = unmake(link, &self.plugins, at, namespace) {
                 failed = failed.or(Some(e));
                 continue;
@@ -242,6 +250,22 @@ pub(crate) fn networks_dir(state: &Path) -> PathBuf {
     state.join("networks")
 }
 
+/// What plugins have made for a link, by the addresses that were leased for it; nothing, if
+/// there are none.
+fn leased(link: &NetworkLink, at: &Directory<'_>) -> Option<Value> {
+    let leased = at.networks()?.leased(link.network(), at.id);
+    let whole = |ip: IpAddr| format!("{ip}/{}", if ip.is_ipv4() { 32 } else { 128 });
+    let address = |ip: &IpAddr| json!({ "interface": 0, "address": whole(*ip) });
+    let ips: Vec<_> = leased.iter().map(address).collect();
+    let version = link.list.get("cniVersion");
+    let made = json!({
+        "cniVersion": version,
+        "interfaces": [{ "name": link.interface, "sandbox": "/" }],
+        "ips": ips,
+    });
+    (!ips.is_empty()).then_some(made)
+}
+
 fn unmake(
     link: &NetworkLink,
     plugins: &[PathBuf],
@@ -253,14 +277,7 @@ fn unmake(
     let stand_in = match namespace {
         Some(_) => None,
         None => {
-            let mut addresses: Vec<_> = link.made().addresses().collect();
-            if addresses.is_empty() {
-                // Nobody was left to write the result down.
-                let networks = at.networks();
-                let leased = networks.map(|n| n.leased(list.name(), at.id));
-                let whole = |ip: IpAddr| (ip, if ip.is_ipv4() { 32 } else { 128 });
-                addresses = leased.into_iter().flatten().map(whole).collect();
-            }
+            let addresses: Vec<_> = link.made().addresses().collect();
             Some(OwnNamespace::stand_in(&link.interface, &addresses)?)
         }
     };
@@ -360,7 +377,8 @@ impl ContainerLinks {
             .name("links".into())
             .spawn(thread)
             .map_err(|e| Error::Machine(format!("start a thread: {e}")))?;
-        let lost = |_| Error::Machine("connect the container to its networks: the thread died".into());
+        let lost =
+            |_| Error::Machine("connect the container to its networks: the thread died".into());
         told.await.map_err(lost)?
     }
 }

@@ -56,8 +56,7 @@ pub struct NameServers {
 
 /// `/etc/hosts` of a container.
 pub(super) fn hosts(attachments: &Attachments) -> String {
-    let mut text =
-        "127.0.0.1\tlocalhost\n::1\tlocalhost ip6-localhost ip6-loopback\n".to_owned();
+    let mut text = "127.0.0.1\tlocalhost\n::1\tlocalhost ip6-localhost ip6-loopback\n".to_owned();
     let gateway = attachments.links.iter().flat_map(|link| link.made().ips);
     let gateway = gateway.filter_map(|ip| ip.gateway).next();
     for entry in &attachments.names.hosts {
@@ -78,7 +77,11 @@ pub(super) fn hosts(attachments: &Attachments) -> String {
 
 /// `/etc/resolv.conf` of a container.
 pub(super) fn resolv_conf(attachments: &Attachments) -> Option<String> {
-    let read = |path| fs::read_to_string(path).ok().filter(|t| t.len() <= TEXT_MAX);
+    let read = |path| {
+        fs::read_to_string(path)
+            .ok()
+            .filter(|t| t.len() <= TEXT_MAX)
+    };
     let host = parse(&read(RESOLV_CONF)?);
     let host = match host.servers.is_empty() {
         true => read(UPSTREAM).map_or(host, |text| parse(&text)),

@@ -54,7 +54,10 @@ impl fmt::Display for PublishedPort {
 pub(super) fn reserve(ports: &[PublishedPort]) -> Result<Vec<OwnedFd>> {
     let mut held = Vec::new();
     for port in ports {
-        let all = [IpAddr::from(Ipv4Addr::UNSPECIFIED), Ipv6Addr::UNSPECIFIED.into()];
+        let all = [
+            IpAddr::from(Ipv4Addr::UNSPECIFIED),
+            Ipv6Addr::UNSPECIFIED.into(),
+        ];
         let (addresses, asked) = match &port.host_ip {
             Some(ip) => (std::slice::from_ref(ip), true),
             None => (&all[..], false),
@@ -63,7 +66,8 @@ pub(super) fn reserve(ports: &[PublishedPort]) -> Result<Vec<OwnedFd>> {
             match hold(*ip, port) {
                 Ok(socket) => held.push(socket),
                 // A host without IPv6.
-                Err(rustix::io::Errno::AFNOSUPPORT | rustix::io::Errno::ADDRNOTAVAIL) if !asked => {}
+                Err(rustix::io::Errno::AFNOSUPPORT | rustix::io::Errno::ADDRNOTAVAIL) if !asked => {
+                }
                 Err(e) => return Err(refused(port, e)),
             }
         }

@@ -44,8 +44,13 @@ fn a_port_is_one_containers_alone() {
     let listener = TcpListener::bind("127.0.0.1:0").unwrap();
     let mut port = attachments().ports.remove(0);
     port.host_port = listener.local_addr().unwrap().port();
-    let said = ports::reserve(std::slice::from_ref(&port)).unwrap_err().to_string();
-    assert!(said.contains("in use") && said.contains(&port.to_string()), "{said}");
+    let said = ports::reserve(std::slice::from_ref(&port))
+        .unwrap_err()
+        .to_string();
+    assert!(
+        said.contains("in use") && said.contains(&port.to_string()),
+        "{said}"
+    );
     drop(listener);
     let held = ports::reserve(std::slice::from_ref(&port)).unwrap();
     assert!(ports::reserve(std::slice::from_ref(&port)).is_err());
