@@ -29,7 +29,9 @@ use crate::{Error, Result, networks::program};
 const PROGRAM: &str = "aardvark-dns";
 /// Where packages put it, beside `PATH`.
 const PLACES: &str = "/usr/lib/podman:/usr/libexec/podman:/usr/local/libexec/podman";
-/// Where it writes its own PID.
+/// Where its files are, and nothing else: it reads all that there is.
+const FILES: &str = "networks";
+/// Where it writes its own PID, among them.
 const PID: &str = "aardvark.pid";
 const LOCK: &str = ".lock";
 const PORT: u16 = 53;
@@ -78,11 +80,12 @@ impl Resolver {
     /// # Errors
     /// If it does not answer.
     pub fn add(&self, network: &str, servers: &[IpAddr], named: &Named<'_>) -> Result<()> {
+        let files = self.files();
         let made = fs::DirBuilder::new()
             .recursive(true)
             .mode(0o700)
-            .create(&self.dir);
-        made.map_err(Error::file("create the directory", &self.dir))?;
+            .create(&files);
+        made.map_err(Error::file("create the directory", files))?;
         let _lock = self.lock()?;
         let mut entries = self.entries(network)?;
         entries.retain(|line| id(line) != named.id);
@@ -147,7 +150,7 @@ impl Resolver {
     /// # Errors
     /// If it does not start.
     pub fn revive(&self) -> Result<()> {
-        if !self.dir.exists() || self.pid().is_some() {
+        if !self.files().exists() || self.pid().is_some() {
             return Ok(());
         }
         let _lock = self.lock()?;
@@ -157,8 +160,12 @@ impl Resolver {
         Ok(())
     }
 
+    fn files(&self) -> PathBuf {
+        self.dir.join(FILES)
+    }
+
     fn file(&self, network: &str) -> PathBuf {
-        self.dir.join(network)
+        self.files().join(network)
     }
 
     fn lock(&self) -> Result<File> {
@@ -191,7 +198,6 @@ impl Resolver {
         Ok(text.lines().skip(1).map(str::to_owned).collect())
     }
 
-    /// Hidden files are none of the server's.
     fn write(&self, network: &str, heading: &str, entries: &[String]) -> Result<()> {
         let (path, temp) = (self.file(network), self.dir.join(format!(".{network}.new")));
         let written = || -> io::Result<()> {
@@ -207,21 +213,21 @@ impl Resolver {
 
     /// How many networks there are.
     fn networks(&self) -> Result<usize> {
-        let entries = fs::read_dir(&self.dir).map_err(Error::file("list", &self.dir))?;
+        let files = self.files();
+        let entries = fs::read_dir(&files).map_err(Error::file("list", files))?;
         let names = entries.flatten().map(|entry| entry.file_name());
-        let networks =
-            names.filter(|name| name != PID && !name.as_encoded_bytes().starts_with(b"."));
-        Ok(networks.count())
+        Ok(names.filter(|name| name != PID).count())
     }
 
     /// Its process, if that is there. The file may be of one that was killed, whose number is
     /// another's by now.
     fn pid(&self) -> Option<Pid> {
-        let text = fs::read_to_string(self.dir.join(PID)).ok()?;
+        let text = fs::read_to_string(self.files().join(PID)).ok()?;
         let pid: i32 = text.trim().parse().ok().filter(|pid| *pid > 1)?;
         let line = fs::read(format!("/proc/{pid}/cmdline")).ok()?;
         let mut words = line.split(|byte| *byte == 0);
-        let own = self.dir.as_os_str().as_encoded_bytes();
+        let files = self.files();
+        let own = files.as_os_str().as_encoded_bytes();
         words.any(|word| word == own).then(|| Pid::from_raw(pid))
     }
 
@@ -246,7 +252,7 @@ impl Resolver {
             }
             std::thread::sleep(Duration::from_millis(5));
         }
-        let path = self.dir.join(PID);
+        let path = self.files().join(PID);
         match fs::remove_file(&path) {
             Err(e) if e.kind() != io::ErrorKind::NotFound => Err(Error::file("remove", path)(e)),
             _ => Ok(()),
@@ -258,7 +264,7 @@ impl Resolver {
         let mut command = Command::new(&program);
         command
             .arg("--config")
-            .arg(&self.dir)
+            .arg(self.files())
             .args(["--port", &PORT.to_string(), "run"])
             .current_dir("/")
             .stdin(Stdio::null())
@@ -406,7 +412,8 @@ mod tests {
         assert!(!dir.path().join("absent").exists());
         // A PID that is somebody else's.
         let resolver = Resolver::new(dir.path());
-        fs::write(dir.path().join(PID), std::process::id().to_string()).unwrap();
+        fs::create_dir(resolver.files()).unwrap();
+        fs::write(resolver.files().join(PID), std::process::id().to_string()).unwrap();
         assert_eq!(resolver.pid(), None);
         resolver.revive().unwrap();
     }
