@@ -8,7 +8,7 @@
 use std::{
     fs::{self, File},
     io::{self, Write},
-    net::{IpAddr, SocketAddr, UdpSocket},
+    net::{IpAddr, Ipv4Addr, SocketAddr, UdpSocket},
     os::unix::{
         fs::{DirBuilderExt, OpenOptionsExt},
         process::CommandExt,
@@ -35,8 +35,12 @@ const FILES: &str = "networks";
 const PID: &str = "aardvark.pid";
 const LOCK: &str = ".lock";
 const PORT: u16 = 53;
+/// Where questions of an internal network's containers would go: no datagram is sent there.
+const NOWHERE: IpAddr = IpAddr::V4(Ipv4Addr::BROADCAST);
 /// Longest it may take to know what it has been told.
 const DEADLINE: Duration = Duration::from_secs(5);
+/// How long it may not answer before it is started anew.
+const PATIENCE: Duration = Duration::from_secs(1);
 /// Between two questions.
 const PAUSE: Duration = Duration::from_millis(20);
 /// How long one question waits for its answer.
@@ -57,6 +61,10 @@ pub struct Named<'a> {
     pub names: &'a [&'a str],
     /// Its addresses on the network.
     pub addresses: &'a [IpAddr],
+    /// Who is asked for it what is not known; the host's name servers, if nobody is named.
+    pub forward: &'a [IpAddr],
+    /// Nobody is asked.
+    pub internal: bool,
 }
 
 impl Resolver {
@@ -101,6 +109,7 @@ impl Resolver {
             return Ok(());
         };
         let until = Instant::now() + DEADLINE;
+        let mut patience = Instant::now() + PATIENCE;
         for server in servers {
             while !knows(*server, name, *ip).unwrap_or(false) {
                 if Instant::now() > until {
@@ -110,9 +119,12 @@ impl Resolver {
                     )));
                 }
                 std::thread::sleep(PAUSE);
-                // It ends if it cannot listen, as on an address that is not ready yet.
-                if self.pid().is_none() {
+                // It ends, or goes without, if it cannot listen on an address that is not ready.
+                let pid = self.pid();
+                if pid.is_none() || Instant::now() > patience {
+                    self.stop(pid)?;
                     self.start()?;
+                    patience = Instant::now() + PATIENCE;
                 }
             }
         }
@@ -312,19 +324,24 @@ fn list(addresses: &[IpAddr]) -> String {
     words.join(",")
 }
 
-/// A line of a network's file: ID, addresses of each family, names.
+/// A line of a network's file: ID, addresses of each family, names, who is asked.
 fn line(named: &Named<'_>) -> String {
     let of = |v4: bool| {
         let all = named.addresses.iter().copied();
         list(&all.filter(|ip| ip.is_ipv4() == v4).collect::<Vec<_>>())
     };
-    format!(
-        "{} {} {} {}",
+    let forward = match named.internal {
+        true => list(&[NOWHERE]),
+        false => list(named.forward),
+    };
+    let line = format!(
+        "{} {} {} {} {forward}",
         named.id,
         of(true),
         of(false),
         named.names.join(",")
-    )
+    );
+    line.trim_end().to_owned()
 }
 
 fn id(line: &str) -> &str {
@@ -386,6 +403,8 @@ mod tests {
             id: "c1",
             names: &["web", "c1"],
             addresses: &addresses,
+            forward: &[],
+            internal: false,
         };
         assert_eq!(line(&named), "c1 192.0.2.5 fd00::5 web,c1");
         assert_eq!(id(&line(&named)), "c1");
@@ -394,6 +413,16 @@ mod tests {
             ..named
         };
         assert_eq!(line(&only), "c1 192.0.2.5  web,c1");
+        let asks = Named {
+            forward: &addresses,
+            ..only
+        };
+        assert_eq!(line(&asks), "c1 192.0.2.5  web,c1 192.0.2.5,fd00::5");
+        let alone = Named {
+            internal: true,
+            ..asks
+        };
+        assert_eq!(line(&alone), "c1 192.0.2.5  web,c1 255.255.255.255");
     }
 
     #[test]

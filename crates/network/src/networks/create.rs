@@ -293,7 +293,7 @@ fn only_ipv6(new: &NewNetwork) -> bool {
 
 /// An address that is its own: a bridge that has none takes those of its ports, which come
 /// and go.
-fn address() -> Result<Mac> {
+pub(super) fn address() -> Result<Mac> {
     let mut mac = [0; 6];
     getrandom::fill(&mut mac).map_err(|e| Error::system("get random numbers")(e.into()))?;
     // Locally administered, of one station.

@@ -110,6 +110,13 @@ impl Network {
         }
     }
 
+    /// The host's addresses in it, with their prefixes.
+    fn own_addresses(&self) -> Vec<(IpAddr, u8)> {
+        let ranges = self.subnets.iter();
+        let own = ranges.filter_map(|range| Some((range.gateway?, range.subnet.prefix_len())));
+        own.collect()
+    }
+
     /// Its list says that it was made here.
     fn is_ours(&self) -> bool {
         self.list.as_json().contains_key(OURS)
@@ -263,6 +270,24 @@ impl Networks {
             (holder.lines().next()?.trim() == container).then_some(ip)
         });
         leased.collect()
+    }
+
+    /// Makes a network's bridge where it is not there any more, as after a boot.
+    ///
+    /// # Errors
+    /// If the kernel refuses.
+    pub fn prepare(network: &Network) -> Result<()> {
+        let Some(bridge) = network.bridge.clone().filter(|_| network.is_ours()) else {
+            return Ok(());
+        };
+        let own = network.own_addresses();
+        links::on_a_thread(move || async move {
+            let handle = links::open()?;
+            if links::make_bridge(&handle, &bridge, create::address()?).await? {
+                links::furnish(&handle, &bridge, &own).await?;
+            }
+            Ok(())
+        })
     }
 
     /// What a network's containers are to have beside what its plugins make.

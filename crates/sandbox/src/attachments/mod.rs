@@ -150,13 +150,14 @@ impl Attachments {
                 capabilities: &capabilities,
                 result: None,
             };
+            let network = NodeNetwork::of(list.clone());
+            Networks::prepare(&network)?;
             let mut made = None;
             let added = at.cni(&self.plugins).add(&attachment, &mut made);
             self.links[index].result = made;
             self.links[index].capabilities = capabilities;
             self.store(at.container)?;
             added?;
-            let network = NodeNetwork::of(list);
             Networks::guard(&network)?;
             self.introduce(at, &network, &self.links[index].made())?;
         }
@@ -175,6 +176,8 @@ impl Attachments {
             id: at.id,
             names: &names,
             addresses: &addresses,
+            forward: &self.names.servers.servers,
+            internal: network.internal,
         };
         Ok(at.resolver().add(&network.name, &servers, &named)?)
     }

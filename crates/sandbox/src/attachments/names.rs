@@ -95,10 +95,25 @@ pub(super) fn resolv_conf(attachments: &Attachments) -> Option<String> {
         .flat_map(|network| network.subnets)
         .filter_map(|range| range.gateway)
         .collect();
-    if asked.servers.is_empty() {
+    if !own.is_empty() {
+        // What was asked for is whom that one asks.
         asked.servers = own;
+        bare_first(&mut asked.options, &host.options);
     }
     Some(write(&asked, &host))
+}
+
+/// Has names without a domain looked for as they are, before they are in a domain of the
+/// host's, where somebody else may be called so. Docker does it too.
+fn bare_first(asked: &mut Vec<String>, host: &[String]) {
+    let dots = |option: &String| option.starts_with("ndots:");
+    if asked.iter().any(dots) {
+        return;
+    }
+    if asked.is_empty() {
+        asked.extend(host.iter().filter(|option| !dots(option)).cloned());
+    }
+    asked.push("ndots:0".into());
 }
 
 fn write(asked: &NameServers, host: &NameServers) -> String {
@@ -166,5 +181,12 @@ mod tests {
             write(&asked, &host),
             "nameserver 198.51.100.1\noptions ndots:1\n"
         );
+        let options = |mut asked: Vec<String>| {
+            bare_first(&mut asked, &host.options);
+            asked.join(" ")
+        };
+        assert_eq!(options(vec![]), "edns0 ndots:0");
+        assert_eq!(options(vec!["rotate".into()]), "rotate ndots:0");
+        assert_eq!(options(vec!["ndots:3".into()]), "ndots:3");
     }
 }

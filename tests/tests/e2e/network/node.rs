@@ -65,9 +65,9 @@ impl Node {
         let (namespace, outside) = (Namespace::new(), Namespace::new());
         namespace.ip("link set lo up");
         outside.ip("link set lo up");
-        namespace.ip("link add up type veth peer name down");
-        namespace.ip(&format!("link set down netns {}", outside.pid()));
-        for (end, link, addresses) in [(&namespace, "up", HOST), (&outside, "down", OUTSIDE)] {
+        namespace.ip("link add wan type veth peer name lan");
+        namespace.ip(&format!("link set lan netns {}", outside.pid()));
+        for (end, link, addresses) in [(&namespace, "wan", HOST), (&outside, "lan", OUTSIDE)] {
             end.ip(&format!("link set {link} up"));
             end.ip(&format!("addr add {}/24 dev {link}", addresses[0]));
             end.ip(&format!("addr add {}/64 dev {link} nodad", addresses[1]));
