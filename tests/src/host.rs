@@ -159,6 +159,8 @@ fn command_on(host: &Host, args: &[&str]) -> Command {
         .args(args)
         .env("WALNUT_ROOT", &host.root)
         .env("WALNUT_RUN", &host.run)
+        // Tests of networks have hosts of their own.
+        .env("WALNUT_NETWORK", "none")
         .env_remove("WALNUT_LIB")
         .env_remove("WALNUT_DRIVER");
     command

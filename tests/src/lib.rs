@@ -11,6 +11,7 @@
 pub mod client;
 mod host;
 mod left;
+mod netns;
 mod terminal;
 pub mod upgrade;
 
@@ -19,6 +20,7 @@ pub use host::{
     spawn_walnut, unique, walnut,
 };
 pub use left::{assert_gone, assert_nothing_left, cgroups, kill_process, processes};
+pub use netns::Namespace;
 pub use terminal::Terminal;
 
 use std::time::{Duration, Instant};

@@ -6,6 +6,7 @@ use clap::{Args, Parser, Subcommand, ValueEnum};
 
 use crate::{
     install::{InstallArgs, UninstallArgs},
+    network::{NetworkArgs, NetworkCommand},
     reclaim::ReclaimArgs,
     stats::StatsArgs,
     upgrade::UpgradeArgs,
@@ -20,7 +21,7 @@ use crate::{
     max_term_width = 100,
     after_help = "Environment: WALNUT_ROOT (images and containers), WALNUT_RUN (sockets), WALNUT_LIB \
                   (kernel and helpers), WALNUT_CONFIG (the settings' file, /etc/walnut/config.toml), WALNUT_DRIVER (auto, vmm, qemu-kvm, qemu-tcg), WALNUT_BOOT_TIMEOUT (seconds, \
-                  60), WALNUT_TEMPLATES (off: every machine boots), WALNUT_PRESSURE (off, or a \
+                  60), WALNUT_TEMPLATES (off: every machine boots), WALNUT_NETWORK (of containers that name none: a network, or none), WALNUT_PRESSURE (off, or a \
                   memory.pressure to watch instead of the host's), WALNUT_LOG (debug, info, …)."
 )]
 pub(crate) struct Cli {
@@ -64,6 +65,9 @@ pub(crate) enum Command {
     /// Keep machines ready, so that containers start at once
     #[command(subcommand)]
     Pool(PoolCommand),
+    /// Networks that containers are on
+    #[command(subcommand)]
+    Network(NetworkCommand),
     /// Say what this host can do, and what Walnut will use
     Check(CheckArgs),
     /// Show the settings of this node, and the files that they are from
@@ -100,13 +104,16 @@ pub(crate) struct FormatArgs {
 #[derive(Debug, Default, Args)]
 #[command(after_help = "Examples:
   walnut run --rm -it debian bash
-  walnut run -d --name web -m 256m nginx
+  walnut run -d --name web -m 256m -p 8080:80 nginx
   echo hello | walnut run --rm -i debian sha256sum
   walnut run --rm -v ./data:/data:ro -w /data debian ls -l
   walnut run -d warm-redis                   # go on where `walnut checkpoint` saved it
+  walnut run -d --network shop --name db redis && walnut run --rm --network shop debian getent hosts db
+  walnut run --rm --network none debian ls   # loopback alone
 
 Exit codes: the command's own; 125 Walnut failed, 126 the command cannot be executed, 127 it does
-not exist. The container's network is loopback alone for now.")]
+not exist. What is on no network starts soonest: from a pool, if there is one, and can be saved by
+`walnut checkpoint`.")]
 pub(crate) struct RunArgs {
     /// Give the prompt back at once and print the container's ID
     #[arg(short, long)]
@@ -162,6 +169,8 @@ pub(crate) struct RunArgs {
     /// Boot the machine, even where a template could spare it that
     #[arg(long)]
     pub(crate) no_template: bool,
+    #[command(flatten)]
+    pub(crate) net: NetworkArgs,
     /// Image, by name or ID
     pub(crate) image: String,
     /// Command and arguments [default: the image's]

@@ -15,8 +15,8 @@ use anyhow::{Context, Result, bail};
 use oci_spec::{image::Config, runtime::Spec};
 use walnut_image::{Image, Lease};
 use walnut_sandbox::{
-    ANNOTATION_LOG, Assets, Checkpoint, Error, Handover, ImageRef, Layout, Lock, Pools, Record,
-    Settings, Status, Wanted, find, list, now_ns,
+    ANNOTATION_LOG, Assets, Attachments, Checkpoint, Error, Handover, ImageRef, Layout, Lock,
+    Pools, Record, Settings, Status, Wanted, find, list, networks::Networks, now_ns,
 };
 
 use crate::{args::RunArgs, saved, spec, supervisor};
@@ -29,6 +29,8 @@ pub(crate) struct NewContainer {
     spec: Spec,
     /// From where another was saved.
     goes_on: bool,
+    /// It is on networks.
+    networked: bool,
     layout: Layout,
     lock: Option<Lock>,
     lease: Option<Lease>,
@@ -41,6 +43,7 @@ struct New {
     command: Vec<String>,
     spec: Spec,
     goes_on: bool,
+    attachments: Option<Attachments>,
 }
 
 fn random() -> Result<[u8; 16]> {
@@ -65,7 +68,12 @@ pub(crate) struct Supervised {
 
 impl NewContainer {
     /// Makes the directories, the bundle and the record.
-    pub(crate) fn create(layout: &Layout, args: &RunArgs, image: &Image) -> Result<Self> {
+    pub(crate) fn create(
+        layout: &Layout,
+        args: &RunArgs,
+        image: &Image,
+        mut attachments: Option<Attachments>,
+    ) -> Result<Self> {
         let lease = image.lease().context("use the image")?;
         let id = new_id()?;
         let empty = Config::default();
@@ -75,6 +83,9 @@ impl NewContainer {
             Some(name) => name.clone(),
             None => id[..12].to_owned(),
         };
+        if let Some(attachments) = &mut attachments {
+            attachments.names.hostname.clone_from(&hostname);
+        }
         let spec = spec::build(args, config, &hostname, &dir.join("container.log"))?;
         let image = ImageRef {
             name: args.image.clone(),
@@ -87,6 +98,7 @@ impl NewContainer {
             command,
             spec,
             goes_on: false,
+            attachments,
         };
         Self::place(layout, args, lease, new)
     }
@@ -113,6 +125,7 @@ impl NewContainer {
             command,
             spec,
             goes_on: true,
+            attachments: None,
         };
         Self::place(layout, args, lease, new)
     }
@@ -124,6 +137,7 @@ impl NewContainer {
             command,
             spec,
             goes_on,
+            mut attachments,
         } = new;
         let record = Record {
             version: 1,
@@ -147,11 +161,16 @@ impl NewContainer {
             id,
         };
         check_name(&record.name)?;
-        let lock = place(layout, &record, &serde_json::to_vec(&spec)?)?;
+        if let Some(attachments) = &mut attachments {
+            attachments.names.name.clone_from(&record.name);
+        }
+        let spec_json = serde_json::to_vec(&spec)?;
+        let lock = place(layout, &record, &spec_json, attachments.as_ref())?;
         Ok(Self {
             record,
             spec,
             goes_on,
+            networked: attachments.is_some(),
             layout: layout.clone(),
             lock: Some(lock),
             lease: Some(lease),
@@ -173,6 +192,8 @@ impl NewContainer {
         let image = self.lease.take();
         if let Some(image) = &image
             && !self.goes_on
+            // One that stands by has no links, and gets none.
+            && !self.networked
             && let Some(wanted) = pooled(args, &self.spec)?
         {
             let handover = Handover {
@@ -257,8 +278,8 @@ fn pooled(args: &RunArgs, spec: &Spec) -> Result<Option<Wanted>> {
 impl Drop for NewContainer {
     fn drop(&mut self) {
         // Without the lock it is the supervisor's.
-        if self.lock.is_some() {
-            let _ = walnut_sandbox::remove(&self.layout, &self.record.id);
+        if let Some(lock) = &self.lock {
+            let _ = walnut_sandbox::remove(&self.layout, &self.record.id, lock);
         }
     }
 }
@@ -286,7 +307,12 @@ impl Supervised {
 
 /// Puts the container's directory in place, whole and locked, under a name
 /// that is free.
-fn place(layout: &Layout, record: &Record, spec: &[u8]) -> Result<Lock> {
+fn place(
+    layout: &Layout,
+    record: &Record,
+    spec: &[u8],
+    attachments: Option<&Attachments>,
+) -> Result<Lock> {
     let _names = Lock::take(&layout.state.join("names.lock"))?;
     if let Some(other) = list(layout)?.iter().find(|r| r.name == record.name) {
         bail!(
@@ -296,11 +322,19 @@ fn place(layout: &Layout, record: &Record, spec: &[u8]) -> Result<Lock> {
             record.name
         );
     }
+    let networks = Networks::new(&layout.networks());
+    for link in attachments.iter().flat_map(|a| &a.links) {
+        // Until here somebody may have removed it.
+        networks.find(link.network())?;
+    }
     let new = layout.containers().join(format!("new-{}", record.id));
     let made = (|| -> Result<Lock> {
         fs::DirBuilder::new().mode(0o700).create(&new)?;
         fs::write(new.join("config.json"), spec)?;
         record.store(&new)?;
+        if let Some(attachments) = attachments {
+            attachments.store(&new)?;
+        }
         let lock = Lock::try_take(&new.join("lock"))?.context("somebody holds the new lock")?;
         make_run_dir(layout.sandbox(&record.id))?;
         fs::rename(&new, layout.container(&record.id))?;

@@ -1,12 +1,15 @@
 //! `walnut ps` and `walnut version`.
 
 use anyhow::Result;
+use serde::Serialize;
 use serde_json::json;
-use walnut_sandbox::{Layout, Record, Status, list, now_ns};
+use walnut_sandbox::{
+    Attachments, Layout, NetworkLink, PublishedPort, Record, Status, list, now_ns,
+};
 
 use crate::{
     args::{Format, FormatArgs, PsArgs},
-    output,
+    network, output,
 };
 
 pub(crate) fn ps(args: &PsArgs) -> Result<u8> {
@@ -20,8 +23,14 @@ pub(crate) fn ps(args: &PsArgs) -> Result<u8> {
         }
         return Ok(0);
     }
+    let networks = |r: &Record| Attachments::load(&layout.container(&r.id)).ok().flatten();
     if args.format == Format::Json {
-        output::json(&records)?;
+        let shown = records.iter().map(|record| Shown {
+            record,
+            networks: networks(record).iter().flat_map(links).collect(),
+            ports: networks(record).map(|n| n.ports).unwrap_or_default(),
+        });
+        output::json(&shown.collect::<Vec<_>>())?;
         return Ok(0);
     }
     let now = now_ns();
@@ -34,6 +43,7 @@ pub(crate) fn ps(args: &PsArgs) -> Result<u8> {
                 cut(&r.command.join(" "), 30),
                 format!("{} ago", output::ago(r.created_at, now)),
                 status(r, now),
+                ports(networks(r)),
                 r.name.clone(),
             ]
         })
@@ -45,11 +55,44 @@ pub(crate) fn ps(args: &PsArgs) -> Result<u8> {
             "COMMAND",
             "CREATED",
             "STATUS",
+            "PORTS",
             "NAME",
         ],
         &rows,
     )?;
     Ok(0)
+}
+
+/// A container as programs see it.
+#[derive(Serialize)]
+struct Shown<'a> {
+    #[serde(flatten)]
+    record: &'a Record,
+    networks: Vec<Link>,
+    ports: Vec<PublishedPort>,
+}
+
+/// A link of its to a network.
+#[derive(Serialize)]
+struct Link {
+    network: String,
+    interface: String,
+    addresses: Vec<String>,
+}
+
+fn links(attachments: &Attachments) -> Vec<Link> {
+    let shown = |link: &NetworkLink| Link {
+        network: link.network().to_owned(),
+        interface: link.interface.clone(),
+        addresses: link.made().ips.into_iter().map(|ip| ip.address).collect(),
+    };
+    attachments.links.iter().map(shown).collect()
+}
+
+fn ports(attachments: Option<Attachments>) -> String {
+    let ports = attachments.map(|a| a.ports).unwrap_or_default();
+    let shown: Vec<_> = ports.iter().map(network::shown).collect();
+    shown.join(", ")
 }
 
 fn status(record: &Record, now: i64) -> String {

@@ -18,6 +18,7 @@ mod install;
 mod io;
 mod list;
 mod logs;
+mod network;
 mod oci;
 mod output;
 mod pool;
@@ -93,6 +94,7 @@ async fn dispatch(command: Command) -> anyhow::Result<u8> {
         Command::Fork(args) => checkpoint::fork(args).await,
         Command::Template(command) => template::template(command).await,
         Command::Pool(command) => pool::pool(command),
+        Command::Network(command) => network::network(command).await,
         Command::Check(args) => check::check(&args),
         Command::Config(args) => config::config(&args),
         Command::Install(args) => install::install(&args),

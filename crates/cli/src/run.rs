@@ -12,14 +12,16 @@ use containerd_shim_protos::{
 };
 use tokio::signal::unix::{SignalKind, signal};
 use walnut_image::Store;
-use walnut_sandbox::{Checkpoint, Draft, Error, ImageRef, Layout, Record, reconcile};
+use walnut_sandbox::{
+    Checkpoint, Draft, Error, ImageRef, Layout, Lock, Record, Settings, reconcile,
+};
 
 use crate::{
     args::{PullWhen, RunArgs},
     client::{self, Supervisor, fault, soon},
     create::{NewContainer, Supervised},
     io::Fifos,
-    pull, saved,
+    network, pull, saved,
     terminal::{self, Raw},
 };
 
@@ -34,7 +36,11 @@ pub(crate) async fn run(args: RunArgs) -> Result<u8> {
         }
     };
     let container = match &image.checkpoint {
-        None => NewContainer::create(&layout, &args, &image)?,
+        None => {
+            let settings = Settings::load()?;
+            let attachments = network::plan(&layout, &args.net, &settings).await?;
+            NewContainer::create(&layout, &args, &image, attachments)?
+        }
         Some(dir) => {
             let saved = Checkpoint::load(dir)?;
             saved::check(&args, &saved)?;
@@ -262,8 +268,9 @@ async fn finish(
     reconcile(layout)?;
     let never_ran = result.is_err()
         && walnut_sandbox::find(layout, &record.id).is_ok_and(|r| r.started_at.is_none());
-    if never_ran {
-        walnut_sandbox::remove(layout, &record.id)?;
+    let lock = layout.container(&record.id).join("lock");
+    if never_ran && let Some(lock) = Lock::try_take(&lock)? {
+        walnut_sandbox::remove(layout, &record.id, &lock)?;
     }
     match (result, killed) {
         (Err(_), Some(status)) => Err(Error::Machine(format!(

@@ -17,10 +17,17 @@ pub(crate) fn check(args: &RunArgs, saved: &Checkpoint) -> Result<()> {
         ("--volume", !args.volume.is_empty()),
         ("--read-only", args.read_only),
         ("--no-template", args.no_template),
+        ("--network", args.net.network.iter().any(|n| n != "none")),
     ];
     if let Some((what, _)) = late.iter().find(|(_, given)| *given) {
         bail!(
             "{} is a checkpoint: its processes run already, so {what} cannot be applied",
+            args.image
+        );
+    }
+    if let Some(option) = args.net.needs_network() {
+        bail!(
+            "{} is a checkpoint, of a container that was on no network: leave {option} out",
             args.image
         );
     }

@@ -62,10 +62,10 @@ pub(crate) async fn rm(args: RmArgs) -> Result<u8> {
         }
         // Its supervisor may be at its last steps.
         gone(&layout, &record.id).await?;
-        let Some(_lock) = Lock::try_take(&lock)? else {
+        let Some(lock) = Lock::try_take(&lock)? else {
             bail!("container {} is being looked at; try again", record.name);
         };
-        Ok(remove(&layout, &record.id)?)
+        Ok(remove(&layout, &record.id, &lock)?)
     })
     .await
 }

@@ -31,6 +31,56 @@ pub enum Error {
         /// What it is.
         kind: String,
     },
+    /// A plugin of CNI's is not there.
+    #[error(
+        "look for the network plugin {name}: it is not in {}; install the package containernetworking-plugins, or say in the settings where it is ([network] plugins), or use --network none",
+        shown(places)
+    )]
+    Plugin {
+        /// Its program.
+        name: String,
+        /// Where it was looked for.
+        places: Vec<PathBuf>,
+    },
+    /// A program that plugins execute is not there.
+    #[error(
+        "look for {0}, which the network's plugins execute: it is nowhere in PATH; install the package {0}, or use --network none"
+    )]
+    Program(&'static str),
+    /// A plugin of CNI's failed.
+    #[error(
+        "{attempt} the network {network}: the plugin {plugin}: {why}{}",
+        what_to_do(why)
+    )]
+    Refused {
+        /// The network.
+        network: String,
+        /// The plugin.
+        plugin: String,
+        /// "add to", "take from" or "check on".
+        attempt: &'static str,
+        /// What it said.
+        why: String,
+    },
+    /// A description of a network, or what is asked of one, is not what it must be.
+    #[error("{0}")]
+    Config(String),
+    /// There is a network of this name.
+    #[error("{0}")]
+    Taken(String),
+    /// There is no such network.
+    #[error("{0}")]
+    Unknown(String),
+    /// A file could not be handled.
+    #[error("{what} {}: {source}", path.display())]
+    File {
+        /// The attempt.
+        what: &'static str,
+        /// On what.
+        path: PathBuf,
+        /// The operating system's reason.
+        source: io::Error,
+    },
     /// A request of the kernel's failed.
     #[error("{what}: {source}")]
     System {
@@ -55,10 +105,37 @@ impl Error {
         move |source| Self::System { what, source }
     }
 
+    pub(crate) fn file(
+        what: &'static str,
+        path: impl Into<PathBuf>,
+    ) -> impl FnOnce(io::Error) -> Self {
+        let path = path.into();
+        move |source| Self::File { what, path, source }
+    }
+
     pub(crate) fn netlink(what: impl Into<String>) -> impl FnOnce(rtnetlink::Error) -> Self {
         let what = what.into();
         move |source| Self::Netlink { what, source }
     }
+}
+
+fn shown(places: &[PathBuf]) -> String {
+    let places: Vec<_> = places.iter().map(|p| p.display().to_string()).collect();
+    match places.as_slice() {
+        [] => "any directory".into(),
+        places => places.join(" or "),
+    }
+}
+
+/// What to do about those of a plugin's reasons that users meet.
+fn what_to_do(why: &str) -> &'static str {
+    if why.contains("no IP addresses available") {
+        return "; every address of the network is in use: remove containers of it, or make a network with a larger --subnet";
+    }
+    if why.contains("is not available in range set") {
+        return "; it is in use, or not an address of the network's for containers: choose another --ip";
+    }
+    ""
 }
 
 /// What the kernel wants to be told to do, for those of its errors that say little.

@@ -8,25 +8,39 @@
 //! guest before the namespace's own stack sees it. Frames of the guest's with another
 //! source than the link's address do not leave the tap, and no packets that [`Rules`] deny.
 //!
+//! Where nobody else makes networks, it does: [`Networks`] are those of a node of Walnut's,
+//! ordinary lists of CNI's, and [`Cni`] has plugins put a container's link to one into a
+//! namespace of its own ([`OwnNamespace`]).
+//!
 //! It knows namespaces, links and taps; it knows no machine, no agent and no front end.
 
 mod bpf;
+mod cni;
 mod egress;
 mod error;
 mod filter;
 mod inlet;
 mod inventory;
+mod links;
+mod made;
 mod namespace;
+mod networks;
 mod redirect;
+mod resolver;
 mod tap;
 
 use std::{net::IpAddr, os::fd::OwnedFd, path::PathBuf};
 
 use tracing::debug;
 
+pub use cni::{Attachment, Cni, CniInterface, CniIp, CniResult, ConfList};
 pub use egress::{RULES_MAX, Rules, Verdict};
 pub use error::{Error, Result};
 pub use inlet::{Inlet, is_meant};
+pub use ipnet::IpNet;
+pub use made::OwnNamespace;
+pub use networks::{DEFAULT, Network, Networks, NewNetwork, check_programs};
+pub use resolver::{Named, Resolver};
 
 /// An Ethernet address.
 pub type Mac = [u8; 6];

@@ -118,7 +118,7 @@ impl Sandbox {
             false => None,
         };
         let mut links = Links::take(
-            config.network,
+            &config.network,
             &plan.spec,
             size.vcpus,
             config.settings.egress(),
@@ -166,8 +166,8 @@ impl Sandbox {
         let size = sizing::size(&spec, &config.settings);
         let cgroup = cgroup::enter(&config, size.memory);
         let mut shared = Some(VirtioFs::start(&[], &config.run_dir).await?);
-        let mut links =
-            Links::take(config.network, &spec, size.vcpus, config.settings.egress()).await?;
+        let egress = config.settings.egress();
+        let mut links = Links::take(&config.network, &spec, size.vcpus, egress).await?;
         steps.done("links taken");
         let parts = start::Parts {
             size,
@@ -306,7 +306,7 @@ impl Sandbox {
         };
         let files = match plan.role {
             Role::First => Vec::new(),
-            _ => guest_spec::files(&plan.spec, id, self.pod.as_ref()),
+            _ => guest_spec::files(&plan.spec, id, self.pod.as_ref(), self.names.as_ref()),
         };
         let place = guest_spec::Place {
             root: &root,

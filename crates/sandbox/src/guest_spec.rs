@@ -13,6 +13,7 @@ use crate::{
     Error, Result,
     pod::{self, First, Role},
     pod_request::PodParts,
+    sandbox::NameFiles,
 };
 
 /// Largest `config.json` that is read, bytes; the agent's own limit.
@@ -219,29 +220,33 @@ pub(crate) fn hostname(spec: &Spec) -> String {
         .unwrap_or_else(|| "walnut".into())
 }
 
-/// `/etc/hosts` and `/etc/hostname` of a container, and the pod's `/etc/resolv.conf` if it
-/// has one, where the spec has no mount of its own on them.
+/// `/etc/hosts` and `/etc/hostname` of a container, and the `/etc/resolv.conf` of its pod or
+/// its network if they have one, where the spec has no mount of its own on them.
 pub(crate) fn files(
     spec: &Spec,
     container: &str,
     pod: Option<&PodParts>,
+    names: Option<&NameFiles>,
 ) -> Vec<(GuestFile, PathBuf)> {
     let pods = pod
         .map(|pod| pod.hostname.clone())
         .filter(|n| !n.is_empty());
     let hostname = pods.unwrap_or_else(|| hostname(spec));
-    let hosts = format!(
-        "127.0.0.1\tlocalhost\n::1\tlocalhost ip6-localhost ip6-loopback\n127.0.1.1\t{hostname}\n"
-    );
+    let hosts = match names {
+        Some(names) => names.hosts.clone(),
+        None => format!(
+            "127.0.0.1\tlocalhost\n::1\tlocalhost ip6-localhost ip6-loopback\n127.0.1.1\t{hostname}\n"
+        ),
+    };
+    let resolv_conf = pod
+        .and_then(|pod| pod.resolv_conf.clone())
+        .or_else(|| names?.resolv_conf.clone());
     [
         ("hosts", "/etc/hosts", hosts),
         ("hostname", "/etc/hostname", format!("{hostname}\n")),
     ]
     .into_iter()
-    .chain(
-        pod.and_then(|pod| pod.resolv_conf.clone())
-            .map(|text| ("resolv.conf", "/etc/resolv.conf", text)),
-    )
+    .chain(resolv_conf.map(|text| ("resolv.conf", "/etc/resolv.conf", text)))
     .filter(|(_, destination, _)| {
         !spec
             .mounts()
@@ -302,7 +307,7 @@ mod tests {
         check_hostname(&spec).unwrap();
         let host = fs::read_to_string("/proc/sys/kernel/hostname").unwrap();
         assert_eq!(hostname(&spec), host.trim());
-        let named = files(&spec, "c", None);
+        let named = files(&spec, "c", None, None);
         assert_eq!(named[1].0.data, host.as_bytes());
         // Its own, of which nobody has said anything.
         namespaces.push(uts);
@@ -328,7 +333,7 @@ mod tests {
     #[test]
     fn the_guest_never_hears_of_host_paths() {
         let spec = spec();
-        let files = files(&spec, "c1", None);
+        let files = files(&spec, "c1", None, None);
         let place = Place {
             root: "/run/walnut/c1/rootfs",
             binds: &[(1, "/run/walnut/shared/0".into())],
@@ -366,7 +371,7 @@ mod tests {
             hostname: "pod".into(),
             resolv_conf: Some("nameserver 10.0.0.1\n".into()),
         };
-        let files = files(&spec, "c1", Some(&parts));
+        let files = files(&spec, "c1", Some(&parts), None);
         let text = |name: &str| {
             let found = files.iter().find(|(_, path)| path == Path::new(name));
             String::from_utf8(found.unwrap().0.data.clone()).unwrap()
@@ -387,6 +392,21 @@ mod tests {
         assert_eq!(mounts[0].typ().as_deref(), Some("bind"));
         assert_eq!(mounts[0].source(), &Some("/dev/shm".into()));
         assert!(!options(&mounts[0]).any(|o| o.starts_with("size")));
+    }
+
+    #[test]
+    fn a_containers_network_says_who_is_on_it() {
+        let names = NameFiles {
+            hosts: "192.0.2.5\tweb\n".into(),
+            resolv_conf: Some("nameserver 192.0.2.1\n".into()),
+        };
+        let files = files(&spec(), "c1", None, Some(&names));
+        let text = |at: usize| String::from_utf8(files[at].0.data.clone()).unwrap();
+        assert_eq!(files[0].1, Path::new("/etc/hosts"));
+        assert_eq!(text(0), names.hosts);
+        assert_eq!(text(1), "web\n");
+        assert_eq!(files[2].1, Path::new("/etc/resolv.conf"));
+        assert_eq!(text(2), "nameserver 192.0.2.1\n");
     }
 
     #[test]

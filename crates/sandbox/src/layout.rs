@@ -6,7 +6,7 @@ use std::{
     path::{Path, PathBuf},
 };
 
-use crate::{Error, Result};
+use crate::{Error, Result, attachments};
 
 /// Longest run directory: the longest socket below it must fit into the 107
 /// bytes of a Unix socket's address.
@@ -83,6 +83,11 @@ impl Layout {
     /// Content and root file systems of images.
     pub fn images(&self) -> PathBuf {
         self.state.join("images")
+    }
+
+    /// Networks of containers.
+    pub fn networks(&self) -> PathBuf {
+        attachments::networks_dir(&self.state)
     }
 
     /// One directory per container.

@@ -10,6 +10,7 @@
 //! translate to and from the types here.
 
 mod agent;
+mod attachments;
 mod bundle;
 mod cgroup;
 mod checkpoint;
@@ -45,6 +46,10 @@ mod stdio;
 mod takeover;
 mod template;
 
+pub use attachments::{
+    Attachments, ContainerLinks, Furnished, HostEntry, LinksState, NameServers, Names, NetworkLink,
+    PublishedPort, Transport,
+};
 pub use bundle::{BundleState, BundleStatus, Bundles};
 pub use checkpoint::{
     CHECKPOINT_FILE, CHECKPOINT_MAX, Checkpoint, CheckpointOptions, Draft, Drafts, SavedContainer,
@@ -63,7 +68,7 @@ pub use pool::{
 pub use process::{ExitInfo, ProcessState};
 pub use record::{ImageRef, Record, Status, find, list, now_ns, reconcile, remove};
 pub use sandbox::{
-    ContainerRequest, ContainerState, ExecRequest, RootfsMount, Sandbox, SandboxConfig,
+    ContainerRequest, ContainerState, ExecRequest, NameFiles, RootfsMount, Sandbox, SandboxConfig,
 };
 pub use settings::{Annotation, BOOT_TIMEOUT, Bytes, SETTINGS_FILE, Settings};
 pub use sizing::PodLimits;
@@ -71,6 +76,7 @@ pub use stdio::{Input, Output, StdioTargets};
 pub use takeover::{Busy, Doing, SandboxState, Way};
 pub use template::{Listed, Shape, Template, Templates, Wanted};
 pub use walnut_machine as machine;
+pub use walnut_network as networks;
 /// The host–guest protocol this build speaks.
 pub use walnut_protocol::{
     PROTOCOL,

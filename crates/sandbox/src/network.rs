@@ -15,7 +15,7 @@ use crate::{Error, Result, Sandbox, agent::soon};
 const QUEUES_MAX: u16 = 8;
 
 /// Where a sandbox's network comes from.
-#[derive(Debug, Clone, Copy, Default, PartialEq, Eq)]
+#[derive(Debug, Clone, Default, PartialEq, Eq)]
 pub enum Network {
     /// There is none: the guest has loopback.
     #[default]
@@ -24,15 +24,18 @@ pub enum Network {
     Named,
     /// The network namespace that the caller lives in.
     Own,
+    /// The one that this file stands for.
+    At(PathBuf),
 }
 
 impl Network {
     /// The namespace that a sandbox with this first container takes its links from.
-    fn namespace(self, spec: &Spec) -> Option<Namespace> {
+    fn namespace(&self, spec: &Spec) -> Option<Namespace> {
         match self {
             Self::None => None,
             Self::Own => Some(Namespace::Own),
             Self::Named => named(spec).map(Namespace::At),
+            Self::At(path) => Some(Namespace::At(path.clone())),
         }
     }
 }
@@ -58,7 +61,7 @@ pub(crate) struct Links {
 impl Links {
     /// Takes over the links of the namespace; `egress` is for what its guest sends.
     pub(crate) async fn take(
-        network: Network,
+        network: &Network,
         spec: &Spec,
         vcpus: u32,
         egress: Vec<Rules>,
@@ -170,6 +173,9 @@ mod tests {
         assert_eq!(Network::Named.namespace(&pod), Some(at));
         assert_eq!(Network::Own.namespace(&pod), Some(Namespace::Own));
         assert_eq!(Network::None.namespace(&pod), None);
+        let held = Network::At("/proc/self/fd/3".into());
+        let at = Namespace::At("/proc/self/fd/3".into());
+        assert_eq!(held.namespace(&pod), Some(at));
         // A namespace that is new has nothing in it, and the host's is not named.
         assert_eq!(
             Network::Named.namespace(&spec(r#"{"type":"network"}"#)),

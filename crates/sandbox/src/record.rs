@@ -6,12 +6,13 @@
 //! for as long as it lives. A record that says "running" while nobody holds the
 //! lock tells of a supervisor that was killed.
 
-use std::{fs, io, path::Path};
+use std::{fs, io, os::fd::AsFd, path::Path};
 
 use serde::{Deserialize, Serialize};
+use tracing::warn;
 
 use crate::{
-    DaemonDirs, Drafts, Error, Layout, Lock, Pools, Result, Templates, cgroup, daemon,
+    DaemonDirs, Drafts, Error, Layout, Lock, Pools, Result, Templates, attachments, cgroup, daemon,
     file::{read_json, write_json},
     pool, template,
 };
@@ -165,9 +166,10 @@ pub fn find(layout: &Layout, name: &str) -> Result<Record> {
     }
 }
 
-/// Removes an ended container's directory. The caller has made sure that it has
-/// no supervisor.
-pub fn remove(layout: &Layout, id: &str) -> Result<()> {
+/// Removes an ended container's directory, with what of its networks a killed supervisor
+/// may have left. The caller holds its lock.
+pub fn remove(layout: &Layout, id: &str, lock: &Lock) -> Result<()> {
+    attachments::release(layout, id, lock.as_fd())?;
     remove_dir(&layout.sandbox(id))?;
     remove_dir(&layout.container(id))
 }
@@ -185,10 +187,13 @@ pub fn reconcile(layout: &Layout) -> Result<()> {
             }
             continue;
         }
-        let Some(_lock) = Lock::try_take(&dir.join("lock"))? else {
+        let Some(lock) = Lock::try_take(&dir.join("lock"))? else {
             continue;
         };
-        reconcile_one(layout, &id)?;
+        reconcile_one(layout, &id, &lock)?;
+    }
+    if let Err(e) = attachments::resolver(&layout.run).revive() {
+        warn!("{e}");
     }
     Templates::new(&layout.state, &layout.run).sweep()?;
     Drafts::new(&layout.state).sweep()?;
@@ -205,6 +210,7 @@ pub fn reconcile(layout: &Layout) -> Result<()> {
             pool::RUN_DIR,
             daemon::RUN_DIR,
             daemon::BUNDLES_DIR,
+            attachments::NAMES_DIR,
         ];
         if others.contains(&entry.as_str()) {
             continue;
@@ -216,18 +222,25 @@ pub fn reconcile(layout: &Layout) -> Result<()> {
     Ok(())
 }
 
-fn reconcile_one(layout: &Layout, id: &str) -> Result<()> {
+fn reconcile_one(layout: &Layout, id: &str, lock: &Lock) -> Result<()> {
     let dir = layout.container(id);
     cgroup::sweep(&layout.sandbox(id));
     remove_dir(&layout.sandbox(id))?;
-    let Ok(mut record) = Record::load(&dir) else {
-        return remove_dir(&dir);
-    };
-    if record.status == Status::Exited && !record.auto_remove {
-        return Ok(());
+    let released = attachments::release(layout, id, lock.as_fd());
+    if let Err(e) = &released {
+        // Others must not wait for a plugin that is missing. It is tried again the next
+        // time, for which the directory is needed.
+        warn!("take container {id} from its networks: {e}");
     }
-    if record.auto_remove {
+    let removable = released.is_ok();
+    let Ok(mut record) = Record::load(&dir) else {
+        return if removable { remove_dir(&dir) } else { Ok(()) };
+    };
+    if record.auto_remove && removable {
         return remove_dir(&dir);
+    }
+    if record.status == Status::Exited {
+        return Ok(());
     }
     record.status = Status::Exited;
     record.exit_code = Some(137);

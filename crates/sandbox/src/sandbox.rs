@@ -11,6 +11,7 @@ use std::{
 };
 
 use oci_spec::runtime::Spec;
+use serde::{Deserialize, Serialize};
 use tokio::{
     sync::{Mutex, RwLock},
     time::timeout,
@@ -71,8 +72,20 @@ pub struct SandboxConfig {
     pub cache: Option<PathBuf>,
     /// Where its network comes from.
     pub network: Network,
+    /// Files of its container's that tell of that network.
+    pub names: Option<NameFiles>,
     /// Where to look for a template to start from, if the settings have one used.
     pub templates: Option<Templates>,
+}
+
+/// What of a container's files says who is on its network.
+#[derive(Debug, Clone, Default, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(deny_unknown_fields)]
+pub struct NameFiles {
+    /// `/etc/hosts`.
+    pub hosts: String,
+    /// `/etc/resolv.conf`, if it is not the image's.
+    pub resolv_conf: Option<String>,
 }
 
 /// A root file system as a front end hands it over.
@@ -153,6 +166,8 @@ pub struct Sandbox {
     /// Held exclusively while the machine is saved.
     pub(crate) saving: RwLock<()>,
     pub(crate) size: Sizes,
+    /// What its container's files say of its network.
+    pub(crate) names: Option<NameFiles>,
     /// What its containers get from a pod that has no container of its own.
     pub(crate) pod: Option<PodParts>,
     /// Goes last: by then its processes have ended.
@@ -197,6 +212,7 @@ impl Sandbox {
             carrying: StdMutex::default(),
             saving: RwLock::default(),
             size: Sizes::new(size, started.max),
+            names: config.names,
             pod: None,
             cgroup: StdMutex::new(cgroup),
             busy: Busy::default(),

@@ -31,7 +31,7 @@ use walnut_protocol::{AGENT_PORT, agent_ttrpc::AgentClient};
 use walnut_storage::{VirtioFs, VirtioFsState};
 
 use crate::{
-    Error, ProcessState, Result, Sandbox, Settings, Shape, agent,
+    Error, NameFiles, ProcessState, Result, Sandbox, Settings, Shape, agent,
     checkpoint::Attached,
     containers::{Container, Exec},
     copy,
@@ -108,6 +108,7 @@ pub struct SandboxState {
     shape: Option<Shape>,
     disks: Vec<Attached>,
     networked: bool,
+    names: Option<NameFiles>,
     carrying: Option<CarryingState>,
     size: Size,
     max: Size,
@@ -259,6 +260,7 @@ impl Sandbox {
             shape: self.shape.clone(),
             disks: lock(&self.disks).clone(),
             networked: self.networked,
+            names: self.names.clone(),
             carrying: lock(&self.carrying).as_ref().map(|it| it.state(giver)),
             size: self.size.now(),
             max: self.size.max,
@@ -304,6 +306,7 @@ impl SandboxState {
             shape: self.shape,
             disks: StdMutex::new(self.disks),
             networked: self.networked,
+            names: self.names,
             carrying: StdMutex::default(),
             saving: RwLock::default(),
             size: Sizes::new(self.size, self.max),

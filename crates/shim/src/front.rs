@@ -12,7 +12,7 @@ use containerd_shim_protos::api::CreateTaskRequest;
 use serde::{Deserialize, Serialize};
 use walnut_protocol::supervisor::AboutResponse;
 use walnut_sandbox::{
-    Error, ExitInfo, Network, Result, Sandbox, StdioTargets,
+    Error, ExitInfo, Furnished, Network, Result, Sandbox, StdioTargets,
     machine::takeover::{Giver, NoState},
 };
 
@@ -29,8 +29,8 @@ pub(crate) struct Place<'a> {
     pub(crate) node: Option<(&'a Path, &'a Path)>,
     /// Its bundles are of Walnut's making.
     pub(crate) own: bool,
-    /// Where its network comes from.
-    pub(crate) network: Network,
+    /// Where its network comes from, unless [`Front::furnish`] makes one.
+    pub(crate) network: &'a Network,
 }
 
 /// What happens in a sandbox.
@@ -92,6 +92,12 @@ pub(crate) trait Front: Debug + Send + Sync + 'static {
 
     /// Mounts are about to be made on these points, and on no others.
     fn mounting(&self, points: &[PathBuf]) -> Result<()>;
+
+    /// Makes the network of a sandbox that is about to be made, if that is here to be made.
+    /// What it is made of goes when supervision ends.
+    async fn furnish(&self) -> Result<Option<Furnished>> {
+        Ok(None)
+    }
 
     /// The sandbox is up, for the container `id`.
     fn up(&self, sandbox: &Arc<Sandbox>, id: &str);

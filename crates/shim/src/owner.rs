@@ -2,6 +2,7 @@
 //! containers: keep the record true, and end when the container has ended.
 
 use std::{
+    os::fd::{AsFd, BorrowedFd},
     path::{Path, PathBuf},
     sync::{Arc, Mutex, MutexGuard, PoisonError},
     time::Duration,
@@ -15,7 +16,8 @@ use tracing::{error, warn};
 use ttrpc::asynchronous::Server;
 use walnut_protocol::supervisor::AboutResponse;
 use walnut_sandbox::{
-    Error, ExitInfo, Input, Lock, Network, Output, Record, Result, Sandbox, Status, StdioTargets,
+    ContainerLinks, Error, ExitInfo, Furnished, Input, LinksState, Lock, Network, Output, Record,
+    Result, Sandbox, Status, StdioTargets,
     machine::takeover::{Fd, Giver, NoState, Taker},
 };
 
@@ -55,6 +57,7 @@ pub(crate) struct Owner {
     lease: Lease,
     /// What it has from its time in a pool.
     kept: Mutex<Option<Kept>>,
+    links: ContainerLinks,
     phase: watch::Sender<Phase>,
 }
 
@@ -68,6 +71,7 @@ pub(crate) struct OwnerState {
     lock: Fd,
     lease: Option<Fd>,
     kept: Option<KeptState>,
+    links: LinksState,
     /// In the sandbox.
     container: String,
 }
@@ -78,7 +82,9 @@ pub(crate) async fn serve(
     standby: Option<(Arc<Sandbox>, Kept)>,
 ) -> anyhow::Result<()> {
     let (standby, kept) = standby.unzip();
+    let lock = options.lock.as_fd();
     let owner = Owner {
+        links: links(&options.id, &options.container_dir, &options.run_dir, lock)?,
         id: options.id,
         container_dir: options.container_dir,
         run_dir: options.run_dir,
@@ -106,6 +112,17 @@ pub(crate) async fn run(owner: Arc<Owner>, mut server: Server) -> anyhow::Result
     Ok(())
 }
 
+/// A container's links; none are made yet. `lock` is the container's, and held.
+fn links(
+    id: &str,
+    container_dir: &Path,
+    run_dir: &Path,
+    lock: BorrowedFd<'_>,
+) -> Result<ContainerLinks> {
+    let node = run_dir.parent().unwrap_or(run_dir);
+    ContainerLinks::new(id, container_dir, node, lock)
+}
+
 fn lock<T>(mutex: &Mutex<T>) -> MutexGuard<'_, T> {
     mutex.lock().unwrap_or_else(PoisonError::into_inner)
 }
@@ -125,6 +142,14 @@ impl Owner {
     ) -> anyhow::Result<Self> {
         let held = taker.take(state.lock).context("take over the lock")?;
         let kept = state.kept.map(|kept| Kept::take_over(kept, taker));
+        let links = links(
+            &state.id,
+            &state.container_dir,
+            &state.run_dir,
+            held.as_fd(),
+        )?;
+        let taken = links.take_over(state.links, taker);
+        taken.context("take over the container's networks")?;
         let id = state.container;
         Ok(Self {
             id: state.id,
@@ -133,6 +158,7 @@ impl Owner {
             lock: Mutex::new(Some(Lock::inherited(held))),
             lease: Lease::take_over(state.lease, taker).context("take over the lease")?,
             kept: Mutex::new(kept.transpose().context("take over what a pool left")?),
+            links,
             phase: watch::Sender::new(Phase::Serving { sandbox, id }),
         })
     }
@@ -254,9 +280,15 @@ impl Owner {
         });
     }
 
-    /// Removes the run directory, and the container if it was to go with its end.
+    /// Takes the container from its networks, removes the run directory, and the container
+    /// if it was to go with its end.
     async fn clean_up(&self) {
         remove(&self.run_dir);
+        if let Err(e) = self.links.unmake().await {
+            // With its directory, from which the next command will try again.
+            error!("{e}");
+            return;
+        }
         match Record::load(&self.container_dir) {
             Ok(record) if record.auto_remove || record.status == Status::Creating => {
                 remove(&self.container_dir);
@@ -275,7 +307,7 @@ impl Front for Owner {
             run_dir: &self.run_dir,
             node: self.node(),
             own: true,
-            network: Network::None,
+            network: &Network::None,
         }
     }
 
@@ -297,6 +329,10 @@ impl Front for Owner {
                 "the root file system of a container of walnut's is an image".into(),
             )),
         }
+    }
+
+    async fn furnish(&self) -> Result<Option<Furnished>> {
+        self.links.make().await
     }
 
     fn up(&self, sandbox: &Arc<Sandbox>, id: &str) {
@@ -353,6 +389,7 @@ impl Front for Owner {
             lock: giver.give(held.as_ref().ok_or_else(ending)?),
             lease: self.lease.state(giver),
             kept: kept.as_ref().map(|kept| kept.state(giver)),
+            links: self.links.state(giver)?,
             container,
         }))
     }

@@ -316,6 +316,7 @@ async fn prepared(
         cache: Some(stand_by.run_dir.clone()),
         templates: Some(templates.clone()),
         network: Network::None,
+        names: None,
     };
     let sandbox = Sandbox::standby(config, &stand_by.wanted)
         .await

@@ -38,8 +38,8 @@ use tokio::{
 };
 use tracing::debug;
 use walnut_sandbox::{
-    ANNOTATION_RECLAIM, Assets, Busy, ContainerRequest, Error, ExecRequest, ProcessState,
-    RootfsMount, Sandbox, SandboxConfig, Settings, machine::takeover::NoState,
+    ANNOTATION_RECLAIM, Assets, Busy, ContainerRequest, Error, ExecRequest, Furnished,
+    ProcessState, RootfsMount, Sandbox, SandboxConfig, Settings, machine::takeover::NoState,
 };
 
 use crate::{
@@ -165,7 +165,8 @@ impl TaskService {
             settings,
             cache: place.node.map(|(_, run)| run.into()),
             templates: template::store(place),
-            network: place.network,
+            network: place.network.clone(),
+            names: None,
         }
     }
 
@@ -173,13 +174,15 @@ impl TaskService {
     async fn stood_by(
         &self,
         checkpoint: &str,
+        networked: bool,
         request: &ContainerRequest,
     ) -> Reply<Option<Arc<Sandbox>>> {
         let Some(sandbox) = self.standby.lock().await.take() else {
             return Ok(None);
         };
         let attempt = async {
-            if checkpoint.is_empty() && sandbox.fits(request)? {
+            // One that stands by has no links, and gets none.
+            if checkpoint.is_empty() && !networked && sandbox.fits(request)? {
                 sandbox.adopt(request).await?;
                 return Ok(true);
             }
@@ -203,9 +206,14 @@ impl TaskService {
         &self,
         checkpoint: &str,
         settings: Settings,
+        furnished: Option<Furnished>,
         request: &ContainerRequest,
     ) -> Reply<Arc<Sandbox>> {
-        let config = self.config(settings);
+        let mut config = self.config(settings);
+        if let Some(Furnished { network, names }) = furnished {
+            config.network = network;
+            config.names = Some(names);
+        }
         let sandbox = match checkpoint {
             "" => Sandbox::create(config, request).await,
             from => Sandbox::restore(config, request, from.as_ref())
@@ -244,11 +252,16 @@ impl TaskService {
             );
             return Err(fault(&Error::WrongState(early)));
         }
-        let sandbox = match self.stood_by(checkpoint, request).await? {
+        let settings = settings::of(req.options.as_ref()).map_err(|e| fault(&e))?;
+        let furnished = self.front.furnish().await.map_err(|e| fault(&e))?;
+        let sandbox = match self
+            .stood_by(checkpoint, furnished.is_some(), request)
+            .await?
+        {
             Some(sandbox) => sandbox,
             None => {
-                let settings = settings::of(req.options.as_ref()).map_err(|e| fault(&e))?;
-                self.started(checkpoint, settings, request).await?
+                self.started(checkpoint, settings, furnished, request)
+                    .await?
             }
         };
         let mut slot = self.sandbox.lock().unwrap_or_else(|e| e.into_inner());

@@ -9,6 +9,7 @@ mod failures;
 mod image;
 mod install;
 mod isolation;
+mod network;
 mod pools;
 mod programs;
 mod races;

@@ -8,11 +8,12 @@ use std::{
 };
 
 use walnut_tests::{
+    Namespace,
     client::{self, Done, finish, repository},
     unique, until,
 };
 
-use crate::{network::Namespace, place::Place};
+use crate::place::Place;
 
 /// Name of the image in it.
 const IMAGE: &str = "localhost/demo:latest";

@@ -1,67 +1,9 @@
 //! Containers on networks.
 
-use std::{
-    os::unix::process::CommandExt,
-    process::{Child, Command, Stdio},
-};
-
 use serde_json::json;
-use walnut_tests::{client::finish, unique, until};
+use walnut_tests::{Namespace, client::finish, unique, until};
 
 use crate::{engine::Engine, place::Place};
-
-/// A process in a network namespace of its own; ends with the test.
-pub(crate) struct Namespace(Child);
-
-impl Namespace {
-    pub(crate) fn new() -> Self {
-        let mut command = Command::new("sleep");
-        command.arg("infinity").stdin(Stdio::null());
-        // SAFETY: unshare and prctl are system calls and no more.
-        unsafe {
-            command.pre_exec(|| {
-                if libc::unshare(libc::CLONE_NEWNET) != 0
-                    || libc::prctl(libc::PR_SET_PDEATHSIG, libc::SIGKILL) != 0
-                {
-                    return Err(std::io::Error::last_os_error());
-                }
-                Ok(())
-            });
-        }
-        Self(command.spawn().expect("make a network namespace"))
-    }
-
-    /// For who lives in it.
-    pub(crate) fn pid(&self) -> u32 {
-        self.0.id()
-    }
-
-    pub(crate) fn path(&self) -> String {
-        format!("/proc/{}/ns/net", self.0.id())
-    }
-
-    /// Runs `ip` in it.
-    #[track_caller]
-    pub(crate) fn ip(&self, args: &str) {
-        let mut command = self.within("ip");
-        command.args(args.split(' '));
-        finish(&mut command, b"").exits(0);
-    }
-
-    /// A program in it.
-    pub(crate) fn within(&self, program: &str) -> Command {
-        let mut command = Command::new("nsenter");
-        command.arg(format!("--net={}", self.path())).arg(program);
-        command
-    }
-}
-
-impl Drop for Namespace {
-    fn drop(&mut self) {
-        let _ = self.0.kill();
-        let _ = self.0.wait();
-    }
-}
 
 #[test]
 fn a_bundle_has_the_links_of_the_namespace_that_it_names() {

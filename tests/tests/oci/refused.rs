@@ -1,9 +1,9 @@
 //! What another kernel cannot have is refused, with the reason, and leaves nothing.
 
 use serde_json::json;
-use walnut_tests::{unique, until};
+use walnut_tests::{Namespace, unique, until};
 
-use crate::{network::Namespace, place::Place};
+use crate::place::Place;
 
 #[test]
 fn namespaces_and_devices_of_the_host_are_refused() {

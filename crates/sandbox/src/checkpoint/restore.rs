@@ -199,7 +199,7 @@ impl Sandbox {
             false => None,
         };
         let stdio = self.open_streams(&process, ends, log).await?;
-        let files = guest_spec::files(spec, &guest_id, None);
+        let files = guest_spec::files(spec, &guest_id, None, None);
         let adopt = AdoptContainerRequest {
             container_id: guest_id.clone(),
             stdio: Some(stdio).into(),

@@ -77,7 +77,7 @@ impl Sandbox {
         let (record, sealed) = self.what_to_seal(id, &container, options)?;
         if self.networked {
             return Err(Error::Invalid(format!(
-                "save container {id}: its machine is on a network, and what is saved of one could not be on another"
+                "save container {id}: its machine is on a network, and what is saved of one could not be on another; run it with --network none to save it"
             )));
         }
         let Some(subject) = Subject::of(self.machine.as_ref(), &container) else {

@@ -193,7 +193,8 @@ mod tests {
             ("[pod]\nmemory = -1\n", "negative"),
             ("[container]\nvcpus = 33\n", "container.vcpus"),
             ("[annotations]\nallow = [\"everything\"]\n", "everything"),
-            ("[network]\n", "network"),
+            ("[networks]\n", "networks"),
+            ("[network]\nplugins = [\"cni\"]\n", "network.plugins"),
         ] {
             let error = parse(text, "FILE").unwrap_err().to_string();
             assert!(error.contains("FILE") && error.contains(why), "{error}");

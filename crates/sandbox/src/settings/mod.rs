@@ -36,6 +36,7 @@ const DRIVER: &str = "WALNUT_DRIVER";
 /// seconds.
 pub const BOOT_TIMEOUT: &str = "WALNUT_BOOT_TIMEOUT";
 const TEMPLATES: &str = "WALNUT_TEMPLATES";
+const NETWORK: &str = "WALNUT_NETWORK";
 const PRESSURE: &str = "WALNUT_PRESSURE";
 /// The word that switches something off.
 const OFF: &str = "off";
@@ -97,11 +98,15 @@ pub struct Needs {
     pub vcpus: u32,
 }
 
-/// What guests may do on their networks.
+/// Networks of `walnut run`, and what guests may do on those and on pods'.
 #[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
 #[serde(deny_unknown_fields)]
 pub struct Network {
-    /// What they may send.
+    /// The network of containers that name none, or `none`.
+    pub default: String,
+    /// Directories with CNI's plugins.
+    pub plugins: Vec<PathBuf>,
+    /// What guests may send.
     #[serde(with = "rules")]
     pub egress: Rules,
 }
@@ -146,6 +151,10 @@ impl Default for Settings {
             // Memory that its containers do not touch is not the host's loss.
             pod: needs(2048),
             network: Network {
+                default: walnut_network::DEFAULT.into(),
+                plugins: ["/usr/lib/cni", "/opt/cni/bin", "/usr/libexec/cni"]
+                    .map(Into::into)
+                    .into(),
                 egress: Rules::deny(METADATA),
             },
             host: Host {
@@ -225,6 +234,9 @@ impl Settings {
         if let Some(switch) = var(TEMPLATES) {
             self.machine.templates = switch != OFF;
         }
+        if let Some(network) = var(NETWORK) {
+            self.network.default = network;
+        }
         if let Some(file) = var(PRESSURE) {
             self.host.pressure = file.into();
         }
@@ -248,6 +260,9 @@ impl Settings {
                     Bytes(MEMORY_MIN)
                 ));
             }
+        }
+        if self.network.plugins.iter().any(|dir| !dir.is_absolute()) {
+            return Err("network.plugins must be absolute paths of directories".into());
         }
         Ok(())
     }
@@ -321,6 +336,7 @@ mod tests {
         assert!(!with(TEMPLATES, "off").unwrap().machine.templates);
         assert!(with(TEMPLATES, "").unwrap().machine.templates);
         assert_eq!(with(PRESSURE, "off").unwrap().pressure(), None);
+        assert_eq!(with(NETWORK, "none").unwrap().network.default, "none");
         for (name, value) in [
             (DRIVER, "best"),
             (BOOT_TIMEOUT, "0"),

@@ -258,7 +258,7 @@ impl Front for Pod {
             run_dir: self.dir.path(),
             node: Some((&self.layout.state, &self.layout.run)),
             own: false,
-            network: Network::Named,
+            network: &Network::Named,
         }
     }
 
