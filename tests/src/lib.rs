@@ -14,8 +14,8 @@ mod left;
 mod terminal;
 
 pub use host::{
-    Detached, Done, Host, Running, command, driver, host, machine, run, run_with, spawn_run,
-    spawn_walnut, unique, walnut,
+    Detached, Done, Host, Running, command, driver, host, machine, programs_image, run, run_with,
+    spawn_run, spawn_walnut, unique, walnut,
 };
 pub use left::{assert_gone, assert_nothing_left, cgroups, kill_process, processes};
 pub use terminal::Terminal;
