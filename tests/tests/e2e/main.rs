@@ -15,3 +15,4 @@ mod races;
 mod streams;
 mod templates;
 mod volumes;
+mod workloads;
