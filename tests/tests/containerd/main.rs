@@ -25,5 +25,8 @@ mod pods;
 mod programs;
 mod recovery;
 mod sandboxes;
+mod seeds;
 mod streams;
+mod systemd;
 mod volumes;
+mod workloads;
