@@ -11,10 +11,13 @@
 )]
 
 mod bundle;
+mod docker;
+mod dockerd;
 mod engine;
 mod killed;
 mod network;
 mod place;
 mod podman;
 mod refused;
+mod systemd;
 mod terminals;
