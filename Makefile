@@ -45,6 +45,7 @@ unit: build ## Tests that need no sandbox of the whole product
 e2e: build ## Tests of the product, with the real image
 	@echo "==> end-to-end tests"
 	@tests/image/build.sh
+	@tests/image/programs.sh
 	@echo 'clones of one template: $(CLONES), for their time; 200 with make e2e CLONES=200'
 	@WALNUT_TEST_CLONES=$(CLONES) $(TESTS) --test containerd --test e2e --test oci -- --test-threads=$(TEST_THREADS)
 
@@ -65,6 +66,7 @@ lab-short: build
 
 lab: build ## Tests with a real KVM, in an emulated host: all
 	@tests/image/build.sh
+	@tests/image/programs.sh
 	@tests/lab/test.sh
 
 # How many kills; WALNUT_SEED repeats them.
@@ -99,10 +101,10 @@ bench-lab: build ## walnut-vmm beside QEMU on KVM, in an emulated host
 	@bench/lab.sh
 
 install: build ## Install below PREFIX, in the file system DESTDIR; out/bin/walnut install sets a node up
-	@out/bin/walnut install --prefix $(PREFIX) --root $(DESTDIR)/ --no-containerd --no-podman
+	@out/bin/walnut install --prefix $(PREFIX) --root $(DESTDIR)/ --no-containerd --no-podman --no-docker
 
 uninstall: ## Remove what install put there
-	@out/bin/walnut uninstall --prefix $(PREFIX) --root $(DESTDIR)/ --no-containerd --no-podman
+	@out/bin/walnut uninstall --prefix $(PREFIX) --root $(DESTDIR)/ --no-containerd --no-podman --no-docker
 
 fmt: ## Format
 	$(CARGO) fmt --all

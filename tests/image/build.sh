@@ -9,128 +9,19 @@
 # setuid, odd times and names. Layer 3 replaces a directory by an opaque whiteout.
 # README.md says what must be seen in a container.
 #
-# WALNUT_CACHE  where the result is kept, by a hash of this script
+# WALNUT_CACHE  where the result is kept, by a hash of the scripts
 #               (default: ~/.cache/walnut)
-#
-# Packages come from the apt sources of this machine.
-set -Eeuo pipefail
-export LC_ALL=C
-umask 022
-
-here=$(cd "$(dirname "${BASH_SOURCE[0]}")" && pwd)
-cache=${WALNUT_CACHE:-$HOME/.cache/walnut}/test-image
+script=${BASH_SOURCE[0]}
 packages=(python3 nginx-light redis-server redis-tools procps libcap2-bin attr)
-tag=latest
-
-say() { printf 'image: %s\n' "$*" >&2; }
-die() { printf 'image: error: %s\n' "$*" >&2; exit 1; }
-
-missing=()
-need() { command -v "$1" >/dev/null || missing+=("$2"); }
-need mmdebstrap mmdebstrap; need umoci umoci; need skopeo skopeo; need flock util-linux
-need setfattr attr; need setcap libcap2-bin; need tar tar
-[ ${#missing[@]} = 0 ] || die "these packages are missing: apt-get install ${missing[*]}"
-[ "$(id -u)" = 0 ] || die "this needs root: the image has device nodes and files of many users"
-
-hash=$({ cat "${BASH_SOURCE[0]}"; umoci --version; } | sha256sum | cut -c1-32)
-entry=$cache/$hash
-
-ready() {
-    say "ready: $entry/oci ($(du -sm "$entry/oci" | cut -f1) MB compressed, $(cat "$entry/size") MB unpacked)"
-    echo "$entry/oci"
-}
-if [ -e "$entry/oci/index.json" ]; then ready; exit 0; fi
-
-mkdir -p "$cache"
-exec 9>"$cache/lock"
-if ! flock -n 9; then
-    say "another build is running; waiting for it"
-    flock 9
-fi
-if [ -e "$entry/oci/index.json" ]; then ready; exit 0; fi
-
-# The lock is ours, so what other builds left behind belongs to nobody.
-rm -rf --one-file-system "$cache"/.build-*
-work=$(mktemp -d "$cache/.build-XXXXXX")
-log=$cache/$hash.log
-: >"$log"
-pid=
-finish() {
-    local code=$?
-    trap - EXIT
-    if [ -n "$pid" ] && kill -0 "$pid" 2>/dev/null; then
-        kill "$pid" 2>/dev/null || true
-        wait "$pid" 2>/dev/null || true
-    fi
-    rm -rf --one-file-system "$work"
-    exit "$code"
-}
-trap finish EXIT
-trap 'exit 130' INT
-trap 'exit 143' TERM HUP
-
-# step NAME COMMAND...: runs it into the log, and shows that time passes.
-step() {
-    local name=$1 started=$SECONDS shown=0 elapsed
-    shift
-    say "$name"
-    "$@" >>"$log" 2>&1 9>&- &
-    pid=$!
-    while kill -0 "$pid" 2>/dev/null; do
-        sleep 0.2
-        elapsed=$((SECONDS - started))
-        if [ -t 2 ]; then
-            printf '\r\033[Kimage: %s, %d s' "$name" "$elapsed" >&2
-        elif [ $((elapsed - shown)) -ge 30 ]; then
-            shown=$elapsed
-            say "$name, $elapsed s"
-        fi
-    done
-    if [ -t 2 ]; then printf '\r\033[K' >&2; fi
-    wait "$pid" || {
-        pid=
-        tail -n 25 "$log" >&2
-        die "$name: failed; the whole log is $log"
-    }
-    pid=
-}
+# shellcheck source=common.sh
+. "$(dirname "$script")/common.sh"
+begin
 
 # ---------------------------------------------------------------- layer 1: Debian
 
-# shellcheck source=/dev/null
-suite=$(. /etc/os-release && echo "${VERSION_CODENAME:-bookworm}")
-sources=()
-for file in /etc/apt/sources.list /etc/apt/sources.list.d/*.list /etc/apt/sources.list.d/*.sources; do
-    [ -s "$file" ] && grep -qE "^[^#]*\b$suite\b" "$file" && sources+=("$file")
-done
-[ ${#sources[@]} -gt 0 ] || die "no apt source of this machine offers $suite"
-
-options=()
-eval "$(apt-config shell proxy Acquire::http::Proxy)"
-[ -z "${proxy:-}" ] || options+=(--aptopt="Acquire::http::Proxy \"$proxy\"")
-
-debian() {
-    # Services do not start in an image; documentation is not read in one. The apt
-    # sources name this machine's mirror, which is nobody else's business.
-    mmdebstrap --mode=root --variant=minbase --format=tar \
-        --include="$(IFS=,; echo "${packages[*]}")" \
-        --aptopt='APT::Install-Recommends "false"' \
-        --dpkgopt='path-exclude=/usr/share/doc/*' \
-        --dpkgopt='path-exclude=/usr/share/man/*' \
-        --dpkgopt='path-exclude=/usr/share/info/*' \
-        --dpkgopt='path-exclude=/usr/share/locale/*' \
-        --dpkgopt='path-exclude=/usr/share/lintian/*' \
-        --essential-hook='printf "#!/bin/sh\nexit 101\n" >"$1/usr/sbin/policy-rc.d"; chmod 755 "$1/usr/sbin/policy-rc.d"' \
-        --customize-hook='rm -f "$1/usr/sbin/policy-rc.d"' \
-        --customize-hook='rm -rf "$1"/etc/apt/sources.list "$1"/etc/apt/sources.list.d/* "$1"/etc/apt/apt.conf.d/99mmdebstrap' \
-        --customize-hook='rm -rf "$1"/var/cache/apt/* "$1"/var/lib/apt/lists/* "$1"/var/log/*.log "$1"/var/log/apt "$1"/var/cache/debconf/*-old' \
-        --customize-hook='echo walnut-demo >"$1/etc/hostname"; : >"$1/etc/resolv.conf"' \
-        --customize-hook='mkdir -p "$1/srv/gone" "$1/srv/opaque" && touch "$1/srv/gone/file" "$1/srv/opaque/below" && echo deleted >"$1/srv/deleted"' \
-        --customize-hook='echo below >"$1/srv/replaced"; chmod 600 "$1/srv/replaced"' \
-        "${options[@]}" "$suite" "$work/base.tar" "${sources[@]}"
-}
-export SOURCE_DATE_EPOCH=1700000000
-step "installing Debian $suite with ${packages[*]}" debian
+step "installing Debian with ${packages[*]}" debian "$work/base.tar" \
+    --customize-hook='mkdir -p "$1/srv/gone" "$1/srv/opaque" && touch "$1/srv/gone/file" "$1/srv/opaque/below" && echo deleted >"$1/srv/deleted"' \
+    --customize-hook='echo below >"$1/srv/replaced"; chmod 600 "$1/srv/replaced"'
 
 # ---------------------------------------------------------------- layer 2: what conversions get wrong
 
@@ -232,10 +123,7 @@ pack() {
         --config.stopsignal SIGTERM \
         --config.label org.opencontainers.image.title=walnut-demo \
         --config.label 'org.opencontainers.image.description=Debian with python3, nginx and redis'
-    umoci gc --layout "$work/entry/oci"
-    echo $(($(cat "$work/base.tar" "$work/special.tar" | wc -c) / 1000000)) >"$work/entry/size"
-    rm -rf "$entry"
-    mv -T "$work/entry" "$entry"
+    publish "$work/base.tar" "$work/special.tar"
 }
 step "packing the image" pack
 rm -f "$log"

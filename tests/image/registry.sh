@@ -1,11 +1,12 @@
 #!/usr/bin/env bash
-# A real registry on loopback which serves the test image as walnut/demo:latest.
+# A real registry on loopback which serves the test images as walnut/demo:latest and
+# walnut/programs:latest. IMAGE is `demo` unless another is named.
 #
-#   tests/image/registry.sh start   start it if it is not running, push the image if it is
-#                                   not there, print the image's reference
-#   tests/image/registry.sh url     print HOST:PORT of the running registry
-#   tests/image/registry.sh image   print the image's reference
-#   tests/image/registry.sh stop    stop it; what it stores stays
+#   tests/image/registry.sh start [IMAGE]   start it if it is not running, push the image if
+#                                           it is not there, print the image's reference
+#   tests/image/registry.sh url             print HOST:PORT of the running registry
+#   tests/image/registry.sh image [IMAGE]   print the image's reference
+#   tests/image/registry.sh stop            stop it; what it stores stays
 #
 # WALNUT_REGISTRY_PORT  the port (default: 5055, or the next free one above it)
 # WALNUT_CACHE          its state is in test-registry/ there (default: ~/.cache/walnut)
@@ -14,7 +15,8 @@ export LC_ALL=C
 
 here=$(cd "$(dirname "${BASH_SOURCE[0]}")" && pwd)
 state=${WALNUT_CACHE:-$HOME/.cache/walnut}/test-registry
-name=walnut/demo:latest
+image=${2:-demo}
+name=walnut/$image:latest
 config=$state/config.yml
 
 say() { printf 'registry: %s\n' "$*" >&2; }
@@ -96,7 +98,11 @@ start() {
     local oci wanted address
     command -v docker-registry >/dev/null || die "docker-registry is missing: apt-get install docker-registry"
     command -v skopeo >/dev/null || die "skopeo is missing: apt-get install skopeo"
-    oci=$("$here/build.sh")
+    case $image in
+        demo) oci=$("$here/build.sh") ;;
+        programs) oci=$("$here/programs.sh") ;;
+        *) die "there is no image $image: use demo or programs" ;;
+    esac
     mkdir -p "$state"
     exec 9>"$state/lock"
     flock 9
@@ -136,5 +142,5 @@ case "${1:-}" in
         running >/dev/null || die "is not running: tests/image/registry.sh start"
         if [ "$1" = url ]; then cat "$state/address"; else echo "$(cat "$state/address")/$name"; fi
         ;;
-    *) sed -n '2,12s/^# \{0,1\}//p' "${BASH_SOURCE[0]}" >&2; exit 2 ;;
+    *) sed -n '2,13s/^# \{0,1\}//p' "${BASH_SOURCE[0]}" >&2; exit 2 ;;
 esac

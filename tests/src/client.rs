@@ -49,15 +49,24 @@ pub fn cache() -> PathBuf {
 
 /// The test image as one file, an OCI archive; the first caller makes it.
 pub fn image() -> PathBuf {
+    archive("build.sh")
+}
+
+/// The same of the image with node, systemd and programs of Go's.
+pub fn programs_image() -> PathBuf {
+    archive("programs.sh")
+}
+
+fn archive(script: &str) -> PathBuf {
     let dir = cache().join("e2e");
     fs::create_dir_all(&dir).expect("create the tests' root");
     let lock = fs::File::create(dir.join("containerd.lock")).expect("create the lock");
     lock.lock().expect("lock");
-    let built = Command::new(repository().join("tests/image/build.sh"))
+    let built = Command::new(repository().join("tests/image").join(script))
         .stderr(Stdio::null())
         .output()
-        .expect("run build.sh");
-    assert!(built.status.success(), "tests/image/build.sh failed");
+        .expect("run the script");
+    assert!(built.status.success(), "tests/image/{script} failed");
     let layout = String::from_utf8(built.stdout).expect("text");
     let layout = Path::new(layout.lines().last().expect("the layout's path"));
     let hash = layout.parent().and_then(Path::file_name);
@@ -77,6 +86,14 @@ pub fn image() -> PathBuf {
         fs::rename(&new, &file).expect("put the image in place");
     }
     file
+}
+
+/// A disk of this host's, by its name in /dev.
+pub fn disk() -> String {
+    let disks = fs::read_dir("/sys/block").expect("list disks").flatten();
+    let mut names = disks.map(|entry| entry.file_name().to_string_lossy().into_owned());
+    let there = |name: &String| Path::new("/dev").join(name).exists();
+    names.find(there).expect("a host has a disk")
 }
 
 /// Runs a command to its end, and kills one that reaches the deadline.

@@ -129,18 +129,7 @@ fn set_up() -> Host {
     // One process at a time makes the image and pulls it.
     let lock = fs::File::create(root.join("set-up.lock")).expect("create the lock");
     lock.lock().expect("lock");
-    let registry = Command::new(repository.join("tests/image/registry.sh"))
-        .arg("start")
-        // Its registry must not hold the test runner's output open.
-        .stderr(Stdio::null())
-        .output()
-        .expect("run registry.sh");
-    assert!(
-        registry.status.success(),
-        "tests/image/registry.sh start failed; run it to see why"
-    );
-    let text = String::from_utf8(registry.stdout).expect("text");
-    let image = text.lines().last().expect("the image's name").to_owned();
+    let image = served(repository, "demo");
     let host = Host {
         walnut,
         lib: out.join("lib/walnut"),
@@ -151,6 +140,37 @@ fn set_up() -> Host {
     let pulled = output(&mut command_on(&host, &["pull", &host.image]), b"");
     assert_eq!(pulled.code, 0, "{pulled:#?}");
     host
+}
+
+/// The reference of an image that the registry serves.
+fn served(repository: &Path, image: &str) -> String {
+    let registry = Command::new(repository.join("tests/image/registry.sh"))
+        .args(["start", image])
+        // Its registry must not hold the test runner's output open.
+        .stderr(Stdio::null())
+        .output()
+        .expect("run registry.sh");
+    assert!(
+        registry.status.success(),
+        "tests/image/registry.sh start {image} failed; run it to see why"
+    );
+    let text = String::from_utf8(registry.stdout).expect("text");
+    text.lines().last().expect("the image's name").to_owned()
+}
+
+/// The image with node, systemd and programs of Go's, in the store; the first caller pulls
+/// it.
+pub fn programs_image() -> &'static str {
+    static IMAGE: OnceLock<String> = OnceLock::new();
+    IMAGE.get_or_init(|| {
+        let host = host();
+        let lock = fs::File::create(host.root.join("set-up.lock")).expect("create the lock");
+        lock.lock().expect("lock");
+        let image = served(crate::client::repository(), "programs");
+        let pulled = output(&mut command_on(host, &["pull", &image]), b"");
+        assert_eq!(pulled.code, 0, "{pulled:#?}");
+        image
+    })
 }
 
 fn command_on(host: &Host, args: &[&str]) -> Command {

@@ -16,8 +16,8 @@ mod terminal;
 pub mod upgrade;
 
 pub use host::{
-    Detached, Done, Host, Running, command, driver, host, machine, run, run_with, spawn_run,
-    spawn_walnut, unique, walnut,
+    Detached, Done, Host, Running, command, driver, host, machine, programs_image, run, run_with,
+    spawn_run, spawn_walnut, unique, walnut,
 };
 pub use left::{assert_gone, assert_nothing_left, cgroups, kill_process, processes};
 pub use netns::Namespace;

@@ -10,7 +10,7 @@ use crate::{
     reclaim::ReclaimArgs,
     stats::StatsArgs,
     upgrade::UpgradeArgs,
-    values::{Cpus, EnvVar, Size, VolumeArg},
+    values::{self, Cpus, EnvVar, Size, VolumeArg},
 };
 
 /// Containers, each with a kernel of its own
@@ -45,7 +45,7 @@ pub(crate) enum Command {
     Reclaim(ReclaimArgs),
     /// Send a signal to a container's first process
     Kill(KillArgs),
-    /// Stop containers: SIGTERM, then SIGKILL
+    /// Stop containers: SIGTERM or what they want instead, then SIGKILL
     Stop(StopArgs),
     /// Remove containers
     Rm(RmArgs),
@@ -107,6 +107,7 @@ pub(crate) struct FormatArgs {
   walnut run -d --name web -m 256m -p 8080:80 nginx
   echo hello | walnut run --rm -i debian sha256sum
   walnut run --rm -v ./data:/data:ro -w /data debian ls -l
+  walnut run -d --name node my-debian /sbin/init   # systemd; it is stopped as it wants to be
   walnut run -d warm-redis                   # go on where `walnut checkpoint` saved it
   walnut run -d --network shop --name db redis && walnut run --rm --network shop debian getent hosts db
   walnut run --rm --network none debian ls   # loopback alone
@@ -157,6 +158,13 @@ pub(crate) struct RunArgs {
     /// Replace the image's entry point
     #[arg(long, value_name = "PROGRAM")]
     pub(crate) entrypoint: Option<String>,
+    /// Signal that `walnut stop` asks with [default: the image's, or SIGTERM]
+    #[arg(long, value_name = "SIGNAL", value_parser = values::signal)]
+    pub(crate) stop_signal: Option<u32>,
+    /// Give the container what systemd wants as its first process: writable cgroups, and memory
+    /// for its run-time files. `true`: where the command is an init system
+    #[arg(long, value_enum, default_value_t, value_name = "WHEN")]
+    pub(crate) systemd: Systemd,
     /// Write the container's ID to a new file
     #[arg(long, value_name = "FILE")]
     pub(crate) cidfile: Option<PathBuf>,
@@ -176,6 +184,18 @@ pub(crate) struct RunArgs {
     /// Command and arguments [default: the image's]
     #[arg(trailing_var_arg = true, allow_hyphen_values = true)]
     pub(crate) command: Vec<String>,
+}
+
+/// When a container is set up for an init system, as podman has it.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Default, ValueEnum)]
+pub(crate) enum Systemd {
+    /// Where its command is one
+    #[default]
+    True,
+    /// Never
+    False,
+    /// Whatever its command is
+    Always,
 }
 
 /// When to ask the registry.
@@ -254,7 +274,7 @@ pub(crate) struct KillArgs {
 
 #[derive(Debug, Args)]
 pub(crate) struct StopArgs {
-    /// Seconds between SIGTERM and SIGKILL
+    /// Seconds between the container's stop signal and SIGKILL
     #[arg(short, long, default_value_t = 10)]
     pub(crate) time: u64,
     /// Containers, by name or ID

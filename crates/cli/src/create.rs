@@ -86,7 +86,12 @@ impl NewContainer {
         if let Some(attachments) = &mut attachments {
             attachments.names.hostname.clone_from(&hostname);
         }
-        let spec = spec::build(args, config, &hostname, &dir.join("container.log"))?;
+        let own = spec::Own {
+            id: &id,
+            hostname: &hostname,
+            log: &dir.join("container.log"),
+        };
+        let spec = spec::build(args, config, &own)?;
         let image = ImageRef {
             name: args.image.clone(),
             id: image.id.to_string(),
@@ -118,6 +123,9 @@ impl NewContainer {
         let mut annotations = spec.annotations().clone().unwrap_or_default();
         annotations.insert(ANNOTATION_LOG.into(), log.display().to_string());
         spec.set_annotations(Some(annotations));
+        if let Some(signal) = args.stop_signal {
+            spec::set_stop_signal(&mut spec, signal);
+        }
         let command = saved.command().to_vec();
         let new = New {
             id,
@@ -153,6 +161,7 @@ impl NewContainer {
             oom_killed: false,
             auto_remove: args.rm,
             terminal: args.tty,
+            stop_signal: spec::stop_signal(&spec)?,
             driver: None,
             memory: None,
             vcpus: None,

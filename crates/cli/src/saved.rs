@@ -4,7 +4,10 @@ use anyhow::{Result, bail};
 use oci_spec::runtime::Spec;
 use walnut_sandbox::Checkpoint;
 
-use crate::{args::RunArgs, values::Cpus};
+use crate::{
+    args::{RunArgs, Systemd},
+    values::Cpus,
+};
 
 /// Refuses what a saved container's processes cannot be given any more.
 pub(crate) fn check(args: &RunArgs, saved: &Checkpoint) -> Result<()> {
@@ -18,6 +21,7 @@ pub(crate) fn check(args: &RunArgs, saved: &Checkpoint) -> Result<()> {
         ("--read-only", args.read_only),
         ("--no-template", args.no_template),
         ("--network", args.net.network.iter().any(|n| n != "none")),
+        ("--systemd", args.systemd != Systemd::default()),
     ];
     if let Some((what, _)) = late.iter().find(|(_, given)| *given) {
         bail!(

@@ -75,7 +75,8 @@ async fn end(layout: &Layout, record: &Record, grace: Duration) -> Result<()> {
     let Ok(supervisor) = Supervisor::connect(layout, record).await else {
         return gone(layout, &record.id).await;
     };
-    for (signal, grace) in [(SIGTERM, grace), (SIGKILL, KILL_GRACE)] {
+    let asks = record.stop_signal.unwrap_or(SIGTERM);
+    for (signal, grace) in [(asks, grace), (SIGKILL, KILL_GRACE)] {
         if grace.is_zero() {
             continue;
         }

@@ -1,6 +1,8 @@
 //! From an image's configuration and the command line to an OCI runtime spec.
 
-use std::collections::BTreeMap;
+mod systemd;
+
+use std::{collections::BTreeMap, path::Path};
 
 use anyhow::{Result, bail};
 use oci_spec::{image::Config, runtime::Spec};
@@ -8,8 +10,12 @@ use serde_json::{Value, json};
 
 use crate::{
     args::RunArgs,
-    values::{Cpus, EnvVar, Size, VolumeArg},
+    values::{self, Cpus, EnvVar, Size, VolumeArg},
 };
+
+/// Where a bundle says what its image said (OCI image-spec, "Conversion to OCI Runtime
+/// Configuration").
+const STOP_SIGNAL: &str = "org.opencontainers.image.stopSignal";
 
 const PATH: &str = "PATH=/usr/local/sbin:/usr/local/bin:/usr/sbin:/usr/bin:/sbin:/bin";
 
@@ -73,13 +79,16 @@ pub(crate) fn command(args: &RunArgs, image: &Config) -> Result<Vec<String>> {
     Ok(command)
 }
 
+/// What a container has of its own, whatever it is made of.
+pub(crate) struct Own<'a> {
+    pub(crate) id: &'a str,
+    pub(crate) hostname: &'a str,
+    pub(crate) log: &'a Path,
+}
+
 /// The spec of a new container.
-pub(crate) fn build(
-    args: &RunArgs,
-    image: &Config,
-    hostname: &str,
-    log: &std::path::Path,
-) -> Result<Spec> {
+pub(crate) fn build(args: &RunArgs, image: &Config, own: &Own<'_>) -> Result<Spec> {
+    let hostname = own.hostname;
     let cwd = args
         .workdir
         .clone()
@@ -93,7 +102,21 @@ pub(crate) fn build(
     if args.tty {
         env.push("TERM=xterm".into());
     }
+    let command = command(args, image)?;
+    let systemd = systemd::wanted(args.systemd, &command);
+    if systemd {
+        env.extend(systemd::environment(own.id));
+    }
     let env = merge_env(&env, image.env().iter().flatten(), &args.env);
+    let stop = match (args.stop_signal, image.stop_signal()) {
+        (Some(number), _) => Some(number.to_string()),
+        (None, Some(name)) if !name.is_empty() => Some(name.clone()),
+        _ => systemd.then(|| systemd::STOP_SIGNAL.to_owned()),
+    };
+    let mut mounts = mounts(&args.volume);
+    if systemd {
+        systemd::mounts(&mut mounts);
+    }
     let spec = json!({
         "ociVersion": "1.0.2",
         "hostname": hostname,
@@ -101,7 +124,7 @@ pub(crate) fn build(
         "process": {
             "terminal": args.tty,
             "user": user_value(user.as_deref()),
-            "args": command(args, image)?,
+            "args": command,
             "env": env,
             "cwd": cwd,
             "capabilities": {
@@ -110,8 +133,8 @@ pub(crate) fn build(
             "noNewPrivileges": false,
             "oomScoreAdj": 0,
         },
-        "mounts": mounts(&args.volume),
-        "annotations": annotations(args, log),
+        "mounts": mounts,
+        "annotations": annotations(args, own.log, stop),
         "linux": {
             "namespaces": [
                 { "type": "pid" }, { "type": "ipc" }, { "type": "uts" },
@@ -125,12 +148,34 @@ pub(crate) fn build(
     Ok(serde_json::from_value(spec)?)
 }
 
-fn annotations(args: &RunArgs, log: &std::path::Path) -> Value {
+fn annotations(args: &RunArgs, log: &Path, stop_signal: Option<String>) -> Value {
     let mut annotations = json!({ walnut_sandbox::ANNOTATION_LOG: log });
+    if let Some(signal) = stop_signal {
+        annotations[STOP_SIGNAL] = json!(signal);
+    }
     if args.no_template {
         annotations[walnut_sandbox::ANNOTATION_TEMPLATE] = json!("off");
     }
     annotations
+}
+
+/// The signal that a container is to be asked to end with.
+pub(crate) fn stop_signal(spec: &Spec) -> Result<Option<u32>> {
+    let annotations = spec.annotations().as_ref();
+    let Some(text) = annotations.and_then(|all| all.get(STOP_SIGNAL)) else {
+        return Ok(None);
+    };
+    match values::signal(text) {
+        Ok(signal) => Ok(Some(signal)),
+        Err(e) => bail!("the image's stop signal: {e}; give one with --stop-signal"),
+    }
+}
+
+/// Another one than the container was made with.
+pub(crate) fn set_stop_signal(spec: &mut Spec, signal: u32) {
+    let mut annotations = spec.annotations().clone().unwrap_or_default();
+    annotations.insert(STOP_SIGNAL.into(), signal.to_string());
+    spec.set_annotations(Some(annotations));
 }
 
 /// The `user` object. Names are resolved by the agent, in the container's own
@@ -242,6 +287,14 @@ mod tests {
         }
     }
 
+    fn own() -> Own<'static> {
+        Own {
+            id: "0123",
+            hostname: "h",
+            log: Path::new("/log"),
+        }
+    }
+
     fn image() -> Config {
         ConfigBuilder::default()
             .entrypoint(["entry".to_owned()])
@@ -264,16 +317,34 @@ mod tests {
     #[test]
     fn the_last_setting_wins() {
         let args = run("-e A=2 -e B=x=y img");
-        let spec = build(&args, &image(), "h", "/log".as_ref()).unwrap();
+        let spec = build(&args, &image(), &own()).unwrap();
         let process = spec.process().clone().unwrap();
         let env = process.env().clone().unwrap();
         assert_eq!(env, ["PATH=/image", "HOSTNAME=h", "A=2", "B=x=y"]);
     }
 
     #[test]
+    fn the_stop_signal_is_ones_own_the_images_or_the_init_systems() {
+        let signal = |line: &str, image: &str| {
+            let image = ConfigBuilder::default().stop_signal(image).build().unwrap();
+            stop_signal(&build(&run(line), &image, &own()).unwrap())
+        };
+        assert_eq!(signal("img true", "").unwrap(), None);
+        assert_eq!(signal("img true", "SIGQUIT").unwrap(), Some(3));
+        assert_eq!(
+            signal("--stop-signal HUP img true", "QUIT").unwrap(),
+            Some(1)
+        );
+        assert_eq!(signal("img /sbin/init", "").unwrap(), Some(37));
+        assert_eq!(signal("img /sbin/init", "15").unwrap(), Some(15));
+        let odd = signal("img true", "SIGNOTHING").unwrap_err().to_string();
+        assert!(odd.contains("--stop-signal"), "{odd}");
+    }
+
+    #[test]
     fn limits_reach_the_spec() {
         let args = run("-m 64m --cpus 0.5 -u app:1 -v /srv:/data:ro img");
-        let spec = build(&args, &image(), "h", "/log".as_ref()).unwrap();
+        let spec = build(&args, &image(), &own()).unwrap();
         let text = serde_json::to_string(&spec).unwrap();
         for part in ["67108864", "50000", "\"app:1\"", "\"/data\""] {
             assert!(text.contains(part), "{part} in {text}");

@@ -121,9 +121,30 @@ pub(crate) fn signal(text: &str) -> Result<u32, String> {
     } else {
         format!("SIG{upper}")
     };
+    if let Some(number) = real_time(&name) {
+        return Ok(number);
+    }
     let signal = nix::sys::signal::Signal::from_str(&name)
         .map_err(|_| format!("unknown signal {text:?}"))?;
     Ok((signal as i32).unsigned_abs())
+}
+
+/// First and last signal of the real-time ones, as programs in containers count them: glibc
+/// and musl keep those before for themselves.
+const REAL_TIME: (u32, u32) = (34, 64);
+
+/// The number of `SIGRTMIN+3`, which systemd is halted by, and the like.
+fn real_time(name: &str) -> Option<u32> {
+    let (first, last) = REAL_TIME;
+    let offset = |rest: &str, sign: char| match rest.strip_prefix(sign) {
+        Some(digits) => digits.parse::<u32>().ok(),
+        None => rest.is_empty().then_some(0),
+    };
+    let number = match name.strip_prefix("SIGRTMIN") {
+        Some(rest) => first.checked_add(offset(rest, '+')?)?,
+        None => last.checked_sub(offset(name.strip_prefix("SIGRTMAX")?, '-')?)?,
+    };
+    (first..=last).contains(&number).then_some(number)
 }
 
 #[cfg(test)]
@@ -164,9 +185,20 @@ mod tests {
 
     #[test]
     fn signals() {
-        for (text, number) in [("TERM", 15), ("sigkill", 9), ("12", 12)] {
+        for (text, number) in [
+            ("TERM", 15),
+            ("sigkill", 9),
+            ("12", 12),
+            ("SIGRTMIN+3", 37),
+            ("rtmin", 34),
+            ("RTMAX-14", 50),
+        ] {
             assert_eq!(signal(text), Ok(number));
         }
-        assert!(signal("0").is_err() && signal("NOPE").is_err());
+        for text in [
+            "0", "NOPE", "RTMIN+31", "RTMIN-1", "RTMAX-31", "RTMIN+", "RTMAX+0",
+        ] {
+            assert!(signal(text).is_err(), "{text}");
+        }
     }
 }

@@ -24,6 +24,7 @@ mod events;
 mod file;
 mod growth;
 mod guest_spec;
+mod host_kernel;
 mod layout;
 mod link;
 mod lock;
@@ -57,6 +58,7 @@ pub use checkpoint::{
 pub use daemon::{DaemonDirs, SandboxDir, supervisors};
 pub use descriptor::Inherited;
 pub use error::{Error, Result};
+pub use host_kernel::foreign_device;
 pub use layout::{Assets, Layout};
 pub use lock::Lock;
 pub use log::{LogLine, LogReader};

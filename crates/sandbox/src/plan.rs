@@ -8,6 +8,7 @@ use walnut_storage::{Rootfs, Volume};
 use crate::{
     ContainerRequest, Error, Result,
     guest_spec::{self, HostBind},
+    host_kernel,
     pod::{self, Role},
 };
 
@@ -38,7 +39,7 @@ pub(crate) struct Plan {
 impl Plan {
     /// `disk` tells its disk from the machine's others.
     pub(crate) fn new(request: &ContainerRequest, disk: u32) -> Result<Self> {
-        let spec = guest_spec::load(&request.bundle)?;
+        let mut spec = guest_spec::load(&request.bundle)?;
         let refuse =
             |why: String| Error::Invalid(format!("create container {}: {why}", request.id));
         let root = match request.rootfs.as_slice() {
@@ -71,6 +72,7 @@ impl Plan {
             }
         };
         guest_spec::check_hostname(&spec)?;
+        host_kernel::leave(&mut spec).map_err(|e| refuse(e.to_string()))?;
         let role = Role::of(&spec);
         let mut binds = guest_spec::host_binds(&spec)?;
         let shm = pod::shm(&binds, &spec).filter(|_| role.in_pod());

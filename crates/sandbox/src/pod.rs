@@ -85,10 +85,14 @@ pub(crate) fn namespaces(
         }
         namespaces.push(namespace);
     }
-    // The guest's own holds its agent, which is nobody's business.
-    if !namespaces.iter().any(|ns| ns.typ() == Type::Pid) {
-        let own = LinuxNamespaceBuilder::default().typ(Type::Pid).build();
-        namespaces.push(own.map_err(|e| Error::Invalid(format!("add a PID namespace: {e}")))?);
+    // The guest's own have its agent in them, and the pod's other containers, which are
+    // nobody's business. Specs of a host with cgroup v1 have no cgroup namespace.
+    for own in [Type::Pid, Type::Cgroup] {
+        if !namespaces.iter().any(|ns| ns.typ() == own) {
+            let new = LinuxNamespaceBuilder::default().typ(own).build();
+            let new = new.map_err(|e| Error::Invalid(format!("add a {own} namespace: {e}")))?;
+            namespaces.push(new);
+        }
     }
     Ok(namespaces)
 }
@@ -178,7 +182,7 @@ mod tests {
                 Role::Alone,
                 None
             ),
-            json!([{"type": "mount"}, {"type": "pid"}])
+            json!([{"type": "mount"}, {"type": "pid"}, {"type": "cgroup"}])
         );
     }
 
@@ -193,15 +197,15 @@ mod tests {
             {"type": "uts", "path": "/proc/1/ns/uts"}, {"type": "mount"}]);
         assert_eq!(
             got(listed.clone(), Role::Member, Some(&first)),
-            json!([{"type": "pid", "path": "/proc/77/ns/pid"}, {"type": "mount"}])
+            json!([{"type": "pid", "path": "/proc/77/ns/pid"}, {"type": "mount"}, {"type": "cgroup"}])
         );
         assert_eq!(
             got(listed, Role::Member, None),
-            json!([{"type": "pid"}, {"type": "mount"}])
+            json!([{"type": "pid"}, {"type": "mount"}, {"type": "cgroup"}])
         );
         assert_eq!(
             got(json!([{"type": "pid"}, {"type": "ipc"}]), Role::First, None),
-            json!([{"type": "pid"}])
+            json!([{"type": "pid"}, {"type": "cgroup"}])
         );
     }
 }

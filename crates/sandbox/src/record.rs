@@ -95,6 +95,9 @@ pub struct Record {
     pub auto_remove: bool,
     /// Has a terminal.
     pub terminal: bool,
+    /// Signal that it is asked to end with; SIGTERM, if it has not said.
+    #[serde(default)]
+    pub stop_signal: Option<u32>,
     /// Machine driver, once started: `vmm`, `qemu-kvm`, `qemu-tcg`.
     #[serde(default)]
     pub driver: Option<String>,
@@ -319,6 +322,7 @@ mod tests {
             oom_killed: false,
             auto_remove: false,
             terminal: false,
+            stop_signal: None,
             driver: None,
             memory: None,
             vcpus: None,

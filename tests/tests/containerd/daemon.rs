@@ -18,12 +18,15 @@ use nix::{
 pub(crate) use walnut_tests::client::{Done, finish, image, repository};
 use walnut_tests::{assert_gone, cgroups, client::cache, processes, unique, until};
 
-use crate::programs::{self, Format, program};
+use crate::{
+    programs::{self, Format, program},
+    seeds,
+};
 
 /// Namespace of all containers here but those of Kubernetes.
-const NAMESPACE: &str = "walnut-test";
+pub(crate) const NAMESPACE: &str = "walnut-test";
 /// Kubernetes' namespace.
-const KUBERNETES: &str = "k8s.io";
+pub(crate) const KUBERNETES: &str = "k8s.io";
 /// The runtime under test.
 const RUNTIME: &str = "io.containerd.walnut.v2";
 /// Name of the image in it.
@@ -31,8 +34,10 @@ pub(crate) const IMAGE: &str = "demo:latest";
 
 /// The same for Kubernetes, which wants a registry's.
 pub(crate) const KUBERNETES_IMAGE: &str = "walnut.test/demo:latest";
+/// The image with node, systemd and programs of Go's, for Kubernetes.
+pub(crate) const PROGRAMS_IMAGE: &str = "walnut.test/programs:latest";
 /// What a pod's first container runs.
-const PAUSE_IMAGE: &str = "walnut.test/pause";
+pub(crate) const PAUSE_IMAGE: &str = "walnut.test/pause";
 /// Where `walnut install` puts its programs, below a daemon's own directory.
 const INSTALLED: &str = "installed";
 
@@ -46,40 +51,6 @@ pub(crate) struct Daemon {
     kind: Kind,
     /// Names of everything that has run.
     names: Mutex<BTreeSet<String>>,
-}
-
-/// An image whose only program sleeps.
-fn pause_image(dir: &Path) -> PathBuf {
-    let (layout, file) = (dir.join("pause"), dir.join("pause.tar"));
-    let tag = format!("{}:latest", layout.display());
-    let layout = layout.to_str().unwrap();
-    let steps: [&[&str]; 5] = [
-        &["umoci", "init", "--layout", layout],
-        &["umoci", "new", "--image", &tag],
-        &[
-            "umoci",
-            "insert",
-            "--image",
-            &tag,
-            "/bin/busybox",
-            "/bin/sleep",
-        ],
-        &[
-            "umoci",
-            "config",
-            "--image",
-            &tag,
-            "--config.entrypoint",
-            "/bin/sleep",
-            "--config.entrypoint",
-            "infinity",
-        ],
-        &["tar", "-C", layout, "-cf", file.to_str().unwrap(), "."],
-    ];
-    for step in steps {
-        finish(Command::new(step[0]).args(&step[1..]), b"").exits(0);
-    }
-    file
 }
 
 /// What is shown of a log after a failure.
@@ -112,54 +83,9 @@ const POD_NETWORK: &str = r#"{
 /// Stands for the daemon's own directory in [`POD_NETWORK`].
 const DAEMON_STATE: &str = "@state@";
 
-/// What a containerd has on disk when it has the images: unpacking them takes longer than
-/// most tests. The first caller makes it, for every version of containerd one.
-fn seed() -> PathBuf {
-    let version = finish(Command::new(program("containerd")).arg("--version"), b"").exits(0);
-    let word = |c: char| if c.is_alphanumeric() { c } else { '-' };
-    let version: String = version.stdout.trim().chars().map(word).collect();
-    let seed = image().with_extension(version);
-    let lock = fs::File::create(seed.with_extension("lock")).unwrap();
-    lock.lock().unwrap();
-    if !seed.exists() {
-        let daemon = Daemon::launch(Kind::Kubernetes, None);
-        let import = |namespace: &str, base: &str, file: &Path| {
-            let mut args = vec!["--namespace", namespace, "image", "import"];
-            args.extend(["--base-name", base, file.to_str().unwrap()]);
-            daemon.ctr(&args).exits(0);
-        };
-        import(NAMESPACE, IMAGE.trim_end_matches(":latest"), &image());
-        import(
-            KUBERNETES,
-            KUBERNETES_IMAGE.trim_end_matches(":latest"),
-            &image(),
-        );
-        import(KUBERNETES, PAUSE_IMAGE, &pause_image(&daemon.state));
-        // So that what it has written is whole.
-        let mut child = daemon.child.lock().unwrap();
-        kill(Pid::from_raw(child.id().cast_signed()), Signal::SIGTERM).unwrap();
-        child.wait().unwrap();
-        drop(child);
-        fs::rename(daemon.root.join("containerd"), &seed).unwrap();
-    }
-    seed
-}
-
-/// Copies a daemon's directory. Its files are shared but for its databases, which are all
-/// that it writes to in place.
-fn copy(seed: &Path, to: &Path) {
-    let run = |command: &mut Command| drop(finish(command, b"").exits(0));
-    run(Command::new("cp")
-        .args(["--archive", "--link"])
-        .arg(seed)
-        .arg(to));
-    let script = r#"find "$0" -name '*.db' -exec cp --archive {} {}.own \; -exec mv {}.own {} \;"#;
-    run(Command::new("sh").args(["-c", script]).arg(to));
-}
-
 /// What a containerd is for.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
-enum Kind {
+pub(crate) enum Kind {
     /// `ctr`.
     Plain,
     /// Kubernetes, with pods of the node's network.
@@ -171,24 +97,29 @@ enum Kind {
 impl Daemon {
     /// Starts it. It has the image.
     pub(crate) fn start() -> Self {
-        Self::launch(Kind::Plain, Some(&seed()))
+        Self::launch(Kind::Plain, Some(&seeds::usual()))
     }
 
     /// Starts it with its interface for Kubernetes, and with Walnut set up in it by
     /// `walnut install`.
     pub(crate) fn start_for_kubernetes() -> Self {
-        Self::launch(Kind::Kubernetes, Some(&seed()))
+        Self::launch(Kind::Kubernetes, Some(&seeds::usual()))
     }
 
     /// The same with a network for pods: CNI's plugins as Debian has them, a bridge with
     /// addresses of both families and ports of the node's, in a network namespace that
     /// stands for the node ([`Daemon::on_the_node`]).
     pub(crate) fn start_with_pod_network() -> Self {
-        Self::launch(Kind::Networked, Some(&seed()))
+        Self::launch(Kind::Networked, Some(&seeds::usual()))
+    }
+
+    /// The same, and it has the image with node, systemd and programs of Go's too.
+    pub(crate) fn start_with_programs() -> Self {
+        Self::launch(Kind::Networked, Some(&seeds::with_programs()))
     }
 
     /// With a copy of the images, unless it is to begin without.
-    fn launch(kind: Kind, seed: Option<&Path>) -> Self {
+    pub(crate) fn launch(kind: Kind, seed: Option<&Path>) -> Self {
         let name = unique("ctd");
         // An emulated host has nothing but an overlay and memory.
         let roots = std::env::var_os("WALNUT_TEST_ROOT").map(PathBuf::from);
@@ -199,7 +130,7 @@ impl Daemon {
             fs::create_dir_all(dir).unwrap();
         }
         if let Some(seed) = seed {
-            copy(seed, &root.join("containerd"));
+            seeds::copy(seed, &root.join("containerd"));
         }
         let format = Format::of_daemon();
         let (root_dir, state_dir) = (root.display(), state.display());
@@ -242,6 +173,23 @@ impl Daemon {
         };
         daemon.until_it_answers();
         daemon
+    }
+
+    /// Ends it in order, and puts all that it has on disk there.
+    pub(crate) fn become_seed(self, seed: &Path) {
+        // So that what it has written is whole.
+        let mut child = self.child.lock().unwrap();
+        kill(Pid::from_raw(child.id().cast_signed()), Signal::SIGTERM).unwrap();
+        child.wait().unwrap();
+        drop(child);
+        fs::rename(self.root.join("containerd"), seed).unwrap();
+    }
+
+    /// Gives the daemon an image of a file.
+    pub(crate) fn import(&self, namespace: &str, base: &str, file: &Path) {
+        let mut args = vec!["--namespace", namespace, "image", "import"];
+        args.extend(["--base-name", base, file.to_str().unwrap()]);
+        self.ctr(&args).exits(0);
     }
 
     /// A sandbox of this name runs.

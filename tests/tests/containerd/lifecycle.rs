@@ -2,7 +2,7 @@
 
 use std::fs;
 
-use walnut_tests::{machine, unique};
+use walnut_tests::{client::disk, machine, unique};
 
 use crate::daemon::Daemon;
 
@@ -15,6 +15,30 @@ fn a_container_prints_and_exits_with_its_own_code() {
     assert_eq!(done.stdout, "Linux\n", "{done:#?}");
     daemon.assert_nothing_left();
     daemon.run(&["--rm"], &id, &["true"]).exits(0);
+}
+
+#[test]
+fn a_container_is_privileged_in_its_own_kernel() {
+    let daemon = Daemon::start();
+    let (id, disk) = (unique("c"), disk());
+    let script = "mount -t tmpfs t /mnt && cat /proc/self/cgroup && ls /dev";
+    let options = ["--rm", "--privileged"];
+    let done = daemon.run(&options, &id, &["sh", "-c", script]).exits(0);
+    let (cgroup, devices) = done.stdout.split_once('\n').unwrap();
+    let devices: Vec<_> = devices.lines().collect();
+    assert_eq!(cgroup, "0::/");
+    assert!(
+        devices.contains(&"null") && !devices.contains(&&*disk),
+        "{devices:?}"
+    );
+    let device = format!("/dev/{disk}");
+    let refused = daemon.run(&["--rm", "--device", &device], &id, &["true"]);
+    assert!(
+        refused.code != 0 && refused.stderr.contains("is the host's"),
+        "{refused:#?}"
+    );
+    daemon.ctr(&["container", "rm", &id]);
+    daemon.assert_nothing_left();
 }
 
 #[test]

@@ -161,7 +161,7 @@ pub(crate) fn install(prefix: &Path, config: &Path) {
     let mut command = Command::new(repository().join("out/bin/walnut"));
     command
         .arg("install")
-        .arg("--no-podman")
+        .args(["--no-podman", "--no-docker"])
         .arg("--prefix")
         .arg(prefix)
         .arg("--containerd-config")

@@ -12,9 +12,15 @@ fn a_node_is_set_up_and_left_as_it_was() {
     fs::create_dir_all(config.parent().unwrap()).unwrap();
     let before = "version = 2\n\n# mine\n[plugins.\"io.containerd.grpc.v1.cri\".cni]\nbin_dir = \"/usr/lib/cni\"\n";
     fs::write(&config, before).unwrap();
-    let podman = root.path().join("usr/bin/podman");
-    fs::create_dir_all(podman.parent().unwrap()).unwrap();
-    fs::write(&podman, "").unwrap();
+    for program in ["usr/bin/podman", "usr/sbin/dockerd"] {
+        let program = root.path().join(program);
+        fs::create_dir_all(program.parent().unwrap()).unwrap();
+        fs::write(&program, "").unwrap();
+    }
+    let docker = root.path().join("etc/docker/daemon.json");
+    fs::create_dir_all(docker.parent().unwrap()).unwrap();
+    let docker_before = "{\n  \"log-driver\": \"local\"\n}\n";
+    fs::write(&docker, docker_before).unwrap();
     let verb = |verb: &str, more: &[&str]| {
         let mut words = vec![verb, "--root", &at, "--containerd-version", "1.6"];
         words.extend(more);
@@ -55,6 +61,13 @@ fn a_node_is_set_up_and_left_as_it_was() {
         text.contains("[engine.runtimes]\nwalnut-oci = [\"/usr/local/bin/walnut-oci\"]\n"),
         "{text}"
     );
+    let text = fs::read_to_string(&docker).unwrap();
+    let value: serde_json::Value = serde_json::from_str(&text).unwrap();
+    assert_eq!(value["log-driver"], "local");
+    assert_eq!(
+        value["runtimes"]["walnut-oci"]["path"],
+        "/usr/local/bin/walnut-oci"
+    );
     // The other face of the program, by the name that podman calls it by.
     let features = std::process::Command::new(root.path().join("usr/local/bin/walnut-oci"))
         .arg("features")
@@ -76,9 +89,50 @@ fn a_node_is_set_up_and_left_as_it_was() {
     assert!(installed.exists());
     verb("uninstall", &[]);
     assert_eq!(fs::read_to_string(&config).unwrap(), before);
+    assert_eq!(fs::read_to_string(&docker).unwrap(), docker_before);
     assert!(!lib.exists() && !installed.exists() && !setting.exists());
     assert!(!root.path().join("usr/local/bin/walnut-oci").is_symlink());
     verb("uninstall", &[]);
+}
+
+#[test]
+fn docker_is_left_alone_where_it_is_told_by_options_or_not_wanted() {
+    let root = tempfile::tempdir().unwrap();
+    let at = root.path().display().to_string();
+    let docker = root.path().join("etc/docker/daemon.json");
+    let install = |more: &[&str]| {
+        let mut words = vec!["install", "--root", &at, "--no-containerd", "--no-podman"];
+        words.extend(more);
+        walnut(&words).exits(0).text().to_owned()
+    };
+    assert!(install(&[]).contains("docker is not installed"));
+    let file = |name: &str, text: &str| {
+        let file = root.path().join(name);
+        fs::create_dir_all(file.parent().unwrap()).unwrap();
+        fs::write(&file, text).unwrap();
+    };
+    file("usr/bin/dockerd", "");
+    assert!(!install(&["--no-docker"]).contains("docker"));
+    file(
+        "etc/systemd/system/docker.service.d/mine.conf",
+        "[Service]\nExecStart=\nExecStart=/usr/sbin/dockerd --add-runtime crun=/usr/bin/crun\n",
+    );
+    let said = install(&[]);
+    assert!(
+        said.contains("mine.conf") && said.contains("--add-runtime walnut-oci="),
+        "{said}"
+    );
+    // dockerd would not start with a setting in both places.
+    assert!(!docker.exists());
+    file(
+        "etc/systemd/system/docker.service.d/mine.conf",
+        "# --add-runtime\n",
+    );
+    assert!(install(&[]).contains("the runtime walnut-oci in"));
+    assert!(docker.exists());
+    file("etc/docker/daemon.json", "{");
+    let words = ["install", "--root", &at, "--no-containerd", "--no-podman"];
+    walnut(&words).fails(125, "daemon.json: it is not JSON");
 }
 
 #[test]

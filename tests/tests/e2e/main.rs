@@ -17,3 +17,4 @@ mod streams;
 mod templates;
 mod upgrade;
 mod volumes;
+mod workloads;

@@ -50,8 +50,10 @@ fn every_command_does_what_it_says() {
     let quiet = place.oci(&["list", "-q"]).exits(0);
     assert_eq!(quiet.stdout, format!("{id}\n"));
     let ps = place.oci(&["ps", "--format", "json", id]).exits(0);
-    let pids: Vec<u32> = serde_json::from_str(&ps.stdout).unwrap();
-    assert!(!pids.is_empty(), "{ps:#?}");
+    let pids: Vec<i32> = serde_json::from_str(&ps.stdout).unwrap();
+    assert_eq!(pids, [pid]);
+    let ps = place.oci(&["ps", id]).exits(0);
+    assert!(ps.stdout.lines().count() > 1, "{ps:#?}");
     let stats = place.oci(&["events", "--stats", id]).exits(0);
     let stats: Value = serde_json::from_str(&stats.stdout).unwrap();
     assert_eq!(
@@ -246,4 +248,26 @@ fn what_needs_no_container_is_said_at_once() {
     let walnut = walnut_tests::client::repository().join("out/bin/walnut");
     let version = finish(Command::new(walnut).arg("version"), b"").exits(0);
     assert!(version.stdout.contains("walnut"), "{version:#?}");
+}
+
+#[test]
+fn a_signal_to_its_pid_reaches_the_container() {
+    let place = Place::new();
+    // TERM, and what systemd is halted by.
+    for (signal, code) in [(15, 3), (37, 9)] {
+        let script = "trap 'exit 3' TERM; trap 'exit 9' 37; echo up; while :; do sleep 1; done";
+        let bundle = place.bundle(script, |_| ());
+        let id = unique("oci-signal");
+        place.start(&id, &bundle);
+        place.until_says(&id, "up");
+        let pid = place.state(&id)["pid"].as_i64().unwrap();
+        // SAFETY: kill takes numbers.
+        assert_eq!(unsafe { libc::kill(pid.try_into().unwrap(), signal) }, 0);
+        place.until_is(&id, "stopped");
+        let state = place.root().join(&id).join("state.json");
+        let state: Value = serde_json::from_slice(&std::fs::read(state).unwrap()).unwrap();
+        assert_eq!(state["exit_code"], code, "{state}");
+        place.oci(&["delete", &id]).exits(0);
+    }
+    place.assert_nothing_left();
 }

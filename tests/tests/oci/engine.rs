@@ -17,6 +17,8 @@ use crate::place::Place;
 
 /// Name of the image in it.
 const IMAGE: &str = "localhost/demo:latest";
+/// Of that with systemd.
+const PROGRAMS_IMAGE: &str = "localhost/programs:latest";
 
 /// Directories that podman keeps to, and the test image.
 pub(crate) struct Engine {
@@ -52,9 +54,12 @@ const NETWORK: &str = r#"{
 
 /// An image store that podmans share, and write to no more; the first caller makes it.
 fn store() -> PathBuf {
+    // Of both images, and named after both.
     let image = client::image();
-    let store = image.with_extension("podman");
-    let lock = fs::File::create(image.with_extension("podman.lock")).unwrap();
+    let programs = client::programs_image();
+    let stem = programs.file_stem().unwrap().to_string_lossy();
+    let store = image.with_extension(format!("{stem}.podman"));
+    let lock = fs::File::create(store.with_extension("lock")).unwrap();
     lock.lock().unwrap();
     if !store.exists() {
         let new = image.with_extension("podman-new");
@@ -74,9 +79,11 @@ fn store() -> PathBuf {
             ]);
             command
         };
-        let loaded = finish(podman().arg("load").arg("--input").arg(&image), b"").exits(0);
-        let name = loaded.stdout.trim().rsplit(' ').next().unwrap().to_owned();
-        finish(podman().args(["tag", &name, IMAGE]), b"").exits(0);
+        for (file, tag) in [(&image, IMAGE), (&programs, PROGRAMS_IMAGE)] {
+            let loaded = finish(podman().arg("load").arg("--input").arg(file), b"").exits(0);
+            let name = loaded.stdout.trim().rsplit(' ').next().unwrap().to_owned();
+            finish(podman().args(["tag", &name, tag]), b"").exits(0);
+        }
         fs::rename(new.join("store"), &store).unwrap();
         for dir in [&new, &run] {
             let _ = fs::remove_dir_all(dir);
@@ -141,7 +148,7 @@ impl Engine {
         }
     }
 
-    /// A podman command line; the image is `demo`.
+    /// A podman command line; the images are `demo` and `programs`.
     pub(crate) fn command(&self, args: &[&str]) -> Command {
         let dir = &self.place.dir;
         let mut command = self.program("podman");
@@ -161,7 +168,11 @@ impl Engine {
                 store.display()
             ))
             .args(["--cgroup-manager=cgroupfs", "--events-backend=file"])
-            .args(args.iter().map(|a| if *a == "demo" { IMAGE } else { a }))
+            .args(args.iter().map(|arg| match *arg {
+                "demo" => IMAGE,
+                "programs" => PROGRAMS_IMAGE,
+                other => other,
+            }))
             .env("CONTAINERS_CONF", dir.join("containers.conf"))
             .env("CONTAINERS_STORAGE_CONF", dir.join("storage.conf"));
         command

@@ -11,11 +11,14 @@
 )]
 
 mod bundle;
+mod docker;
+mod dockerd;
 mod engine;
 mod killed;
 mod network;
 mod place;
 mod podman;
 mod refused;
+mod systemd;
 mod terminals;
 mod upgrade;

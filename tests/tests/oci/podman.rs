@@ -2,7 +2,7 @@
 
 use std::thread;
 
-use walnut_tests::Terminal;
+use walnut_tests::{Terminal, client::disk};
 
 use crate::engine::Engine;
 
@@ -157,13 +157,32 @@ fn volumes_are_the_hosts_and_the_hosts_rest_is_not() {
     ];
     assert_eq!(engine.podman(&run).exits(0).stdout, "text");
     assert_eq!(std::fs::read_to_string(dir.join("new")).unwrap(), "new\n");
+    let disk = disk();
     for (option, says) in [
         ("--pid=host", "it needs a PID namespace"),
-        ("--privileged", "is the host's"),
+        (&*format!("--device=/dev/{disk}"), "is the host's"),
     ] {
         let refused = engine.podman(&["run", "--rm", NO_NETWORK, option, "demo", "true"]);
         let refused = refused.exits(126);
         assert!(refused.stderr.contains(says), "{refused:#?}");
     }
+    // Privileged in its own kernel: it mounts, and has no device of the host's.
+    let script = "mount -t tmpfs t /mnt && touch /mnt/x && ls /dev";
+    let run = [
+        "run",
+        "--rm",
+        NO_NETWORK,
+        "--privileged",
+        "demo",
+        "sh",
+        "-c",
+        script,
+    ];
+    let devices = engine.podman(&run).exits(0).stdout;
+    let devices: Vec<_> = devices.lines().collect();
+    assert!(
+        devices.contains(&"null") && !devices.contains(&&*disk),
+        "{devices:?}"
+    );
     engine.assert_nothing_left();
 }

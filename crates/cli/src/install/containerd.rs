@@ -14,10 +14,10 @@ use std::{
 use anyhow::{Context, Result, bail};
 use toml_edit::{Array, DocumentMut, Item, Table, value};
 
-use super::step::Step;
+use super::{amendment::Amendment, step::Step};
 
 /// The runtime's name in RuntimeClasses' `handler`.
-const NAME: &str = "walnut";
+pub(super) const NAME: &str = "walnut";
 const RUNTIME_TYPE: &str = "io.containerd.walnut.v2";
 /// Annotations that a pod may have Walnut see; which of them it heeds, its own
 /// configuration says.
@@ -116,25 +116,6 @@ fn runtime() -> Table {
     table
 }
 
-/// A change of a configuration file that is somebody else's; all else in it stays as it
-/// is, comments and order too.
-#[derive(Debug)]
-pub(super) enum Amendment {
-    /// The runtime (configuration version 2).
-    Runtime,
-    /// Files to read as well.
-    Import(String),
-}
-
-impl fmt::Display for Amendment {
-    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
-        match self {
-            Self::Runtime => write!(f, "the runtime {NAME}"),
-            Self::Import(files) => write!(f, "the import of {files}"),
-        }
-    }
-}
-
 const RUNTIMES: [&str; 4] = [
     "plugins",
     "io.containerd.grpc.v1.cri",
@@ -142,89 +123,90 @@ const RUNTIMES: [&str; 4] = [
     "runtimes",
 ];
 
-impl Amendment {
-    /// The file with it.
-    pub(super) fn add(&self, text: &str) -> Result<String> {
-        let mut file = parse(text)?;
-        match self {
-            Self::Runtime => {
-                let mut table = file.as_table_mut();
-                for name in RUNTIMES {
-                    let entry = table.entry(name).or_insert_with(|| {
-                        let mut table = Table::new();
-                        table.set_implicit(true);
-                        Item::Table(table)
-                    });
-                    let Some(inner) = entry.as_table_mut() else {
-                        bail!("{name} is not written as a table; set the runtime up by hand");
-                    };
-                    table = inner;
-                }
-                if !is_same(table.get(NAME)) {
-                    table.insert(NAME, Item::Table(runtime()));
-                }
-            }
-            Self::Import(files) => {
-                let imports = file.entry("imports").or_insert(value(Array::new()));
-                let Some(imports) = imports.as_array_mut() else {
-                    bail!("imports is not a list");
-                };
-                if !imports.iter().any(|import| import.as_str() == Some(files)) {
-                    imports.push(files.as_str());
-                }
-            }
-        }
-        Ok(file.to_string())
-    }
-
-    /// The file without it.
-    pub(super) fn remove(&self, text: &str) -> Result<String> {
-        let mut file = parse(text)?;
-        match self {
-            Self::Runtime => {
-                let runtimes = RUNTIMES
-                    .iter()
-                    .try_fold(file.as_item_mut(), |at, name| at.get_mut(name));
-                if let Some(runtimes) = runtimes.and_then(Item::as_table_like_mut) {
-                    runtimes.remove(NAME);
-                }
-            }
-            Self::Import(files) => {
-                if let Some(imports) = file.get_mut("imports").and_then(Item::as_array_mut) {
-                    imports.retain(|import| import.as_str() != Some(files));
-                    if imports.is_empty() {
-                        file.remove("imports");
-                    }
-                }
-            }
-        }
-        // A file that says no more than its version was made for this.
-        let only_version = file
-            .iter()
-            .all(|(key, item)| key == "version" || is_hollow(item));
-        if only_version && !text.contains('#') {
-            return Ok(String::new());
-        }
-        Ok(file.to_string())
-    }
-
-    /// Nothing of it is in the file.
-    pub(super) fn is_absent(&self, text: &str) -> bool {
-        let Ok(file) = text.parse::<DocumentMut>() else {
-            return true;
+/// A file with the runtime in it (configuration version 2).
+pub(super) fn add_runtime(text: &str) -> Result<String> {
+    let mut file = parse(text)?;
+    let mut table = file.as_table_mut();
+    for name in RUNTIMES {
+        let entry = table.entry(name).or_insert_with(|| {
+            let mut table = Table::new();
+            table.set_implicit(true);
+            Item::Table(table)
+        });
+        let Some(inner) = entry.as_table_mut() else {
+            bail!("{name} is not written as a table; set the runtime up by hand");
         };
-        match self {
-            Self::Runtime => {
-                let runtimes = RUNTIMES
-                    .iter()
-                    .try_fold(file.as_item(), |at, name| at.get(name));
-                runtimes.and_then(|runtimes| runtimes.get(NAME)).is_none()
-            }
-            Self::Import(files) => {
-                let imports = file.get("imports").and_then(Item::as_array);
-                !imports.is_some_and(|all| all.iter().any(|one| one.as_str() == Some(files)))
-            }
+        table = inner;
+    }
+    if !is_same(table.get(NAME)) {
+        table.insert(NAME, Item::Table(runtime()));
+    }
+    Ok(file.to_string())
+}
+
+/// The file without it.
+pub(super) fn remove_runtime(text: &str) -> Result<String> {
+    let mut file = parse(text)?;
+    let runtimes = RUNTIMES
+        .iter()
+        .try_fold(file.as_item_mut(), |at, name| at.get_mut(name));
+    if let Some(runtimes) = runtimes.and_then(Item::as_table_like_mut) {
+        runtimes.remove(NAME);
+    }
+    Ok(unless_hollow(&file, text))
+}
+
+pub(super) fn has_runtime(text: &str) -> bool {
+    let Ok(file) = text.parse::<DocumentMut>() else {
+        return false;
+    };
+    let runtimes = RUNTIMES
+        .iter()
+        .try_fold(file.as_item(), |at, name| at.get(name));
+    runtimes.and_then(|runtimes| runtimes.get(NAME)).is_some()
+}
+
+/// A file that has these read as well.
+pub(super) fn add_import(text: &str, files: &str) -> Result<String> {
+    let mut file = parse(text)?;
+    let imports = file.entry("imports").or_insert(value(Array::new()));
+    let Some(imports) = imports.as_array_mut() else {
+        bail!("imports is not a list");
+    };
+    if !imports.iter().any(|import| import.as_str() == Some(files)) {
+        imports.push(files);
+    }
+    Ok(file.to_string())
+}
+
+/// The file without that.
+pub(super) fn remove_import(text: &str, files: &str) -> Result<String> {
+    let mut file = parse(text)?;
+    if let Some(imports) = file.get_mut("imports").and_then(Item::as_array_mut) {
+        imports.retain(|import| import.as_str() != Some(files));
+        if imports.is_empty() {
+            file.remove("imports");
         }
+    }
+    Ok(unless_hollow(&file, text))
+}
+
+pub(super) fn has_import(text: &str, files: &str) -> bool {
+    let Ok(file) = text.parse::<DocumentMut>() else {
+        return false;
+    };
+    let imports = file.get("imports").and_then(Item::as_array);
+    imports.is_some_and(|all| all.iter().any(|one| one.as_str() == Some(files)))
+}
+
+/// What is left of `text`; nothing, if it says no more than its version: it was made for us.
+fn unless_hollow(file: &DocumentMut, text: &str) -> String {
+    let only_version = file
+        .iter()
+        .all(|(key, item)| key == "version" || is_hollow(item));
+    match only_version && !text.contains('#') {
+        true => String::new(),
+        false => file.to_string(),
     }
 }
 

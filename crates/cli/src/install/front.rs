@@ -13,7 +13,7 @@ use walnut_sandbox::{
 };
 
 use super::{
-    OCI, PODMAN_DIR, SHIM, containerd,
+    DOCKER_CONFIG, OCI, PODMAN_DIR, SHIM, containerd, docker,
     step::{State, Step},
 };
 
@@ -22,13 +22,14 @@ const INSTALL: &str = "run `walnut install`, then restart containerd";
 /// Where the services of a host look for programs, whatever the one who asks does.
 const SERVICES: &str = "/usr/local/sbin:/usr/local/bin:/usr/sbin:/usr/bin:/sbin:/bin";
 
-/// The node's settings, containerd, podman. None of them is needed to run a container with
+/// The node's settings, containerd, podman, docker. None of them is needed to run a container with
 /// `walnut`, so none is missing.
 pub(crate) fn front_ends() -> Vec<HostItem> {
     vec![
         settings(),
         containerd(Path::new("/etc/containerd/config.toml")),
         podman(Path::new(PODMAN_DIR)),
+        docker(Path::new(DOCKER_CONFIG)),
     ]
 }
 
@@ -104,6 +105,36 @@ fn podman(settings: &Path) -> HostItem {
     }
     let detail = format!("{version}; has not been told of {OCI}");
     item(NAME, Level::Warn, detail, "run `walnut install`")
+}
+
+fn docker(config: &Path) -> HostItem {
+    const NAME: &str = "docker";
+    let Some(version) = docker::installed() else {
+        let detail = "not installed".into();
+        return item(NAME, Level::Warn, detail, "needed for docker run only");
+    };
+    match docker::program(config) {
+        Ok(Some(program)) if program.exists() => {
+            let detail = format!("{version}, knows --runtime {OCI}");
+            item(NAME, Level::Ok, detail, "")
+        }
+        Ok(Some(program)) => {
+            let detail = format!("{version}; its {OCI} is not there: {}", program.display());
+            item(NAME, Level::Warn, detail, "run `walnut install`")
+        }
+        Ok(None) => {
+            let detail = format!("{version}; {} has no runtime {OCI}", config.display());
+            let advice = "run `walnut install`, then reload docker";
+            item(NAME, Level::Warn, detail, advice)
+        }
+        // dockerd does not start with it either.
+        Err(e) => item(
+            NAME,
+            Level::Warn,
+            format!("{version}; {e:#}"),
+            "mend the file",
+        ),
+    }
 }
 
 fn are_done(steps: &[Step]) -> Result<bool> {

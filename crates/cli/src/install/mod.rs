@@ -1,12 +1,15 @@
-//! `walnut install` and `walnut uninstall`: a node that containerd, podman and people
+//! `walnut install` and `walnut uninstall`: a node that containerd, podman, docker and people
 //! find Walnut on.
 //!
 //! What is to be there is a list of [`Step`]s. Each can be looked at, made and undone by
 //! itself, so that a second `install` changes nothing, one that was cut off is finished by
 //! the next, and `--dry-run` says the truth.
 
+mod amendment;
 mod containerd;
+mod docker;
 mod front;
+mod json;
 mod step;
 
 use std::{
@@ -34,8 +37,10 @@ const SHIM: &str = "containerd-shim-walnut-v2";
 const OCI: &str = "walnut-oci";
 /// Where podman looks for settings of packages.
 const PODMAN_DIR: &str = "/etc/containers/containers.conf.d";
+/// Where docker's daemon has its settings.
+const DOCKER_CONFIG: &str = "/etc/docker/daemon.json";
 
-/// Set up this node: programs, kernel, and the runtime in containerd and podman
+/// Set up this node: programs, kernel, and the runtime in containerd, podman and docker
 #[derive(Debug, Args)]
 #[command(after_help = "Examples:
   walnut install --dry-run           # what it would do
@@ -43,7 +48,7 @@ const PODMAN_DIR: &str = "/etc/containers/containers.conf.d";
   walnut install --prefix /usr --root ./image   # into a file system that is being made
 
 Doing it again changes nothing that is right already. A containerd that runs must be restarted to
-see a new runtime; containers that run are not touched by that.")]
+see a new runtime, a dockerd reloaded; containers that run are not touched by that.")]
 pub(crate) struct InstallArgs {
     #[command(flatten)]
     places: Places,
@@ -89,6 +94,12 @@ struct Places {
     /// Leave podman as it is
     #[arg(long)]
     no_podman: bool,
+    /// docker's configuration file
+    #[arg(long, value_name = "FILE", default_value = DOCKER_CONFIG)]
+    docker_config: PathBuf,
+    /// Leave docker as it is
+    #[arg(long)]
+    no_docker: bool,
 }
 
 impl Places {
@@ -102,6 +113,7 @@ impl Places {
         for (option, path) in [
             ("--prefix", &self.prefix),
             ("--containerd-config", &self.containerd_config),
+            ("--docker-config", &self.docker_config),
         ] {
             if !path.is_absolute() {
                 bail!("{option} {}: must be an absolute path", path.display());
@@ -145,7 +157,7 @@ impl Places {
         steps
     }
 
-    /// What tells containerd and podman of the runtime; sentences on what is left alone.
+    /// What tells containerd, podman and docker of the runtime; sentences on what is left alone.
     fn settings(&self) -> Result<(Vec<Step>, Vec<String>)> {
         let (mut steps, mut notes) = (Vec::new(), Vec::new());
         if !self.no_containerd {
@@ -174,6 +186,20 @@ impl Places {
                 });
             } else {
                 notes.push("podman is not installed: not set up".into());
+            }
+        }
+        if !self.no_docker {
+            let config = self.at(&self.docker_config);
+            let there = ["/usr/bin/dockerd", "/usr/sbin/dockerd"];
+            let told = fs::read_to_string(&config).is_ok_and(|text| docker::has(&text));
+            if told || there.iter().any(|program| self.at(program).exists()) {
+                let program = self.prefix.join("bin").join(OCI);
+                match docker::step(&config, program, |path| self.at(path)) {
+                    Ok(step) => steps.push(step),
+                    Err(note) => notes.push(note),
+                }
+            } else {
+                notes.push("docker is not installed: not set up".into());
             }
         }
         Ok((steps, notes))
@@ -210,7 +236,7 @@ pub(crate) fn install(args: &InstallArgs) -> Result<u8> {
     }
     if changed && !args.dry_run {
         println!(
-            "\nRestart containerd if it runs, so that it sees the runtime; `walnut check` says what this node can do. \
+            "\nRestart containerd if it runs, and reload docker, so that they see the runtime; `walnut check` says what this node can do. \
              Sandboxes that run are of the version that they were started with: `walnut upgrade --all` changes that."
         );
     }

@@ -9,7 +9,7 @@ use std::{
 
 use anyhow::{Context, Result, bail};
 
-use super::containerd::Amendment;
+use super::amendment::Amendment;
 
 /// Something that is to be there.
 #[derive(Debug)]

@@ -1,7 +1,8 @@
 use std::{fs, path::Path};
 
 use super::{
-    containerd::{self, Amendment, Version},
+    amendment::Amendment,
+    containerd::{self, Version},
     step::{State, Step},
 };
 

@@ -92,7 +92,8 @@ pub(super) enum Command {
     Delete(Delete),
     /// Run another program in a container
     Exec(Box<Exec>),
-    /// List the processes of a container, by their numbers in its kernel
+    /// List the processes of a container, by their numbers in its kernel; as JSON that of the
+    /// process which stands for it
     Ps(Ps),
     /// Freeze a container's processes
     Pause(Name),

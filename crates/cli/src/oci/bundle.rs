@@ -4,14 +4,12 @@ use std::path::{Path, PathBuf};
 
 use anyhow::{Context as _, Result, bail};
 use chrono::{SecondsFormat, Utc};
-use oci_spec::runtime::{Linux, LinuxDevice, LinuxNamespaceType, Spec};
-use walnut_sandbox::{BundleState, BundleStatus, Bundles};
+use oci_spec::runtime::{Linux, LinuxNamespaceType, Spec};
+use walnut_sandbox::{BundleState, BundleStatus, Bundles, foreign_device};
 
 const CONFIG: &str = "config.json";
 /// Largest configuration that is read.
 const CONFIG_MAX: u64 = 4 << 20;
-/// Major numbers of devices that every kernel has: memory, terminals, miscellaneous.
-const MAJORS: [i64; 3] = [1, 5, 10];
 
 /// A directory with a configuration.
 #[derive(Debug)]
@@ -113,6 +111,12 @@ fn refuse(spec: &Spec) -> Result<()> {
             "createContainer hooks cannot be run: they are programs of the host in the namespaces of the container, which are another kernel's; createRuntime and startContainer hooks can"
         );
     }
+    if let Some(device) = foreign_device(spec) {
+        bail!(
+            "the device {} is the host's: the container's kernel does not have it",
+            device.display()
+        );
+    }
     match spec.linux() {
         Some(linux) => refuse_linux(linux),
         None => bail!("the configuration has no \"linux\" object"),
@@ -142,27 +146,12 @@ fn refuse_linux(linux: &Linux) -> Result<()> {
             "the processes of the host cannot be shown to the container, which has a kernel of its own: it needs a PID namespace"
         );
     }
-    if let Some(device) = linux.devices().iter().flatten().find(|d| is_hosts(d)) {
-        bail!(
-            "the device {} is the host's: the container's kernel does not have it",
-            device.path().display()
-        );
-    }
     if let Some(seccomp) = linux.seccomp()
         && seccomp.listener_path().is_some()
     {
         bail!("seccomp notifications cannot leave the container's kernel");
     }
     Ok(())
-}
-
-fn is_hosts(device: &LinuxDevice) -> bool {
-    use oci_spec::runtime::LinuxDeviceType as Type;
-    match device.typ() {
-        Type::P => false,
-        Type::C | Type::U => !MAJORS.contains(&device.major()),
-        _ => true,
-    }
 }
 
 #[cfg(test)]

@@ -79,9 +79,15 @@ pub(super) fn list(context: &Context, args: &List) -> Result<()> {
     Ok(())
 }
 
+/// Processes by their numbers: those of the container's kernel for people, that of its
+/// supervisor for programs, which look a number up on this host (`docker top`).
 pub(super) async fn ps(context: &Context, args: &Ps) -> Result<()> {
     let state = context.bundles.find(&args.id)?;
     let supervisor = context.supervisor(&state).await?;
+    if args.format == Format::Json {
+        writeln!(io::stdout(), "{}", json!([state.pid]))?;
+        return Ok(());
+    }
     let request = PidsRequest {
         id: args.id.clone(),
         ..Default::default()
@@ -92,12 +98,9 @@ pub(super) async fn ps(context: &Context, args: &Ps) -> Result<()> {
         .await
         .map_err(fault)?;
     let pids = reply.processes.iter().map(|process| process.pid);
-    match args.format {
-        Format::Json => writeln!(io::stdout(), "{}", json!(pids.collect::<Vec<_>>()))?,
-        Format::Table => output::table(
-            ["PID"],
-            &pids.map(|pid| [pid.to_string()]).collect::<Vec<_>>(),
-        )?,
-    }
+    output::table(
+        ["PID"],
+        &pids.map(|pid| [pid.to_string()]).collect::<Vec<_>>(),
+    )?;
     Ok(())
 }

@@ -20,9 +20,11 @@ const PASSED: [SignalKind; 6] = [
     SignalKind::user_defined2(),
 ];
 
-/// Passes signals on for as long as the sandbox lives.
+/// Passes signals on for as long as the sandbox lives; real-time ones too, for init systems
+/// are halted by them.
 pub(super) fn forward(sandbox: &Arc<Sandbox>, id: &str) {
-    for kind in PASSED {
+    let real_time = (libc::SIGRTMIN()..=libc::SIGRTMAX()).map(SignalKind::from_raw);
+    for kind in PASSED.into_iter().chain(real_time) {
         let mut stream = match signal(kind) {
             Ok(stream) => stream,
             Err(e) => {

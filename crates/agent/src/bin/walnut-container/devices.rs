@@ -62,6 +62,13 @@ fn defaults() -> Vec<Rule> {
     rules
 }
 
+/// The defaults come last, as runc has them, and so hold whatever the spec says: docker says
+/// "deny all" more than once.
+fn with_defaults(mut given: Vec<Rule>) -> Vec<Rule> {
+    given.extend(defaults());
+    given
+}
+
 fn rule(device: &LinuxDeviceCgroup) -> Result<Rule, Failure> {
     let number = |n: Option<i64>| match n {
         None => Ok(None),
@@ -187,20 +194,7 @@ pub(crate) fn confine(spec: &Spec, paths: &ContainerPaths) -> Result<(), Failure
         )));
     }
     let given: Vec<Rule> = from_spec.iter().map(rule).collect::<Result<_, _>>()?;
-    // The spec's first word is usually "deny all"; the defaults come after it,
-    // the spec's other words after them.
-    let deny_all = |r: &Rule| {
-        *r == Rule {
-            allow: false,
-            kind: None,
-            major: None,
-            minor: None,
-            access: ALL,
-        }
-    };
-    let split = given.iter().take_while(|r| deny_all(r)).count();
-    let mut rules = defaults();
-    rules.extend(given.into_iter().skip(split));
+    let rules = with_defaults(given);
     let what = || format!("confine container {} to its devices", paths.id());
     let directory = File::open(&cgroup).map_err(|e| Failure::internal(what(), e))?;
     let program = load(&assemble(&rules)).map_err(|e| Failure::internal(what(), e))?;
@@ -312,6 +306,24 @@ mod tests {
         assert!(!verdict(&program, BLOCK, READ, 254, 0));
         assert!(!verdict(&program, BLOCK, READ | MKNOD, 254, 0));
         assert!(!verdict(&program, CHAR, READ, 1, 1), "/dev/mem");
+    }
+
+    #[test]
+    fn defaults_hold_whatever_a_spec_denies() {
+        // docker 26's rules.
+        let docker = r#"[{"allow": false, "access": "rwm"},
+            {"allow": true, "type": "c", "major": 1, "minor": 5, "access": "rwm"},
+            {"allow": false, "type": "c", "major": 10, "minor": 229, "access": "rwm"},
+            {"allow": false, "access": "rwm"},
+            {"allow": true, "type": "b", "major": 8, "minor": 1, "access": "rw"}]"#;
+        let docker: Vec<LinuxDeviceCgroup> = serde_json::from_str(docker).unwrap();
+        let given = docker.iter().map(|d| rule(d).unwrap()).collect();
+        let program = assemble(&with_defaults(given));
+        assert!(verdict(&program, CHAR, MKNOD, 1, 7), "/dev/full is made");
+        assert!(verdict(&program, CHAR, READ | WRITE, 136, 0));
+        assert!(verdict(&program, BLOCK, READ, 8, 1));
+        assert!(!verdict(&program, BLOCK, READ, 8, 2));
+        assert!(!verdict(&program, CHAR, READ, 10, 229));
     }
 
     #[test]
