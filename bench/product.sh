@@ -8,7 +8,7 @@
 # figures are for comparison with each other, and repeat.
 set -euo pipefail
 cd "$(dirname "$0")/.."
-export WALNUT_ROOT=${WALNUT_ROOT:-$HOME/.cache/walnut/e2e} WALNUT_RUN=/run/walnut
+export WALNUT_NETWORK=none WALNUT_ROOT=${WALNUT_ROOT:-$HOME/.cache/walnut/e2e} WALNUT_RUN=/run/walnut
 export WALNUT_BOOT_TIMEOUT=300 WALNUT_LOG=debug
 image=${1:-127.0.0.1:5055/walnut/demo:latest}
 walnut=out/bin/walnut

@@ -13,7 +13,8 @@ packages=(
     mmdebstrap umoci skopeo docker-registry
     # tests and benchmarks
     erofs-utils attr crun runsc busybox-static util-linux procps strace qemu-system-common
-    containerd podman docker.io containernetworking-plugins iptables iproute2 protobuf-compiler
+    containerd podman docker.io containernetworking-plugins iptables aardvark-dns iproute2
+    protobuf-compiler
 )
 
 missing=()

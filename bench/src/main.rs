@@ -132,6 +132,7 @@ impl Host {
 /// Runs a command; its output.
 fn run(args: &[&str]) -> Result<String> {
     let out = std::process::Command::new(args[0])
+        .env("WALNUT_NETWORK", "none")
         .args(&args[1..])
         .output()
         .with_context(|| format!("run {}", args[0]))?;

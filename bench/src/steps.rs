@@ -36,6 +36,7 @@ fn table(host: &Host, runs: usize, how: &str, options: &[&str]) -> Result<()> {
 fn steps(host: &Host, options: &[&str]) -> Result<Vec<(String, f64)>> {
     let name = format!("walnut-bench-{}", std::process::id());
     let out = Command::new(&host.walnut)
+        .env("WALNUT_NETWORK", "none")
         .args(["run", "--name", &name])
         .args(options)
         .args([&host.image, "true"])

@@ -137,3 +137,36 @@ pub(super) fn needs_root(attempt: &str) -> Result<()> {
     }
     Ok(())
 }
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn networks_are_chosen_by_name_and_by_the_settings() {
+        let mut settings = Settings::default();
+        let got = |networks: &[&str], settings: &Settings| {
+            let args = NetworkArgs {
+                network: networks.iter().map(ToString::to_string).collect(),
+                ..NetworkArgs::default()
+            };
+            let names = chosen(&args, settings).map(|names| names.join(" "));
+            names.map_err(|e| e.to_string())
+        };
+        assert_eq!(got(&[], &settings).unwrap(), "bridge");
+        assert_eq!(got(&["none"], &settings).unwrap(), "");
+        assert_eq!(got(&["b", "a"], &settings).unwrap(), "b a");
+        settings.network.default = "none".into();
+        assert_eq!(got(&[], &settings).unwrap(), "");
+        assert_eq!(got(&["bridge"], &settings).unwrap(), "bridge");
+        for (networks, why) in [
+            (&["host"][..], "a kernel of its own"),
+            (&["container:web"], "put both on one network"),
+            (&["a", "none"], "excludes"),
+            (&["a", "a"], "twice"),
+        ] {
+            let said = got(networks, &settings).unwrap_err();
+            assert!(said.contains(why), "{said}");
+        }
+    }
+}

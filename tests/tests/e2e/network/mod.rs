@@ -82,7 +82,7 @@ fn containers_are_reached_by_their_ports_and_names() {
     let addresses = node.addresses("shop", "web");
     assert_eq!(addresses.len(), 2, "{addresses:?}");
     let ways = [
-        format!("127.0.0.1:8080"),
+        "127.0.0.1:8080".to_owned(),
         "127.0.0.1:8081".into(),
         format!("{}:8080", HOST[0]),
         format!("{}:80", addresses[0]),
