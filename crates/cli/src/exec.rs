@@ -15,7 +15,7 @@ use crate::{
     client::Supervisor,
     create::find_live,
     io::Fifos,
-    run::{attend, resize},
+    run::{Signals, attend, resize},
     spec,
     terminal::Raw,
 };
@@ -63,11 +63,12 @@ async fn in_container(
     };
     supervisor.exec(request).await?;
     let raw = if args.tty { Raw::enter()? } else { None };
+    let signals = Signals::new()?;
     supervisor.start(exec_id).await?;
     if args.tty {
         resize(&supervisor.task, &supervisor.id, exec_id).await;
     }
-    let code = attend(supervisor, exec_id, args.tty, fifos.attach()).await;
+    let code = attend(supervisor, exec_id, args.tty, signals, fifos.attach()).await;
     drop(raw);
     code
 }

@@ -10,7 +10,7 @@ use containerd_shim_protos::{
     api::{CreateTaskRequest, Mount, ResizePtyRequest},
     shim_async::TaskClient,
 };
-use tokio::signal::unix::{SignalKind, signal};
+use tokio::signal::unix::{Signal, SignalKind, signal};
 use walnut_image::Store;
 use walnut_sandbox::{
     Checkpoint, Draft, Error, ImageRef, Layout, Lock, Record, Settings, reconcile,
@@ -153,21 +153,20 @@ async fn drive(
         resize(&supervisor.task, &supervisor.id, "").await;
     }
     let output = fifos.attach();
+    let signals = Signals::new()?;
     supervisor.start("").await?;
-    let code = attend(&supervisor, "", args.tty, output).await;
+    let code = attend(&supervisor, "", args.tty, signals, output).await;
     drop(raw);
     code
 }
 
-/// Passes signals and window sizes on until the process has ended and its output
-/// has been shown.
-pub(crate) async fn attend(
-    supervisor: &Supervisor,
-    exec_id: &str,
-    terminal: bool,
-    output: impl Future<Output = ()>,
-) -> Result<u8> {
-    let forward = async {
+/// Signals that are passed on to a process. What comes from [`Self::new`] on is kept until
+/// the process is there: make it before the process is started, whose first words may be
+/// what somebody waits for to send one.
+pub(crate) struct Signals(Vec<(SignalKind, Signal)>);
+
+impl Signals {
+    pub(crate) fn new() -> Result<Self> {
         let kinds = [
             SignalKind::interrupt(),
             SignalKind::terminate(),
@@ -176,21 +175,34 @@ pub(crate) async fn attend(
             SignalKind::user_defined1(),
             SignalKind::user_defined2(),
         ];
-        let mut tasks = Vec::new();
-        for kind in kinds {
-            let mut stream = signal(kind)?;
-            tasks.push(Box::pin(async move {
-                loop {
-                    stream.recv().await;
-                    let number = kind.as_raw_value().unsigned_abs();
-                    // It may have ended this moment.
-                    let _ = supervisor.kill(exec_id, number).await;
-                }
-            }));
-        }
-        futures::future::join_all(tasks).await;
-        Ok::<_, std::io::Error>(())
-    };
+        let all = kinds.into_iter().map(|kind| Ok((kind, signal(kind)?)));
+        let all: std::io::Result<_> = all.collect();
+        Ok(Self(all.context("wait for signals")?))
+    }
+
+    /// Passes them on, for ever.
+    async fn forward(self, supervisor: &Supervisor, exec_id: &str) {
+        let each = self.0.into_iter().map(async |(kind, mut stream)| {
+            loop {
+                stream.recv().await;
+                let number = kind.as_raw_value().unsigned_abs();
+                // It may have ended this moment.
+                let _ = supervisor.kill(exec_id, number).await;
+            }
+        });
+        futures::future::join_all(each).await;
+    }
+}
+
+/// Passes signals and window sizes on until the process has ended and its output
+/// has been shown.
+pub(crate) async fn attend(
+    supervisor: &Supervisor,
+    exec_id: &str,
+    terminal: bool,
+    signals: Signals,
+    output: impl Future<Output = ()>,
+) -> Result<u8> {
     let window = async {
         if !terminal {
             return std::future::pending().await;
@@ -209,7 +221,7 @@ pub(crate) async fn attend(
     };
     tokio::select! {
         code = ended => code,
-        failed = forward => failed.map(|()| 0).context("wait for signals"),
+        () = signals.forward(supervisor, exec_id) => Ok(0),
         failed = window => failed.map(|()| 0).context("wait for window changes"),
     }
 }

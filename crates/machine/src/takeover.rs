@@ -57,6 +57,12 @@ impl Giver {
     /// Lets the descriptors survive an execve(2). Nothing may be executed meanwhile that
     /// is not to have them. On failure none does.
     pub fn expose(self) -> io::Result<Exposed> {
+        let mut seen = HashSet::new();
+        if let Some(twice) = self.0.iter().find(|number| !seen.insert(**number)) {
+            // The other program would refuse it.
+            let twice = format!("descriptor {twice} is two things");
+            return Err(io::Error::other(twice));
+        }
         let mut exposed = Exposed(Vec::with_capacity(self.0.len()));
         for number in self.0 {
             // SAFETY: who gave it keeps it open, and nothing else runs meanwhile.
@@ -166,6 +172,16 @@ mod tests {
         assert!(!closes(&read) && closes(&write));
         drop(exposed);
         assert!(closes(&read));
+        let mut giver = Giver::default();
+        giver.give(&read);
+        giver.give(&read);
+        assert!(
+            giver
+                .expose()
+                .unwrap_err()
+                .to_string()
+                .contains("two things")
+        );
         // As the next program would, to which it is just a number.
         std::mem::forget(read);
         let mut taker = Taker::default();

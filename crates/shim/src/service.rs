@@ -126,9 +126,9 @@ impl TaskService {
         for (id, exec_id) in untold {
             service.follow(&sandbox, &id, &exec_id);
         }
-        if let Some(id) = sandbox.container_ids().first() {
-            pressure::watch(&sandbox, id);
-        }
+        let id = sandbox.container_ids().into_iter().next();
+        let id = id.unwrap_or_else(|| service.front.place().id.to_owned());
+        pressure::watch(&sandbox, &id);
         service.sandbox = StdMutex::new(Some(sandbox));
         service
     }

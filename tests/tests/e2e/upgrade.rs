@@ -200,6 +200,24 @@ fn one_that_has_been_replaced_is_killed_like_any_other() {
 }
 
 #[test]
+fn killed_in_the_middle_of_it_nothing_is_left() {
+    let programs = Programs::new();
+    let program = another_shim(&programs.0, "a");
+    let program = program.to_str().unwrap();
+    for ms in [0, 30, 60, 90, 120, 200] {
+        let container = Detached::start(&["IMAGE", "sh", "-c", COUNTS]);
+        let upgrade = spawn_walnut(&["upgrade", "--program", program, &container.name]);
+        std::thread::sleep(std::time::Duration::from_millis(ms));
+        kill_process(&container.id, "containerd-shim-walnut-v2");
+        // Whatever it says of that.
+        upgrade.wait();
+        let record = container.ended();
+        assert_eq!(record["exit_code"], 137, "{record:#}");
+        assert_nothing_left(&container.id);
+    }
+}
+
+#[test]
 fn a_lease_is_still_one() {
     let programs = Programs::new();
     let running = spawn_run(

@@ -30,7 +30,7 @@ use super::{
 use crate::{
     client::Supervisor,
     io::Fifos,
-    run::{attend, resize},
+    run::{Signals, attend, resize},
     terminal::Raw,
 };
 
@@ -171,6 +171,7 @@ impl Session<'_> {
         }
         // Of a terminal that was made for it this does nothing.
         let raw = if terminal { Raw::enter()? } else { None };
+        let signals = Signals::new()?;
         self.supervisor
             .start(self.exec_id)
             .await
@@ -184,7 +185,14 @@ impl Session<'_> {
         if terminal {
             resize(&self.supervisor.task, &self.state.id, self.exec_id).await;
         }
-        let code = attend(self.supervisor, self.exec_id, terminal, fifos.attach()).await;
+        let code = attend(
+            self.supervisor,
+            self.exec_id,
+            terminal,
+            signals,
+            fifos.attach(),
+        )
+        .await;
         drop(raw);
         code.or_else(|e| self.explain(e))
     }

@@ -116,12 +116,6 @@ impl Upgrades {
         })
     }
 
-    /// From now on nothing begins that would have to end first, or, again, it may.
-    fn hold(&self, held: bool) {
-        self.connections.hold(held);
-        self.tasks.front().hold(held);
-    }
-
     /// Becomes another program. Returns if it does not.
     async fn become_program(&self, program: &Program, token: &str, from: &Build) -> Stays {
         let sandbox = match self.tasks.upgradable() {
@@ -179,6 +173,29 @@ impl From<&Build> for ProgramMessage {
     }
 }
 
+/// While it lives nothing begins that would have to end first. (Who asked may go at any
+/// moment.)
+struct Held<'a>(&'a Upgrades);
+
+impl<'a> Held<'a> {
+    fn new(upgrades: &'a Upgrades) -> Self {
+        let held = Self(upgrades);
+        held.hold(true);
+        held
+    }
+
+    fn hold(&self, held: bool) {
+        self.0.connections.hold(held);
+        self.0.tasks.front().hold(held);
+    }
+}
+
+impl Drop for Held<'_> {
+    fn drop(&mut self) {
+        self.hold(false);
+    }
+}
+
 fn failed(code: Code, what: impl ToString) -> ttrpc::Error {
     ttrpc::Error::RpcStatus(get_status(code, what.to_string()))
 }
@@ -231,9 +248,9 @@ impl Supervisor for Upgrades {
             "to be replaced by {} {}",
             program.build.version, program.build.digest
         );
-        self.hold(true);
+        let held = Held::new(self);
         let stays = self.become_program(&program, &req.token, &own).await;
-        self.hold(false);
+        drop(held);
         warn!("not replaced: {stays:?}");
         Err(stays.into())
     }
