@@ -156,6 +156,9 @@ fn annotations(args: &RunArgs, log: &Path, stop_signal: Option<String>) -> Value
     if args.no_template {
         annotations[walnut_sandbox::ANNOTATION_TEMPLATE] = json!("off");
     }
+    if !args.net.egress.is_empty() {
+        annotations[walnut_sandbox::ANNOTATION_EGRESS] = json!(args.net.egress.join(";"));
+    }
     annotations
 }
 

@@ -93,6 +93,9 @@ pub const ANNOTATION_LOG: &str = "dev.walnut.log";
 /// Annotation in a bundle's `config.json`: `off` if the sandbox shall boot even where a
 /// template could spare it that.
 pub const ANNOTATION_TEMPLATE: &str = "dev.walnut.template";
+/// Annotation of a sandbox's first container: rules for what its guest may send, with `;`
+/// between them, beside the node's.
+pub const ANNOTATION_EGRESS: &str = "dev.walnut.egress";
 
 /// Annotation of containerd's `Update`: memory, in bytes, that the sandbox shall give back
 /// to the host if it can do without it; 0 for all.

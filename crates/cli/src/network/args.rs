@@ -44,6 +44,10 @@ pub(crate) struct NetworkArgs {
     /// Line for /etc/hosts; "host-gateway" is the host's address on the first network
     #[arg(long, value_name = "NAME:IP")]
     pub(crate) add_host: Vec<AddHostArg>,
+    /// Rule for what the container may send, beside the node's; several, of which the first that
+    /// fits decides and the last is "allow all" or "deny all", as "allow 10.0.0.0/8 tcp:443"
+    #[arg(long, value_name = "RULE")]
+    pub(crate) egress: Vec<String>,
 }
 
 impl NetworkArgs {
@@ -57,6 +61,7 @@ impl NetworkArgs {
             ("--dns-search", !self.dns_search.is_empty()),
             ("--dns-option", !self.dns_option.is_empty()),
             ("--add-host", !self.add_host.is_empty()),
+            ("--egress", !self.egress.is_empty()),
         ];
         let mut given = given.into_iter().filter(|(_, given)| *given);
         given.next().map(|(option, _)| option)

@@ -247,6 +247,51 @@ fn networks_are_apart_and_a_container_may_have_several_or_none() {
 }
 
 #[test]
+fn rules_say_what_a_container_may_send() {
+    let node = Node::new();
+    node.start(&["--name", "server", "IMAGE", "sh", "-c", SERVE]);
+    let server = node.addresses("bridge", "server");
+    until("it serves", || {
+        node.on_the_host(&fetch(&server[0])).code == 0
+    });
+    let script = [&server[0], &server[1]]
+        .map(|address| in_shell(&knocks(address, 80)))
+        .join("\n");
+    let says = |rules: &[&str]| {
+        let rules = rules.iter().flat_map(|rule| ["--egress", rule]);
+        node.prints(&rules.collect::<Vec<_>>(), &script)
+    };
+    assert_eq!(says(&[]), "open\nopen\n");
+    assert_eq!(says(&["deny all"]), "closed\nclosed\n");
+    let one = format!("allow {} tcp:80", server[1]);
+    assert_eq!(says(&[&one, "deny all"]), "closed\nopen\n");
+    let but_one = format!("deny {}", server[1]);
+    assert_eq!(says(&[&but_one, "allow all"]), "open\nclosed\n");
+    // Who may begin nothing answers all the same.
+    let quiet = ["--name", "quiet", "--egress", "deny all"];
+    node.start(&[&quiet[..], &["IMAGE", "sh", "-c", SERVE]].concat());
+    for address in node.addresses("bridge", "quiet") {
+        let address = match address.contains(':') {
+            true => format!("[{address}]"),
+            false => address,
+        };
+        until("it serves", || node.on_the_host(&fetch(&address)).code == 0);
+    }
+    let refused = [
+        "run",
+        "--rm",
+        "--egress",
+        "allow 10.0.0.0/8",
+        "IMAGE",
+        "true",
+    ];
+    node.fails(&refused, "the last rule");
+    node.walnut(&["rm", "-f", "server", "quiet"]).exits(0);
+    node.assert_nothing_left();
+    node.remove(&["bridge"]);
+}
+
+#[test]
 fn whoever_is_killed_nothing_of_a_network_stays() {
     let node = Node::new();
     node.walnut(&["network", "create", "--ipv6", "shop"])
