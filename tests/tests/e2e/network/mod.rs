@@ -259,7 +259,8 @@ fn rules_say_what_a_container_may_send() {
         .join("\n");
     let says = |rules: &[&str]| {
         let rules = rules.iter().flat_map(|rule| ["--egress", rule]);
-        node.prints(&rules.collect::<Vec<_>>(), &script)
+        let options: Vec<_> = ["--network", "both"].into_iter().chain(rules).collect();
+        node.prints(&options, &script)
     };
     assert_eq!(says(&[]), "open\nopen\n");
     assert_eq!(says(&["deny all"]), "closed\nclosed\n");
@@ -269,8 +270,8 @@ fn rules_say_what_a_container_may_send() {
     assert_eq!(says(&[&but_one, "allow all"]), "open\nclosed\n");
     // Who may begin nothing answers all the same.
     let quiet = ["--name", "quiet", "--egress", "deny all"];
-    node.start(&[&quiet[..], &["IMAGE", "sh", "-c", SERVE]].concat());
-    for address in node.addresses("bridge", "quiet") {
+    node.start(&[&quiet[..], &serve].concat());
+    for address in node.addresses("both", "quiet") {
         let address = match address.contains(':') {
             true => format!("[{address}]"),
             false => address,
@@ -288,7 +289,7 @@ fn rules_say_what_a_container_may_send() {
     node.fails(&refused, "the last rule");
     node.walnut(&["rm", "-f", "server", "quiet"]).exits(0);
     node.assert_nothing_left();
-    node.remove(&["bridge"]);
+    node.remove(&["both"]);
 }
 
 #[test]
