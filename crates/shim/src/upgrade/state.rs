@@ -106,3 +106,71 @@ impl State {
         connections.find_map(|connection| connection.problem())
     }
 }
+
+#[cfg(test)]
+mod tests {
+    use std::{fs, path::Path};
+
+    use super::*;
+
+    /// The fuzzer's seeds: states of every front end and driver.
+    fn seeds() -> Vec<Vec<u8>> {
+        let dir = Path::new(env!("CARGO_MANIFEST_DIR")).join("../../fuzz/corpus/takeover");
+        let all = fs::read_dir(dir).unwrap();
+        let all: Vec<_> = all
+            .map(|file| fs::read(file.unwrap().path()).unwrap())
+            .collect();
+        assert!(all.len() >= 4);
+        all
+    }
+
+    fn packed(format: u32, json: &[u8]) -> Vec<u8> {
+        [MAGIC, &format.to_le_bytes()[..], json].concat()
+    }
+
+    #[test]
+    fn a_state_is_read_as_it_was_written() {
+        for json in seeds() {
+            let state = State::parse(&packed(FORMAT, &json)).unwrap();
+            let again = state.pack().unwrap();
+            let value = |json: &[u8]| serde_json::from_slice::<serde_json::Value>(json).unwrap();
+            assert_eq!(value(&again[HEADER..]), value(&json));
+        }
+    }
+
+    #[test]
+    fn what_is_no_state_of_this_version_is_refused() {
+        let good = seeds().remove(0);
+        let text = String::from_utf8(good.clone()).unwrap();
+        let changed = |from: &str, to: &str| {
+            assert!(text.contains(from), "{from}");
+            packed(FORMAT, text.replacen(from, to, 1).as_bytes())
+        };
+        for (bytes, says) in [
+            (Vec::new(), "no state"),
+            (vec![0; 100], "it is none"),
+            (
+                packed(FORMAT + 1, &good),
+                "of format 2, and this program knows 1",
+            ),
+            (packed(FORMAT, b"{}"), "missing field"),
+            (packed(FORMAT, &good[..good.len() - 1]), "EOF"),
+            (
+                changed("{\"token\"", "{\"later\":1,\"token\""),
+                "unknown field `later`",
+            ),
+            (changed("\"streams\":", "\"streams\":-"), "invalid value"),
+            (
+                changed("\"pid\":", "\"more\":0,\"pid\":"),
+                "unknown field `more`",
+            ),
+            (
+                changed("\"c0ffee\"", "\"\""),
+                "its token is too long, or there is none",
+            ),
+        ] {
+            let error = State::parse(&bytes).unwrap_err();
+            assert!(error.contains(says), "{says}: {error}");
+        }
+    }
+}
