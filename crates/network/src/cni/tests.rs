@@ -121,7 +121,7 @@ fn results_go_from_plugin_to_plugin_and_back() {
 
 #[test]
 fn what_a_plugin_says_is_the_reason() {
-    let refuses = r#"echo '{"cniVersion":"1.0.0","code":11,"msg":"try again","details":"two\nlines"}'; exit 1"#;
+    let refuses = r#"printf %s '{"cniVersion":"1.0.0","code":11,"msg":"try again","details":"two\nlines"}'; exit 1"#;
     let plugins = Plugins::new()
         .with("one", r#"echo '{"cniVersion":"1.0.0"}'"#)
         .with("two", refuses);

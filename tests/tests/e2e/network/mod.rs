@@ -437,3 +437,33 @@ sys.stdin.read()
     node.assert_nothing_left();
     node.remove(&["bridge", "tiny"]);
 }
+
+#[test]
+fn clones_have_links_and_who_stands_by_is_for_those_without() {
+    let node = Node::new();
+    node.walnut(&["template", "create"]).exits(0);
+    node.walnut(&["pool", "set", "1"]).exits(0);
+    let idle = ["IMAGE", "sleep", "infinity"];
+    let supervisor = |name: &str| {
+        let all = node.json(&["ps", "--format", "json"]);
+        let mut all = all.as_array().unwrap().iter();
+        all.find(|c| c["name"] == name).unwrap()["shim_pid"].clone()
+    };
+    let member = node.json(&["pool", "ls", "--format", "json"])[0]["members"][0].clone();
+    assert_eq!(member["ready"], true, "{member:#}");
+    node.start(&[&["--name", "linked"], &idle[..]].concat());
+    let all = node.json(&["ps", "--format", "json"]);
+    assert_eq!(all[0]["template"], member["template"], "{all:#}");
+    assert_ne!(supervisor("linked"), member["pid"]);
+    let script = in_shell(&fetch(&format!("{}:9000", OUTSIDE[0])));
+    let said = node.walnut(&["exec", "linked", "sh", "-c", &script]);
+    assert_eq!(said.exits(0).stdout.trim(), HOST[0]);
+    node.start(&[&["--name", "alone", "--network", "none"], &idle[..]].concat());
+    assert_eq!(supervisor("alone"), member["pid"]);
+    node.fails(&["checkpoint", "linked", "--as", "saved"], "--network none");
+
+    node.walnut(&["pool", "set", "0"]).exits(0);
+    node.walnut(&["rm", "-f", "linked", "alone"]).exits(0);
+    node.assert_nothing_left();
+    node.remove(&["bridge"]);
+}
