@@ -249,8 +249,11 @@ fn networks_are_apart_and_a_container_may_have_several_or_none() {
 #[test]
 fn rules_say_what_a_container_may_send() {
     let node = Node::new();
-    node.start(&["--name", "server", "IMAGE", "sh", "-c", SERVE]);
-    let server = node.addresses("bridge", "server");
+    node.walnut(&["network", "create", "--ipv6", "both"])
+        .exits(0);
+    let serve = ["--network", "both", "IMAGE", "sh", "-c", SERVE];
+    node.start(&[&["--name", "server"], &serve[..]].concat());
+    let server = node.addresses("both", "server");
     until("it serves", || {
         node.on_the_host(&fetch(&server[0])).code == 0
     });
@@ -278,14 +281,8 @@ fn rules_say_what_a_container_may_send() {
         };
         until("it serves", || node.on_the_host(&fetch(&address)).code == 0);
     }
-    let refused = [
-        "run",
-        "--rm",
-        "--egress",
-        "allow 10.0.0.0/8",
-        "IMAGE",
-        "true",
-    ];
+    let half = ["--network", "both", "--egress", "allow 10.0.0.0/8"];
+    let refused = [&["run", "--rm"], &half[..], &["IMAGE", "true"]].concat();
     node.fails(&refused, "the last rule");
     node.walnut(&["rm", "-f", "server", "quiet"]).exits(0);
     node.assert_nothing_left();
