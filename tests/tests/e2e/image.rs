@@ -7,6 +7,7 @@ use std::{
     process::{Child, Command, Stdio},
 };
 
+use serde_json::Value;
 use walnut_tests::{host, run_with, until, walnut};
 
 /// What `tests/image/README.md` promises, asked from inside.
@@ -149,14 +150,20 @@ impl Registry {
         }
     }
 
-    fn largest_blob(&self) -> PathBuf {
-        let blobs = self
-            .dir
-            .path()
-            .join("storage/docker/registry/v2/blobs/sha256");
-        let mut all: Vec<_> = files(&blobs);
-        all.sort_by_key(|p| p.metadata().unwrap().len());
-        all.pop().unwrap()
+    /// The largest layer of the image that tests pull; the registry has others.
+    fn largest_layer(&self) -> PathBuf {
+        let all = self.dir.path().join("storage/docker/registry/v2");
+        let blob = |digest: &str| {
+            let digest = digest.trim().strip_prefix("sha256:").unwrap();
+            let blobs = all.join("blobs/sha256").join(&digest[..2]);
+            blobs.join(digest).join("data")
+        };
+        let latest = "repositories/walnut/demo/_manifests/tags/latest/current/link";
+        let manifest = blob(&fs::read_to_string(all.join(latest)).unwrap());
+        let manifest: Value = serde_json::from_slice(&fs::read(manifest).unwrap()).unwrap();
+        let layers = manifest["layers"].as_array().unwrap().iter();
+        let largest = layers.max_by_key(|layer| layer["size"].as_u64()).unwrap();
+        blob(largest["digest"].as_str().unwrap())
     }
 }
 
@@ -195,7 +202,7 @@ fn a_registry_that_serves_other_bytes_is_refused() {
         let out = command.output().unwrap();
         (out.status.code(), String::from_utf8(out.stderr).unwrap())
     };
-    let blob = registry.largest_blob();
+    let blob = registry.largest_layer();
     let good = fs::read(&blob).unwrap();
     let mut bad = good.clone();
     let middle = bad.len() / 2;
