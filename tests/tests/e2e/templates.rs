@@ -45,7 +45,13 @@ fn a_container_begins_from_a_template_unless_told_not_to() {
     let volume = format!("{}:/data", dir.path().display());
     let box_ = Detached::start(&["-v", &volume, "IMAGE", "sleep", "infinity"]);
     box_.exec(&["sh", "-c", "echo hers > /data/file"]).exits(0);
-    assert_eq!(box_.record().unwrap()["template"], id.as_str());
+    // A template of machines that grow is of the smallest size, and who serves a share would
+    // keep the memory that a machine gives up: with one it boots.
+    let template = &box_.record().unwrap()["template"];
+    match driver() {
+        "vmm" => assert_eq!(*template, Value::Null),
+        _ => assert_eq!(*template, id.as_str()),
+    }
     assert_eq!(
         fs::read_to_string(dir.path().join("file")).unwrap(),
         "hers\n"
