@@ -2,7 +2,7 @@
 # Builds the fuzz targets with coverage and AddressSanitizer, and runs them one
 # after the other: each for so many inputs, or for so many seconds.
 #
-#   fuzz/run.sh [--runs N | --seconds N | --build] [TARGET…]
+#   fuzz/run.sh [--runs N | --seconds N | --build] [--seed N] [TARGET…]
 #
 # What is found lies in fuzz/artifacts/TARGET/, what is new in fuzz/corpus.d/TARGET/.
 # Only the stable toolchain is needed: RUSTC_BOOTSTRAP lets it take the one flag
@@ -11,12 +11,14 @@ set -euo pipefail
 cd "$(dirname "$0")"
 
 limit=(-runs=20000)
+seed=()
 while [[ ${1-} == --* ]]; do
     case $1 in
         --runs) limit=("-runs=$2") && shift ;;
         --seconds) limit=("-max_total_time=$2") && shift ;;
         --build) limit=() ;;
-        *) echo "usage: fuzz/run.sh [--runs N | --seconds N | --build] [TARGET...]" >&2 && exit 2 ;;
+        --seed) seed=("-seed=$2") && shift ;;
+        *) echo "usage: fuzz/run.sh [--runs N | --seconds N | --build] [--seed N] [TARGET...]" >&2 && exit 2 ;;
     esac
     shift
 done
@@ -49,7 +51,7 @@ for target in "${targets[@]}"; do
     esac
     echo "==> fuzz $target"
     log=$(mktemp)
-    if ! "target/$host/release/$target" "${limit[@]}" -max_len="$length" -len_control=0 -timeout=60 \
+    if ! "target/$host/release/$target" "${limit[@]}" "${seed[@]}" -max_len="$length" -len_control=0 -timeout=60 \
         -malloc_limit_mb=64 -rss_limit_mb=2048 -print_final_stats=1 \
         "-artifact_prefix=artifacts/$target/" "corpus.d/$target" "${seeds[@]}" >"$log" 2>&1; then
         tail -n 60 "$log" >&2
