@@ -6,7 +6,7 @@
 use std::{
     sync::{
         Arc, Mutex,
-        atomic::{AtomicUsize, Ordering},
+        atomic::{AtomicBool, AtomicUsize, Ordering},
     },
     thread::JoinHandle,
     time::{Duration, Instant},
@@ -62,6 +62,15 @@ struct Echo {
     config: Arc<ConfigSpace>,
     active: Option<Activation>,
     returned: Arc<AtomicUsize>,
+    hurdle: Arc<Hurdle>,
+}
+
+/// Where a device breaks on its way into service, when a test says so.
+#[derive(Debug, Default)]
+struct Hurdle {
+    there: AtomicBool,
+    reached: AtomicBool,
+    held: Mutex<()>,
 }
 
 impl Device for Echo {
@@ -83,6 +92,11 @@ impl Device for Echo {
 
     fn activate(&mut self, activation: Activation) -> Result<(), Broken> {
         self.active = Some(activation);
+        if self.hurdle.there.load(Ordering::SeqCst) {
+            self.hurdle.reached.store(true, Ordering::SeqCst);
+            drop(self.hurdle.held.lock().unwrap());
+            return Err(Broken);
+        }
         Ok(())
     }
 
@@ -146,6 +160,7 @@ struct Host {
     heard: Arc<Heard>,
     bells: Bells,
     returned: Arc<AtomicUsize>,
+    hurdle: Arc<Hurdle>,
     thread: Option<JoinHandle<()>>,
     bar: u64,
 }
@@ -169,10 +184,12 @@ fn until(what: &str, mut done: impl FnMut() -> bool) {
 impl Host {
     fn new() -> Self {
         let returned = Arc::new(AtomicUsize::new(0));
+        let hurdle = Arc::<Hurdle>::default();
         let device = Echo {
             config: Arc::new(ConfigSpace::new([1, 2, 3, 4, 5, 6, 7, 8], 4..8)),
             active: None,
             returned: Arc::clone(&returned),
+            hurdle: Arc::clone(&hurdle),
         };
         let (worker, port) = Worker::new(Box::new(device)).unwrap();
         let thread = std::thread::spawn(move || worker.run().unwrap());
@@ -195,6 +212,7 @@ impl Host {
             heard,
             bells,
             returned,
+            hurdle,
             thread: Some(thread),
             bar: 0,
         };
@@ -589,6 +607,25 @@ fn a_driver_that_breaks_a_queue_is_told() {
         host.heard.sent.lock().unwrap().contains(&0)
     });
     assert_eq!(host.get(ISR, 1) & 2, 2);
+    host.run();
+    host.offer(0, 0);
+    until("it works", || host.returned.load(Ordering::SeqCst) == 1);
+}
+
+/// The driver begins anew while the device breaks: that it broke is not the new driver's.
+#[test]
+fn a_reset_while_the_device_breaks_comes_to_its_end() {
+    let host = Host::new();
+    host.hurdle.there.store(true, Ordering::SeqCst);
+    let held = host.hurdle.held.lock().unwrap();
+    host.run();
+    until("it breaks", || host.hurdle.reached.load(Ordering::SeqCst));
+    host.set(STATUS, 1, 0);
+    assert_ne!(host.get(STATUS, 1), 0, "it cannot know of the reset yet");
+    drop(held);
+    until("the reset is acknowledged", || host.get(STATUS, 1) == 0);
+    assert_eq!(host.get(ISR, 1), 0);
+    host.hurdle.there.store(false, Ordering::SeqCst);
     host.run();
     host.offer(0, 0);
     until("it works", || host.returned.load(Ordering::SeqCst) == 1);

@@ -193,6 +193,8 @@ impl SandboxDir {
     /// Ends what is left of the sandbox before, but for the directory and its lock.
     fn sweep(&self) -> Result<()> {
         self.release();
+        // Whoever removed the one before may have been killed while doing so.
+        remove_dir(&self.path.with_extension(GONE))?;
         for entry in fs::read_dir(&self.path).map_err(Error::io("list", &self.path))? {
             let entry = entry.map_err(Error::io("list", &self.path))?;
             let path = entry.path();
@@ -318,6 +320,19 @@ mod tests {
         }
         taken.unwrap();
         sweeper.join().unwrap().unwrap();
+    }
+
+    #[test]
+    fn what_a_killed_removal_left_goes_with_the_next_of_that_name() {
+        let run = tempfile::tempdir().unwrap();
+        let dirs = DaemonDirs::new(run.path()).unwrap();
+        let path = dirs.path(&["k8s.io", "pod"]);
+        let gone = path.with_extension(GONE);
+        fs::create_dir_all(gone.join("fs")).unwrap();
+        fs::write(gone.join(LOCK), "").unwrap();
+        dirs.take(&path).unwrap().unwrap().remove().unwrap();
+        assert!(read_dir(run.path()).unwrap() == [RUN_DIR]);
+        assert!(read_dir(&run.path().join(RUN_DIR)).unwrap().is_empty());
     }
 
     #[test]

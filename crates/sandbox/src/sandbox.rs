@@ -379,6 +379,20 @@ impl Sandbox {
         });
     }
 
+    /// Ends a container that nobody has started, as its machine has ended. False if it is
+    /// not one.
+    pub fn end_unstarted(self: &Arc<Self>, id: &str) -> bool {
+        let Ok(container) = self.container(id) else {
+            return false;
+        };
+        let process = container.init.clone();
+        let unstarted = process.state() == ProcessState::Created;
+        if unstarted {
+            self.follow(container, "", process);
+        }
+        unstarted
+    }
+
     async fn start_exec(
         &self,
         id: &str,
@@ -508,6 +522,14 @@ impl Sandbox {
             Ok(_) => {}
             // The guest knows before we do.
             Err(Error::WrongState(_)) => return Err(finished()),
+            // Its machine has ended, and it with it, though that is not known yet.
+            Err(e @ Error::Machine(_)) => {
+                if exec_id.is_empty() {
+                    self.end_unstarted(id);
+                }
+                let known = timeout(OUTPUT_GRACE * 3, process.stopped()).await;
+                return Err(known.map_or(e, |_| finished()));
+            }
             Err(e) => return Err(e),
         }
         if exec_id.is_empty() && process.state() == ProcessState::Created {

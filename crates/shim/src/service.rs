@@ -1,6 +1,7 @@
 //! containerd's Task API over a [`Sandbox`]: translation, and nothing else. [`sandbox_api`]
 //! is the Sandbox API beside it.
 
+mod ends;
 mod pods;
 mod sandbox_api;
 
@@ -57,9 +58,6 @@ use crate::{
 /// How long who connects waits for a creation that is under way. containerd waits for five
 /// seconds.
 const CREATION: Duration = Duration::from_secs(2);
-/// How long the end of a container waits for those of its other processes, which its
-/// kernel ends with it.
-const STRAGGLERS: Duration = Duration::from_secs(2);
 
 /// The Task service of one sandbox.
 #[derive(Debug)]
@@ -125,6 +123,9 @@ impl TaskService {
         };
         for (id, exec_id) in untold {
             service.follow(&sandbox, &id, &exec_id);
+        }
+        for id in service.tasks.ids() {
+            service.watch(&sandbox, &id);
         }
         let id = sandbox.container_ids().into_iter().next();
         let id = id.unwrap_or_else(|| service.front.place().id.to_owned());
@@ -316,31 +317,6 @@ impl TaskService {
             }
         }
     }
-
-    /// Waits for a process's end, to tell of it.
-    fn follow(&self, sandbox: &Arc<Sandbox>, id: &str, exec_id: &str) {
-        let (front, tasks) = (self.front.clone(), self.tasks.clone());
-        let sandbox = sandbox.clone();
-        self.tasks.follow(id, exec_id, |told| {
-            let (id, exec_id) = (id.to_owned(), exec_id.to_owned());
-            tokio::spawn(async move {
-                let Ok(exit) = sandbox.wait(&id, &exec_id).await else {
-                    return;
-                };
-                if exec_id.is_empty() {
-                    for follower in tasks.followers(&id, false) {
-                        let _ = timeout(STRAGGLERS, follower).await;
-                    }
-                    if exit.oom_killed {
-                        front.tell(Event::OutOfMemory { id: &id });
-                    }
-                }
-                let (id, exec_id, exit) = (&*id, &*exec_id, &exit);
-                front.tell(Event::Exited { id, exec_id, exit });
-                told.store(true, Ordering::Relaxed);
-            })
-        });
-    }
 }
 
 /// The calls, one each.
@@ -403,6 +379,7 @@ impl TaskService {
             }
         }
         self.front.tell(Event::Created(&req));
+        self.watch(&sandbox, &req.id);
         let state = sandbox.state(&req.id, "").map_err(|e| fault(&e))?;
         Ok(CreateTaskResponse {
             pid: self.front.pid(state.pid),

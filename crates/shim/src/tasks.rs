@@ -12,7 +12,7 @@ use std::{
 };
 
 use serde::{Deserialize, Serialize};
-use tokio::task::JoinHandle;
+use tokio::task::{AbortHandle, JoinHandle};
 
 use crate::{front::Streams, mount::Mounted};
 
@@ -24,6 +24,8 @@ pub(crate) struct Tasks(Mutex<HashMap<String, Task>>);
 #[derive(Debug, Default)]
 struct Task {
     rootfs: Option<Mounted>,
+    /// Who waits for the end of its machine.
+    watch: Option<AbortHandle>,
     /// By exec ID; the first process's is empty.
     processes: HashMap<String, Process>,
 }
@@ -75,6 +77,7 @@ impl Tasks {
         };
         let task = Task {
             rootfs,
+            watch: None,
             processes: HashMap::from([(String::new(), process)]),
         };
         self.lock().insert(id.to_owned(), task);
@@ -83,7 +86,19 @@ impl Tasks {
     /// Forgets a container. Its root file system, if it is mounted here, is unmounted when
     /// what this returns is dropped.
     pub(crate) fn remove(&self, id: &str) -> Option<Mounted> {
-        self.lock().remove(id)?.rootfs
+        let mut task = self.lock().remove(id)?;
+        if let Some(watch) = task.watch.take() {
+            watch.abort();
+        }
+        task.rootfs
+    }
+
+    /// Somebody waits for the end of a container's machine, for as long as it is known.
+    pub(crate) fn watched(&self, id: &str, watch: AbortHandle) {
+        match self.lock().get_mut(id) {
+            Some(task) => task.watch = Some(watch),
+            None => watch.abort(),
+        }
     }
 
     /// The containers' names.
@@ -180,6 +195,7 @@ impl Tasks {
         {
             let mut task = Task {
                 rootfs: rootfs.map(|path| Mounted(path.into())),
+                watch: None,
                 processes: HashMap::new(),
             };
             for process in processes {

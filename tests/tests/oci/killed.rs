@@ -32,12 +32,19 @@ fn a_killed_machine_ends_its_container() {
     let bundle = place.bundle(FOR_EVER, |_| ());
     let id = unique("oci-dead");
     let id = id.as_str();
-    place.start(id, &bundle);
-    place.kill_process(machine().0);
-    place.until_is(id, "stopped");
-    place.oci(&["exec", id, "true"]).exits(255);
-    place.oci(&["delete", id]).exits(0);
-    place.assert_nothing_left();
+    for started in [true, false] {
+        match started {
+            true => place.start(id, &bundle),
+            false => drop(place.create(id, &bundle, &[]).exits(0)),
+        }
+        place.kill_process(machine().0);
+        place.until_is(id, "stopped");
+        place.oci(&["exec", id, "true"]).exits(255);
+        let late = place.oci(&["kill", id, "KILL"]).exits(1);
+        assert!(late.stderr.contains("container not running"), "{late:#?}");
+        place.oci(&["delete", id]).exits(0);
+        place.assert_nothing_left();
+    }
     // In front, somebody reads why.
     place.note(id);
     let args = ["run", "--bundle", bundle.to_str().unwrap(), id];

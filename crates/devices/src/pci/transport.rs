@@ -5,7 +5,7 @@ use std::{
     fmt::Debug,
     sync::{
         Arc, Mutex, MutexGuard, PoisonError,
-        atomic::{AtomicBool, AtomicU8, AtomicU16, Ordering},
+        atomic::{AtomicU8, AtomicU16, AtomicU64, Ordering},
     },
 };
 
@@ -82,7 +82,10 @@ struct Registers {
 struct Back {
     msix: Mutex<Msix>,
     isr: AtomicU8,
-    needs_reset: AtomicBool,
+    /// How many times the driver has begun with the device: one more than resets.
+    term: AtomicU64,
+    /// The term in which the device broke last; 0 if it never did.
+    broke: AtomicU64,
     config_vector: AtomicU16,
     queue_vectors: Vec<AtomicU16>,
 }
@@ -100,7 +103,11 @@ impl Back {
     }
 }
 
-impl Interrupt for Back {
+impl Back {
+    fn term(&self) -> u64 {
+        self.term.load(Ordering::Acquire)
+    }
+
     fn queue(&self, index: usize) {
         self.isr.fetch_or(ISR_QUEUE, Ordering::AcqRel);
         if let Some(vector) = self.queue_vectors.get(index) {
@@ -113,9 +120,48 @@ impl Interrupt for Back {
         self.raise(self.config_vector.load(Ordering::Acquire));
     }
 
-    fn needs_reset(&self) {
-        self.needs_reset.store(true, Ordering::Release);
+    fn needs_reset(&self) -> bool {
+        self.broke.load(Ordering::Acquire) == self.term()
+    }
+
+    fn break_in(&self, term: u64) {
+        self.broke.fetch_max(term, Ordering::AcqRel);
         self.config();
+    }
+}
+
+/// The way back for as long as the driver does not begin anew. A device learns of a
+/// reset later than it happens: what it says meanwhile is of a driver that has gone, and
+/// must not be the next one's.
+#[derive(Debug)]
+struct Line {
+    back: Arc<Back>,
+    term: u64,
+}
+
+impl Line {
+    fn is_up(&self) -> bool {
+        self.back.term() == self.term
+    }
+}
+
+impl Interrupt for Line {
+    fn queue(&self, index: usize) {
+        if self.is_up() {
+            self.back.queue(index);
+        }
+    }
+
+    fn config(&self) {
+        if self.is_up() {
+            self.back.config();
+        }
+    }
+
+    fn needs_reset(&self) {
+        if self.is_up() {
+            self.back.break_in(self.term);
+        }
     }
 }
 
@@ -190,7 +236,8 @@ impl VirtioPci {
         let back = Back {
             msix: Mutex::new(msix),
             isr: AtomicU8::new(0),
-            needs_reset: AtomicBool::new(false),
+            term: AtomicU64::new(1),
+            broke: AtomicU64::new(0),
             config_vector: AtomicU16::new(NO_VECTOR),
             queue_vectors: (0..count).map(|_| AtomicU16::new(NO_VECTOR)).collect(),
         };
@@ -244,7 +291,7 @@ impl VirtioPci {
             queue_select: registers.queue_select,
             queues: registers.queues.clone(),
             isr: self.back.isr.load(Ordering::Acquire),
-            needs_reset: self.back.needs_reset.load(Ordering::Acquire),
+            needs_reset: self.back.needs_reset(),
             config_vector: self.back.config_vector.load(Ordering::Acquire),
             queue_vectors: vectors.map(|v| v.load(Ordering::Acquire)).collect(),
             msix: lock(&self.back.msix).save(),
@@ -270,9 +317,12 @@ impl VirtioPci {
                 queues: state.queues.clone(),
             };
             self.back.isr.store(state.isr, Ordering::Release);
-            self.back
-                .needs_reset
-                .store(state.needs_reset, Ordering::Release);
+            let broke = if state.needs_reset {
+                self.back.term()
+            } else {
+                0
+            };
+            self.back.broke.store(broke, Ordering::Release);
             (self.back.config_vector).store(state.config_vector, Ordering::Release);
             for (to, from) in self.back.queue_vectors.iter().zip(&state.queue_vectors) {
                 to.store(*from, Ordering::Release);
@@ -456,7 +506,7 @@ impl VirtioPci {
     /// While a reset is under way the driver reads what it was (§4.1.4.3.2).
     fn status(&self, registers: &Registers) -> u8 {
         let mut status = registers.status;
-        if self.back.needs_reset.load(Ordering::Acquire) {
+        if self.back.needs_reset() {
             status |= bit(NEEDS_RESET);
         }
         if status == 0 && self.port.resetting() {
@@ -540,7 +590,7 @@ impl VirtioPci {
                 self.port.reset();
             }
             *registers = Registers::new(&self.port);
-            self.back.needs_reset.store(false, Ordering::Release);
+            self.back.term.fetch_add(1, Ordering::AcqRel);
             self.back.isr.store(0, Ordering::Release);
             self.back.config_vector.store(NO_VECTOR, Ordering::Release);
             for vector in &self.back.queue_vectors {
@@ -585,9 +635,12 @@ impl VirtioPci {
                 memory: self.memory.clone(),
                 features: registers.driver_features,
                 queues,
-                interrupt: Arc::clone(&self.back) as Arc<dyn Interrupt>,
+                interrupt: Arc::new(Line {
+                    back: Arc::clone(&self.back),
+                    term: self.back.term(),
+                }),
             }),
-            Err(_) => self.back.needs_reset(),
+            Err(_) => self.back.break_in(self.back.term()),
         }
     }
 }
