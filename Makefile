@@ -75,17 +75,17 @@ export WALNUT_KILLS
 
 kill: build ## Kill each process at each step of a pod's life, WALNUT_KILLS times
 	@tests/image/build.sh
-	@$(CARGO) test --release -p walnut-tests --test containerd -- --ignored --nocapture hundreds_of_kills
+	@$(TESTS) --test containerd -- --ignored --nocapture hundreds_of_kills
 
 pods: build ## Twenty pods at once, or WALNUT_PODS
 	@tests/image/build.sh
-	@$(CARGO) test --release -p walnut-tests --test containerd -- --ignored --nocapture many_pods_at_once
+	@$(TESTS) --test containerd -- --ignored --nocapture many_pods_at_once
 
 # Inputs for each target; the build with its sanitizer takes longer than a short run.
 FUZZ_RUNS ?= 20000
 FUZZ_SHORT ?= 500
-# The short run draws the same inputs each time; `make fuzz` draws others.
-FUZZ_SEED ?= 1
+# What the short run draws its inputs from; 0: others each time.
+FUZZ_SEED ?= 0
 
 fuzz: deps ## Every fuzz target, for FUZZ_RUNS inputs each
 	@fuzz/run.sh --runs $(FUZZ_RUNS)

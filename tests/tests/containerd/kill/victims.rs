@@ -65,8 +65,10 @@ pub(crate) struct Family {
     /// The sandbox's ID, once there is a bundle.
     pub(crate) id: Option<String>,
     pub(crate) shim: Option<Process>,
-    /// Everything that the shim started.
+    /// Everything that the shim started, but for:
     pub(crate) children: Vec<Process>,
+    /// Who makes a template, and its machine: the pod does not live by them.
+    pub(crate) makers: Vec<Process>,
     /// Commands that containerd runs for one of its containers.
     pub(crate) commands: Vec<Process>,
     /// Directory of the sandbox in Walnut's run directory: its name is in that of its
@@ -78,7 +80,7 @@ impl Family {
     /// All of them.
     pub(crate) fn all(&self) -> impl Iterator<Item = &Process> {
         let all = self.shim.iter().chain(&self.children);
-        all.chain(&self.commands)
+        all.chain(&self.makers).chain(&self.commands)
     }
 
     /// Those whose name begins so.
@@ -135,11 +137,16 @@ pub(crate) fn family(state: &Path, name: &str) -> Family {
         }
         parents.entry(stat.parent).or_default().push(process);
     }
-    let mut next: Vec<_> = family.shim.iter().map(|shim| shim.pid).collect();
-    while let Some(parent) = next.pop() {
+    let mut next: Vec<_> = (family.shim.iter()).map(|shim| (shim.pid, false)).collect();
+    while let Some((parent, makes)) = next.pop() {
         for child in parents.remove(&parent).unwrap_or_default() {
-            next.push(child.pid);
-            family.children.push(child);
+            let line = command_line(child.pid);
+            let makes = makes || line.get(1).is_some_and(|word| word == "make-template");
+            next.push((child.pid, makes));
+            match makes {
+                true => family.makers.push(child),
+                false => family.children.push(child),
+            }
         }
     }
     family
