@@ -1,7 +1,7 @@
 //! `walnut logs`.
 
 use std::{
-    io::{self, Write},
+    io::{self, BufWriter, Write},
     time::Duration,
 };
 
@@ -16,7 +16,12 @@ const LOOK: Duration = Duration::from_millis(100);
 pub(crate) async fn logs(args: &LogsArgs) -> Result<u8> {
     let layout = Layout::from_env()?;
     let record = find(&layout, &args.container)?;
-    let mut reader = LogReader::new(&layout.container(&record.id).join("container.log"));
+    let path = layout.container(&record.id).join("container.log");
+    let mut reader = match args.follow {
+        true => LogReader::new(&path),
+        false => LogReader::up_to_now(&path)?,
+    };
+    let mut out = BufWriter::new(io::stdout().lock());
     loop {
         // Asked before reading: what is written before the end is then shown.
         let ended =
@@ -29,12 +34,14 @@ pub(crate) async fn logs(args: &LogsArgs) -> Result<u8> {
             };
             let text = format!("{time}{}", line.log);
             if line.stream == "stderr" {
+                // In the order in which they came.
+                out.flush()?;
                 io::stderr().write_all(text.as_bytes())?;
             } else {
-                io::stdout().write_all(text.as_bytes())?;
+                out.write_all(text.as_bytes())?;
             }
         }
-        io::stdout().flush()?;
+        out.flush()?;
         if ended {
             return Ok(0);
         }

@@ -5,6 +5,7 @@
 //! becomes `<file>.1`, and the one before it goes.
 
 use std::{
+    collections::VecDeque,
     fs::{self, File, OpenOptions},
     io::{self, BufRead, BufReader, Read, Seek, SeekFrom, Write},
     os::unix::fs::{MetadataExt, OpenOptionsExt},
@@ -186,6 +187,11 @@ pub struct LogReader {
     path: PathBuf,
     file: Option<BufReader<File>>,
     old_read: bool,
+    /// What else there was when it was made, with the bytes that each had; it is all that
+    /// there is, if it is present.
+    rest: Option<VecDeque<(File, u64)>>,
+    /// Bytes of the file that are still to be read.
+    left: u64,
 }
 
 impl LogReader {
@@ -195,7 +201,32 @@ impl LogReader {
             path: path.to_path_buf(),
             file: None,
             old_read: false,
+            rest: None,
+            left: u64::MAX,
         }
+    }
+
+    /// A reader of what has been written by now: it comes to an end, however fast more is
+    /// written.
+    pub fn up_to_now(path: &Path) -> Result<Self> {
+        let mut rest: VecDeque<(File, u64)> = VecDeque::new();
+        let mut known = None;
+        for path in [path.to_owned(), rotated(path)] {
+            let file = match File::open(&path) {
+                Ok(file) => file,
+                Err(e) if e.kind() == io::ErrorKind::NotFound => continue,
+                Err(e) => return Err(Error::io("open log", path)(e)),
+            };
+            let meta = file.metadata().map_err(Error::io("examine log", &path))?;
+            // Rotated between the two, it is the same file under both names.
+            if known.replace((meta.dev(), meta.ino())) != Some((meta.dev(), meta.ino())) {
+                rest.push_front((file, meta.len()));
+            }
+        }
+        Ok(Self {
+            rest: Some(rest),
+            ..Self::new(path)
+        })
     }
 
     /// The next line, or `None` if there is none for now. A line that is still
@@ -211,13 +242,20 @@ impl LogReader {
             let mut line = Vec::new();
             let read = file
                 .by_ref()
-                .take(LINE_MAX)
+                .take(LINE_MAX.min(self.left))
                 .read_until(b'\n', &mut line)
                 .map_err(Error::io("read log", &self.path))?;
+            if self.rest.is_some() {
+                self.left = self.left.saturating_sub(read as u64);
+            }
             if line.ends_with(b"\n") {
                 if let Ok(line) = serde_json::from_slice(&line) {
                     return Ok(Some(line));
                 }
+                continue;
+            }
+            if self.rest.is_some() {
+                self.file = None;
                 continue;
             }
             let back = i64::try_from(read).unwrap_or(0);
@@ -231,6 +269,14 @@ impl LogReader {
     }
 
     fn open_next(&mut self) -> Result<bool> {
+        if let Some(rest) = &mut self.rest {
+            let next = rest.pop_front();
+            let there = next.is_some();
+            if let Some((file, len)) = next {
+                (self.file, self.left) = (Some(BufReader::new(file)), len);
+            }
+            return Ok(there);
+        }
         let path = if self.old_read {
             self.path.clone()
         } else {
@@ -323,6 +369,34 @@ mod tests {
             .sum();
         assert!(total <= 2 * ROTATE_AT, "{total}");
         assert!(!all(&mut reader).is_empty());
+    }
+
+    #[test]
+    fn up_to_now_is_what_there_was() {
+        let dir = tempfile::tempdir().unwrap();
+        let path = dir.path().join("log");
+        let mut log = LogWriter::open(&path).unwrap();
+        let line = [b"x".repeat(8 << 10).as_slice(), b"\n"].concat();
+        while !rotated(&path).exists() {
+            log.write(Stream::Stdout, &line).unwrap();
+        }
+        let before = all(&mut LogReader::new(&path));
+        let mut reader = LogReader::up_to_now(&path).unwrap();
+        let mut found = vec![reader.next_line().unwrap().unwrap()];
+        // Enough for both files to be others by the end.
+        for _ in 0..5000 {
+            log.write(Stream::Stdout, b"more\n").unwrap();
+            log.write(Stream::Stdout, &line).unwrap();
+        }
+        found.extend(all(&mut reader));
+        assert!(found == before);
+        assert!(
+            LogReader::up_to_now(&dir.path().join("none"))
+                .unwrap()
+                .next_line()
+                .unwrap()
+                .is_none()
+        );
     }
 
     #[test]
