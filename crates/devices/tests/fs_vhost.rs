@@ -278,7 +278,7 @@ fn an_interface_has_its_address_and_link() {
         features: RING | 1 << 30 | 1 | 1 << 15 | 1 << 17 | 1 << 22,
         ..Script::default()
     };
-    let (_backend, sock) = start(script);
+    let (backend, sock) = start(script);
     let config = NetConfig {
         mac: [2, 0, 0, 0, 0, 7],
         mtu: Some(1400),
@@ -289,6 +289,15 @@ fn an_interface_has_its_address_and_link() {
     assert_eq!(net.features(), RING | 1 | 1 << 15 | own);
     let bytes = [2, 0, 0, 0, 0, 7, 1, 0, 1, 0, 0x78, 5];
     assert_eq!(net.config().bytes(), bytes);
+    // The back end is told of what it offered alone.
+    let memory = shared_memory(2 << 20, Some(1 << 20));
+    let rig = Rig::new(net, memory.clone());
+    activate(&rig, &rings(&memory, 2));
+    rig.until("the last queue", || {
+        backend.seen.lock().unwrap().bodies(18).len() == 2
+    });
+    let features = (RING | 1 << 30 | 1 | 1 << 15).to_le_bytes();
+    assert_eq!(backend.seen.lock().unwrap().bodies(2), [features]);
 }
 
 /// A real server of disks.

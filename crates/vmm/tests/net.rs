@@ -4,6 +4,7 @@
 
 mod support;
 mod support_grow;
+mod support_net;
 
 use std::{
     fs::OpenOptions,
@@ -149,6 +150,12 @@ fn frames(n: u8) -> (f64, f64) {
     (figures.next().unwrap(), figures.next().unwrap())
 }
 
+/// What the guest is told.
+fn words(links: usize, bytes: usize, window: Option<usize>) -> String {
+    let window = window.unwrap_or(0);
+    format!("test=net links={links} bytes={bytes} window={window}")
+}
+
 /// A guest with links of so many queues, served until it is through, and the bytes
 /// per frame on each link.
 fn exchange(
@@ -161,11 +168,7 @@ fn exchange(
     for (n, (queues, receive, send)) in (0u8..).zip(queues) {
         attach(&mut spec, n, *queues, *receive, *send);
     }
-    spec.words = format!(
-        "test=net links={} bytes={bytes} window={}",
-        queues.len(),
-        window.unwrap_or(0)
-    );
+    spec.words = words(queues.len(), bytes, window);
     let guest = spec.start();
     let served = (0u8..).zip(queues).map(|(n, _)| serve(n, bytes, window));
     let means = served.collect();
@@ -199,6 +202,38 @@ fn a_guest_talks_over_one_queue_pair_and_over_two() {
         assert!(means[0] > 1500.0, "{means:?} bytes a frame");
         guest.ends();
     }
+}
+
+#[test]
+#[ignore = "needs KVM: runs in the lab"]
+fn a_guest_talks_by_another_process() {
+    const BYTES: usize = 1 << 20;
+    leave_network();
+    let dir = tempfile::tempdir().unwrap();
+    let tap = tap(0, 1).pop().unwrap();
+    let socket = support_net::relay(tap, &dir.path().join("net"));
+    let mut spec = Spec::new(&words(1, BYTES, None));
+    spec.backing.shared = true;
+    let socket = spec.fd(socket);
+    let [a, b, c, d, e] = MAC;
+    let net = Device::VhostNet {
+        socket,
+        mac: [a, b, c, d, e, 0],
+        mtu: Some(1400),
+    };
+    spec.device("net-0", net);
+    let mut guest = spec.start();
+    let mean = serve(0, BYTES, None);
+    let link = guest.line("eth0 mac");
+    assert!(
+        link.contains("mac 02:00:00:00:09:00 mtu 1400 pairs 1 tx-csum 1 rx-csum 1 tso 1"),
+        "{link}"
+    );
+    assert_eq!(guest.line("udp"), "udp polo");
+    guest.line(&format!("link 0 received {BYTES}"));
+    guest.line(&format!("link 0 sent {BYTES}"));
+    assert!(mean > 1500.0, "{mean} bytes a frame");
+    guest.ends();
 }
 
 #[test]

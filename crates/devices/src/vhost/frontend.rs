@@ -141,6 +141,8 @@ pub struct Frontend {
     channel: Channel,
     id: u32,
     features: u64,
+    /// The back end's: what the front end offers by itself it must not be told of.
+    known: u64,
     /// Acknowledged to the back end beside the driver's.
     hidden: u64,
     config: Arc<ConfigSpace>,
@@ -184,6 +186,7 @@ impl Frontend {
             channel,
             id: profile.id,
             features: profile.features,
+            known: backend.features,
             hidden: backend.features & PROTOCOL_FEATURES,
             config: Arc::new(ConfigSpace::new(profile.config, 0..0)),
             queue_sizes: vec![profile.queue_size; profile.queues],
@@ -196,7 +199,7 @@ impl Frontend {
 
     fn start(&mut self, active: &mut Active, features: u64) -> Result<(), Error> {
         self.channel.begin();
-        let features = features & self.features | self.hidden;
+        let features = features & self.features & self.known | self.hidden;
         let features = features.to_le_bytes();
         self.channel.tell(Request::SetFeatures, &features, &[])?;
         let memory = active.memory.memory();
