@@ -9,6 +9,7 @@ use std::{
 };
 
 use anyhow::{Context, Result, ensure};
+use serde_json::Value;
 
 use crate::{Host, bundle, run, start};
 
@@ -22,6 +23,15 @@ pub(crate) struct Bundle(Rc<tempfile::TempDir>);
 impl Bundle {
     pub(crate) fn make(host: &Host, command: &[&str]) -> Result<Self> {
         Ok(Self(Rc::new(bundle::make(host, command)?)))
+    }
+
+    /// Changes its configuration.
+    pub(crate) fn change(&self, change: impl FnOnce(&mut Value)) -> Result<()> {
+        let path = self.0.path().join("bundle/config.json");
+        let text = fs::read(&path).context("read a bundle")?;
+        let mut config = serde_json::from_slice(&text).context("read a bundle")?;
+        change(&mut config);
+        fs::write(&path, serde_json::to_vec(&config)?).context("write a bundle")
     }
 
     /// What its containers' command lines have in common: runsc's gofer knows the

@@ -2,7 +2,7 @@
 //!
 //! `start`: from exec to the container's first byte of output. `memory`: what a
 //! sandbox costs the host. `idle`: how often it wakes. `density`: what each of many
-//! costs. `all`: all of them. Machines are noisy, so what counts is
+//! costs. `network`: how quick what goes between pods is. `all`: all of them. Machines are noisy, so what counts is
 //! the ratio of runs that took turns.
 
 mod beside;
@@ -11,6 +11,7 @@ mod density;
 mod guest;
 mod idle;
 mod memory;
+mod network;
 mod start;
 mod steps;
 
@@ -56,7 +57,13 @@ enum What {
         #[arg(long, value_enum, default_value = "sleep")]
         image_command: density::Workload,
     },
-    /// Start, memory, idle and density, as long as they take by default
+    /// What a pod's network costs: latencies and throughput
+    Network {
+        /// How long to measure each figure
+        #[arg(long, default_value_t = 2)]
+        seconds: u32,
+    },
+    /// Start, memory, idle, density and network, as long as they take by default
     All,
 }
 
@@ -88,7 +95,12 @@ fn main() -> Result<()> {
             count,
             image_command,
         } => density::measure(&host, count, image_command, cli.alone)?,
+        What::Network { seconds } => {
+            ensure!(seconds > 0, "--seconds 0: at least one");
+            network::measure(&host, cli.runs, seconds)?;
+        }
         What::All => {
+            network::measure(&host, cli.runs.min(5), 2)?;
             idle::measure(&host, 20, cli.alone)?;
             density::measure(&host, 10, density::Workload::Sleep, cli.alone)?;
         }

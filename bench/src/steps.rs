@@ -33,7 +33,7 @@ fn table(host: &Host, runs: usize, how: &str, options: &[&str]) -> Result<()> {
 }
 
 /// The steps of one run with the milliseconds at which each was done.
-fn steps(host: &Host, options: &[&str]) -> Result<Vec<(String, f64)>> {
+pub(crate) fn steps(host: &Host, options: &[&str]) -> Result<Vec<(String, f64)>> {
     let name = format!("walnut-bench-{}", std::process::id());
     let out = Command::new(&host.walnut)
         .env("WALNUT_NETWORK", "none")
