@@ -23,8 +23,9 @@ pub(crate) struct NetworkArgs {
     /// the settings]
     #[arg(long, value_name = "NAME")]
     pub(crate) network: Vec<String>,
-    /// Carry what comes to a port of the host to one of the container; ranges of ports as well
-    #[arg(short, long, value_name = "[IP:]HOST:CONTAINER[/tcp|udp]")]
+    /// Carry what comes to a port of the host to one of the container; ranges of ports as well. Any
+    /// free port where none is named (80, or IP::80): `walnut ps` shows it
+    #[arg(short, long, value_name = "[[IP:]HOST:]CONTAINER[/tcp|udp]")]
     pub(crate) publish: Vec<PublishArg>,
     /// Address of the container on its first network, of IPv4 or IPv6
     #[arg(long, value_name = "IP")]
@@ -131,7 +132,8 @@ pub(crate) struct NetworkNames {
     pub(crate) networks: Vec<String>,
 }
 
-/// `[IP:]HOST:CONTAINER[/tcp|udp]`, each port may be a range.
+/// `[[IP:]HOST:]CONTAINER[/tcp|udp]` or `IP::CONTAINER`, each port may be a range. Without
+/// one of the host's, it is any that is free.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub(crate) struct PublishArg(pub(crate) Vec<PublishedPort>);
 
@@ -140,8 +142,7 @@ impl FromStr for PublishArg {
 
     fn from_str(text: &str) -> Result<Self, String> {
         let usage = || {
-            "write it as HOST:CONTAINER, IP:HOST:CONTAINER or with /udp behind, as 8080:80"
-                .to_owned()
+            "write it as HOST:CONTAINER, IP:HOST:CONTAINER or with /udp behind, as 8080:80; without HOST (80, IP::80) it is any free port".to_owned()
         };
         let (ports, protocol) = match text.rsplit_once('/') {
             None => (text, Transport::Tcp),
@@ -149,25 +150,26 @@ impl FromStr for PublishArg {
             Some((ports, "udp")) => (ports, Transport::Udp),
             Some((_, other)) => return Err(format!("unknown protocol {other:?}; use tcp or udp")),
         };
-        let (ports, container) = ports.rsplit_once(':').ok_or_else(usage)?;
-        let (ip, host) = match ports.rsplit_once(':') {
-            None => (None, ports),
-            Some((ip, host)) => (Some(address(ip)?), host),
+        let (ip, host, container) = match ports.rsplit_once(':') {
+            None => (None, None, ports),
+            Some((host, container)) => match host.rsplit_once(':') {
+                None if host.is_empty() => return Err(usage()),
+                None => (None, Some(host), container),
+                Some((ip, "")) => (Some(address(ip)?), None, container),
+                Some((ip, host)) => (Some(address(ip)?), Some(host), container),
+            },
         };
-        if host.is_empty() {
-            return Err(usage());
-        }
-        let (host, container) = (range(host)?, range(container)?);
+        let container = range(container)?;
+        let host = host.map(range).transpose()?;
         let size = |(first, last): (u16, u16)| last - first;
-        if size(host) != size(container) {
+        if host.is_some_and(|host| size(host) != size(container)) {
             return Err("both ranges must have as many ports".into());
         }
-        if size(host) >= RANGE_MAX {
+        if size(container) >= RANGE_MAX {
             return Err(format!("a range has {RANGE_MAX} ports at most"));
         }
-        let pairs = (host.0..=host.1).zip(container.0..=container.1);
-        let ports = pairs.map(|(host_port, container_port)| PublishedPort {
-            host_port,
+        let ports = (container.0..=container.1).map(|container_port| PublishedPort {
+            host_port: host.map_or(0, |(first, _)| first + (container_port - container.0)),
             container_port,
             protocol,
             host_ip: ip,
@@ -257,7 +259,11 @@ pub(crate) fn shown(port: &PublishedPort) -> String {
         Transport::Tcp => "tcp",
         Transport::Udp => "udp",
     };
-    format!("{host}->{}/{protocol}", port.container_port)
+    match port.host_port {
+        // Not chosen yet.
+        0 => format!("{}/{protocol}", port.container_port),
+        _ => format!("{host}->{}/{protocol}", port.container_port),
+    }
 }
 
 #[cfg(test)]
@@ -276,12 +282,18 @@ mod tests {
             ("127.0.0.1:53:53/tcp", "127.0.0.1:53->53/tcp"),
             ("[fd00::1]:80:8080", "[fd00::1]:80->8080/tcp"),
             ("8000-8002:80-82", "8000->80/tcp 8001->81/tcp 8002->82/tcp"),
+            ("80", "80/tcp"),
+            ("80-81/udp", "80/udp 81/udp"),
+            ("127.0.0.1::80", "80/tcp"),
+            ("[::1]::80", "80/tcp"),
         ] {
             assert_eq!(got(text).unwrap(), ports, "{text}");
         }
         for (text, why) in [
-            ("80", "HOST:CONTAINER"),
-            ("127.0.0.1::80", "HOST:CONTAINER"),
+            (":80", "HOST:CONTAINER"),
+            ("127.0.0.1::", "from 1 to 65535"),
+            ("127.0.0.1", "from 1 to 65535"),
+            ("1-2000", "at most"),
             ("0:80", "from 1 to 65535"),
             ("80:65536", "from 1 to 65535"),
             ("80:80/sctp", "sctp"),

@@ -430,7 +430,7 @@ impl Held {
         let Some(mut attachments) = Attachments::load(&self.dir)? else {
             return Ok(None);
         };
-        self.ports = ports::reserve(&attachments.ports)?;
+        self.ports = ports::reserve(&mut attachments.ports)?;
         let namespace = OwnNamespace::new()?;
         let path = namespace.path();
         self.namespace = Some(namespace);

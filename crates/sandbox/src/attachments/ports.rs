@@ -15,7 +15,7 @@ use crate::{Error, Result};
 #[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
 #[serde(rename_all = "camelCase")]
 pub struct PublishedPort {
-    /// The port on the host.
+    /// The port on the host; 0 for any that is free, until the container is on its networks.
     pub host_port: u16,
     /// The port in the container.
     pub container_port: u16,
@@ -49,30 +49,55 @@ impl fmt::Display for PublishedPort {
     }
 }
 
+/// Attempts at a port that is free at all addresses.
+const TRIES: u32 = 64;
+
 /// Sockets that keep others from the ports, for as long as they are held: the rules that
-/// carry packets to the container would take them from whoever listens already.
-pub(super) fn reserve(ports: &[PublishedPort]) -> Result<Vec<OwnedFd>> {
+/// carry packets to the container would take them from whoever listens already. A port that
+/// may be any becomes one that is free.
+pub(super) fn reserve(ports: &mut [PublishedPort]) -> Result<Vec<OwnedFd>> {
     let mut held = Vec::new();
     for port in ports {
-        let all = [
-            IpAddr::from(Ipv4Addr::UNSPECIFIED),
-            Ipv6Addr::UNSPECIFIED.into(),
-        ];
-        let (addresses, asked) = match &port.host_ip {
-            Some(ip) => (std::slice::from_ref(ip), true),
-            None => (&all[..], false),
-        };
-        for ip in addresses {
-            match hold(*ip, port) {
-                Ok(socket) => held.push(socket),
-                // A host without IPv6.
-                Err(rustix::io::Errno::AFNOSUPPORT | rustix::io::Errno::ADDRNOTAVAIL) if !asked => {
-                }
+        let mut tries = if port.host_port == 0 { TRIES } else { 1 };
+        let (number, sockets) = loop {
+            tries -= 1;
+            match hold_all(port) {
+                // Free at one address, and taken at another.
+                Err(rustix::io::Errno::ADDRINUSE) if tries > 0 => {}
                 Err(e) => return Err(refused(port, e)),
+                Ok(done) => break done,
             }
-        }
+        };
+        port.host_port = number;
+        held.extend(sockets);
     }
     Ok(held)
+}
+
+/// Takes a port at all of its addresses; its number.
+fn hold_all(port: &PublishedPort) -> rustix::io::Result<(u16, Vec<OwnedFd>)> {
+    let all = [
+        IpAddr::from(Ipv4Addr::UNSPECIFIED),
+        Ipv6Addr::UNSPECIFIED.into(),
+    ];
+    let (addresses, asked) = match &port.host_ip {
+        Some(ip) => (std::slice::from_ref(ip), true),
+        None => (&all[..], false),
+    };
+    let (mut number, mut held) = (port.host_port, Vec::new());
+    for ip in addresses {
+        match hold(SocketAddr::new(*ip, number), port.protocol) {
+            Ok(socket) => {
+                let name = SocketAddr::try_from(rustix::net::getsockname(&socket)?);
+                number = name.map_err(|_| rustix::io::Errno::INVAL)?.port();
+                held.push(socket);
+            }
+            // A host without IPv6.
+            Err(rustix::io::Errno::AFNOSUPPORT | rustix::io::Errno::ADDRNOTAVAIL) if !asked => {}
+            Err(e) => return Err(e),
+        }
+    }
+    Ok((number, held))
 }
 
 fn refused(port: &PublishedPort, why: rustix::io::Errno) -> Error {
@@ -86,25 +111,25 @@ fn refused(port: &PublishedPort, why: rustix::io::Errno) -> Error {
     Error::Invalid(format!("publish the port {port}: {what}"))
 }
 
-fn hold(ip: IpAddr, port: &PublishedPort) -> rustix::io::Result<OwnedFd> {
-    let kind = match port.protocol {
+fn hold(at: SocketAddr, protocol: Transport) -> rustix::io::Result<OwnedFd> {
+    let kind = match protocol {
         Transport::Tcp => SocketType::STREAM,
         Transport::Udp => SocketType::DGRAM,
     };
-    let family = match ip {
-        IpAddr::V4(_) => AddressFamily::INET,
-        IpAddr::V6(_) => AddressFamily::INET6,
+    let family = match at {
+        SocketAddr::V4(_) => AddressFamily::INET,
+        SocketAddr::V6(_) => AddressFamily::INET6,
     };
     let socket = socket_with(family, kind, SocketFlags::CLOEXEC, None)?;
-    if ip.is_ipv6() {
+    if at.is_ipv6() {
         sockopt::set_ipv6_v6only(&socket, true)?;
     }
-    if port.protocol == Transport::Tcp {
+    if protocol == Transport::Tcp {
         // Connections that are over do not count; who listens does.
         sockopt::set_socket_reuseaddr(&socket, true)?;
     }
-    bind(&socket, &SocketAddr::new(ip, port.host_port))?;
-    if port.protocol == Transport::Tcp {
+    bind(&socket, &at)?;
+    if protocol == Transport::Tcp {
         // One that only has its port would share it with who asks as it did. Nobody gets
         // here: connections are the container's, or refused.
         rustix::net::listen(&socket, 0)?;

@@ -44,7 +44,7 @@ fn a_port_is_one_containers_alone() {
     let listener = TcpListener::bind("127.0.0.1:0").unwrap();
     let mut port = attachments().ports.remove(0);
     port.host_port = listener.local_addr().unwrap().port();
-    let said = ports::reserve(std::slice::from_ref(&port))
+    let said = ports::reserve(std::slice::from_mut(&mut port))
         .unwrap_err()
         .to_string();
     assert!(
@@ -52,16 +52,40 @@ fn a_port_is_one_containers_alone() {
         "{said}"
     );
     drop(listener);
-    let held = ports::reserve(std::slice::from_ref(&port)).unwrap();
-    assert!(ports::reserve(std::slice::from_ref(&port)).is_err());
+    let held = ports::reserve(std::slice::from_mut(&mut port)).unwrap();
+    assert!(ports::reserve(std::slice::from_mut(&mut port)).is_err());
     assert!(TcpListener::bind(("127.0.0.1", port.host_port)).is_err());
     port.protocol = Transport::Udp;
-    let datagrams = ports::reserve(std::slice::from_ref(&port)).unwrap();
-    assert!(ports::reserve(std::slice::from_ref(&port)).is_err());
+    let datagrams = ports::reserve(std::slice::from_mut(&mut port)).unwrap();
+    assert!(ports::reserve(std::slice::from_mut(&mut port)).is_err());
     drop((held, datagrams));
     port.host_ip = Some("192.0.2.77".parse().unwrap());
-    let said = ports::reserve(&[port]).unwrap_err().to_string();
+    let said = ports::reserve(&mut [port]).unwrap_err().to_string();
     assert!(said.contains("does not have this address"), "{said}");
+}
+
+#[test]
+fn any_port_becomes_one_that_is_free_everywhere() {
+    let any = |protocol| PublishedPort {
+        host_port: 0,
+        container_port: 80,
+        protocol,
+        host_ip: None,
+    };
+    let mut ports = [
+        any(Transport::Tcp),
+        any(Transport::Tcp),
+        any(Transport::Udp),
+    ];
+    let held = ports::reserve(&mut ports).unwrap();
+    assert!(ports.iter().all(|port| port.host_port > 0), "{ports:?}");
+    assert_ne!(ports[0].host_port, ports[1].host_port);
+    // They are this container's from now on, each at every address.
+    for port in &mut ports {
+        assert!(ports::reserve(std::slice::from_mut(port)).is_err());
+    }
+    drop(held);
+    ports::reserve(&mut ports).unwrap();
 }
 
 #[test]

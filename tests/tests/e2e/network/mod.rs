@@ -73,6 +73,8 @@ fn containers_are_reached_by_their_ports_and_names() {
         "127.0.0.1:8081:80",
         "-p",
         "7000-7001:7000-7001/udp",
+        "-p",
+        "80",
     ];
     let names = ["--name", "web", "--hostname", "front", "--network", "shop"];
     let run = ["IMAGE", "sh", "-c", SERVE];
@@ -113,7 +115,13 @@ fn containers_are_reached_by_their_ports_and_names() {
     }
     let shown = node.json(&["ps", "--format", "json"]);
     assert_eq!(shown[0]["networks"][0]["network"], "shop");
-    assert_eq!(shown[0]["ports"].as_array().unwrap().len(), 4, "{shown:#}");
+    assert_eq!(shown[0]["ports"].as_array().unwrap().len(), 5, "{shown:#}");
+    // The one that the host chose.
+    let any = &shown[0]["ports"][4]["hostPort"];
+    let way = format!("{}:{any}", HOST[0]);
+    assert_ne!(any, 0, "{shown:#}");
+    let done = node.outside(&fetch(&way)).exits(0);
+    assert_eq!(done.stdout.trim(), PAGE, "{way}");
     let table = node.walnut(&["ps"]).exits(0).stdout;
     assert!(
         table.contains("8080->80/tcp, 127.0.0.1:8081->80/tcp, 7000->7000/udp"),
@@ -387,7 +395,7 @@ fn what_cannot_be_had_is_refused_in_one_sentence() {
         &["--network", "tiny", "--ip", "10.1.1.1"],
         "not an address of the network tiny",
     );
-    assert_eq!(node.walnut(&["run", "-p", "80", "IMAGE"]).code, 2);
+    assert_eq!(node.walnut(&["run", "-p", ":80", "IMAGE"]).code, 2);
 
     let idle = ["IMAGE", "sleep", "infinity"];
     let publish = ["--name", "only", "--network", "tiny", "-p", "8080:80"];
