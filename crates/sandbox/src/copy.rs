@@ -176,6 +176,9 @@ impl OutputCopy {
             if !self.filled().await? {
                 return Ok(());
             }
+            // Who prints without end is not to keep everybody else waiting: without this,
+            // thousands of such turns pass before the runtime looks for what else there is.
+            tokio::task::yield_now().await;
         }
     }
 

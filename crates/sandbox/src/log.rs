@@ -106,6 +106,7 @@ impl LogWriter {
     /// Adds output; whole lines are written at once.
     pub(crate) fn write(&mut self, stream: Stream, mut bytes: &[u8]) -> io::Result<()> {
         let mut out = Vec::new();
+        let line = Line::new(stream);
         while !bytes.is_empty() {
             let partial = &mut self.partial[stream as usize];
             let room = PIECE_MAX - partial.len();
@@ -117,7 +118,7 @@ impl LogWriter {
             partial.extend_from_slice(piece);
             bytes = rest;
             if whole {
-                encode(&mut out, stream, partial)?;
+                line.encode(&mut out, partial)?;
                 partial.clear();
             }
         }
@@ -131,7 +132,7 @@ impl LogWriter {
             return Ok(());
         }
         let mut out = Vec::new();
-        encode(&mut out, stream, &partial)?;
+        Line::new(stream).encode(&mut out, &partial)?;
         self.append(&out)
     }
 
@@ -165,19 +166,27 @@ fn rotated(path: &Path) -> PathBuf {
     name.into()
 }
 
-fn encode(out: &mut Vec<u8>, stream: Stream, piece: &[u8]) -> io::Result<()> {
-    let line = LogLine {
-        log: String::from_utf8_lossy(piece).into_owned(),
-        stream: match stream {
+/// What a [`LogLine`] has beside its output. Short lines come in great numbers: what they
+/// have in common is written once.
+struct Line(String);
+
+impl Line {
+    /// Of output that comes now.
+    fn new(stream: Stream) -> Self {
+        let stream = match stream {
             Stream::Stdout => "stdout",
             Stream::Stderr => "stderr",
-        }
-        .into(),
-        time: Utc::now().to_rfc3339_opts(SecondsFormat::Nanos, true),
-    };
-    serde_json::to_writer(&mut *out, &line)?;
-    out.push(b'\n');
-    Ok(())
+        };
+        let time = Utc::now().to_rfc3339_opts(SecondsFormat::Nanos, true);
+        Self(format!(",\"stream\":\"{stream}\",\"time\":\"{time}\"}}\n"))
+    }
+
+    fn encode(&self, out: &mut Vec<u8>, piece: &[u8]) -> io::Result<()> {
+        out.extend_from_slice(b"{\"log\":");
+        serde_json::to_writer(&mut *out, &String::from_utf8_lossy(piece))?;
+        out.extend_from_slice(self.0.as_bytes());
+        Ok(())
+    }
 }
 
 /// Reads a log from its oldest line on, across a rotation, and goes on when

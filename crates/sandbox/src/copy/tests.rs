@@ -3,6 +3,7 @@ use std::{
     io::Write,
     os::unix::fs::OpenOptionsExt,
     path::{Path, PathBuf},
+    sync::atomic::AtomicUsize,
 };
 
 use tokio::io::{AsyncReadExt, AsyncWriteExt};
@@ -10,6 +11,7 @@ use tokio::io::{AsyncReadExt, AsyncWriteExt};
 use super::*;
 use crate::{
     Input, Output, StdioTargets,
+    log::LogWriter,
     stdio::{ClientEnds, open_sender},
 };
 
@@ -42,6 +44,47 @@ async fn stdin_reaches_the_guest_and_ends() {
     guest.read_to_string(&mut got).await.unwrap();
     assert_eq!(got, "hello");
     copy.task.unwrap().await.unwrap();
+}
+
+/// What else there is is seen to between two turns of a stream that never ends, however
+/// much of it is there.
+#[tokio::test]
+async fn a_stream_without_end_lets_others_have_their_turn() {
+    const LINES: [u8; 64 << 10] = [b'\n'; 64 << 10];
+    let dir = tempfile::tempdir().unwrap();
+    let log = LogWriter::open(&dir.path().join("log")).unwrap();
+    let (ours, guest) = UnixStream::pair().unwrap();
+    let mut guest = guest.into_std().unwrap();
+    guest.set_nonblocking(false).unwrap();
+    let sent = Arc::new(AtomicUsize::new(0));
+    let sending = std::thread::spawn({
+        let sent = sent.clone();
+        move || {
+            while guest.write_all(&LINES).is_ok() {
+                sent.fetch_add(LINES.len(), Ordering::SeqCst);
+            }
+        }
+    });
+    let log = Arc::new(std::sync::Mutex::new(log));
+    let copy = output(ours, None, Some(log), Stream::Stdout, running());
+    let (near, far) = UnixStream::pair().unwrap();
+    let far = far.into_std().unwrap();
+    for _ in 0..200 {
+        // What is there from now on, the runtime has yet to find.
+        assert!(near.try_read(&mut [0]).is_err());
+        let before = sent.load(Ordering::SeqCst);
+        Write::write_all(&mut &far, b"x").unwrap();
+        near.readable().await.unwrap();
+        let passed = sent.load(Ordering::SeqCst) - before;
+        assert_eq!(near.try_read(&mut [0]).unwrap(), 1);
+        // A turn or two, and what the socket holds; not all that tokio lets a task do.
+        assert!(passed < 24 * CHUNK, "{passed} bytes passed meanwhile");
+    }
+    copy.task.unwrap().abort();
+    drop(copy.copy);
+    while !sending.is_finished() {
+        tokio::task::yield_now().await;
+    }
 }
 
 #[tokio::test]
