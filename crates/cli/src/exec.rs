@@ -1,6 +1,6 @@
 //! `walnut exec`.
 
-use std::io::IsTerminal;
+use std::{future::ready, io::IsTerminal};
 
 use anyhow::{Context, Result, bail};
 use containerd_shim_protos::{
@@ -68,7 +68,15 @@ async fn in_container(
     if args.tty {
         resize(&supervisor.task, &supervisor.id, exec_id).await;
     }
-    let code = attend(supervisor, exec_id, args.tty, signals, fifos.attach()).await;
+    let code = attend(
+        supervisor,
+        exec_id,
+        args.tty,
+        signals,
+        fifos.attach(),
+        ready(Ok(())),
+    )
+    .await;
     drop(raw);
     code
 }

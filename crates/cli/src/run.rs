@@ -3,6 +3,8 @@
 use std::{
     io::{IsTerminal, Write},
     path::PathBuf,
+    pin::pin,
+    task::Poll,
 };
 
 use anyhow::{Context, Result, bail};
@@ -154,8 +156,8 @@ async fn drive(
     }
     let output = fifos.attach();
     let signals = Signals::new()?;
-    supervisor.start("").await?;
-    let code = attend(&supervisor, "", args.tty, signals, output).await;
+    let start = supervisor.start("");
+    let code = attend(&supervisor, "", args.tty, signals, output, start).await;
     drop(raw);
     code
 }
@@ -195,13 +197,14 @@ impl Signals {
 }
 
 /// Passes signals and window sizes on until the process has ended and its output
-/// has been shown.
+/// has been shown. `start` starts it, if that is not done yet.
 pub(crate) async fn attend(
     supervisor: &Supervisor,
     exec_id: &str,
     terminal: bool,
     signals: Signals,
     output: impl Future<Output = ()>,
+    start: impl Future<Output = Result<()>>,
 ) -> Result<u8> {
     let window = async {
         if !terminal {
@@ -216,7 +219,14 @@ pub(crate) async fn attend(
         Ok::<_, std::io::Error>(())
     };
     let ended = async {
-        let (code, ()) = tokio::join!(supervisor.wait(exec_id), output);
+        let mut waiting = pin!(supervisor.wait(exec_id));
+        // Asked before it is started: with what ends at once its supervisor ends, before
+        // it could be asked.
+        if let Poll::Ready(code) = futures::poll!(waiting.as_mut()) {
+            return code;
+        }
+        start.await?;
+        let (code, ()) = tokio::join!(waiting, output);
         code
     };
     tokio::select! {

@@ -33,6 +33,8 @@ use crate::{
 
 /// Bytes moved at a time.
 pub(crate) const CHUNK: usize = 32 << 10;
+/// Pieces copied before all else that has come has its turn.
+const TURNS: u64 = 8;
 /// Longest a client may leave the output of a process that has ended where it is.
 const STALL: Duration = Duration::from_secs(10);
 
@@ -164,7 +166,7 @@ impl OutputCopy {
     }
 
     async fn copied(&self, mut ended: watch::Receiver<bool>) -> io::Result<()> {
-        loop {
+        for turn in 1u64.. {
             let client = lock(&self.client).clone();
             if let Some(client) = client
                 && let Err(e) = client.write_all(&self.pending, &mut ended, STALL).await
@@ -178,8 +180,11 @@ impl OutputCopy {
             }
             // Who prints without end is not to keep everybody else waiting: without this,
             // thousands of such turns pass before the runtime looks for what else there is.
-            tokio::task::yield_now().await;
+            if turn.is_multiple_of(TURNS) {
+                tokio::task::yield_now().await;
+            }
         }
+        Ok(())
     }
 
     /// False at the stream's end.

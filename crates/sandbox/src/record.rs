@@ -193,7 +193,11 @@ pub fn reconcile(layout: &Layout) -> Result<()> {
         let Some(lock) = Lock::try_take(&dir.join("lock"))? else {
             continue;
         };
-        reconcile_one(layout, &id, &lock)?;
+        // One that cannot be cleaned up after now is no reason to do nothing else: the next
+        // command tries again.
+        if let Err(e) = reconcile_one(layout, &id, &lock) {
+            warn!("clean up after container {id}: {e}");
+        }
     }
     if let Err(e) = attachments::resolver(&layout.run).revive() {
         warn!("{e}");

@@ -87,9 +87,6 @@ pub fn main() -> ExitCode {
     let run = tokio::runtime::Builder::new_current_thread()
         .enable_all()
         .max_blocking_threads(1)
-        // Guests keep some tasks busy for as long as they like; each may then do much in its
-        // turn. The others' news is looked for all the more often.
-        .event_interval(8)
         .thread_stack_size(256 << 10)
         .build()
         .context("start the runtime")

@@ -191,6 +191,7 @@ impl Session<'_> {
             terminal,
             signals,
             fifos.attach(),
+            std::future::ready(Ok(())),
         )
         .await;
         drop(raw);

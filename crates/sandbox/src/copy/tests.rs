@@ -50,7 +50,7 @@ async fn stdin_reaches_the_guest_and_ends() {
 /// much of it is there.
 #[tokio::test]
 async fn a_stream_without_end_lets_others_have_their_turn() {
-    const LINES: [u8; 64 << 10] = [b'\n'; 64 << 10];
+    static LINES: [u8; 64 << 10] = [b'\n'; 64 << 10];
     let dir = tempfile::tempdir().unwrap();
     let log = LogWriter::open(&dir.path().join("log")).unwrap();
     let (ours, guest) = UnixStream::pair().unwrap();
@@ -78,7 +78,7 @@ async fn a_stream_without_end_lets_others_have_their_turn() {
         let passed = sent.load(Ordering::SeqCst) - before;
         assert_eq!(near.try_read(&mut [0]).unwrap(), 1);
         // A turn or two, and what the socket holds; not all that tokio lets a task do.
-        assert!(passed < 24 * CHUNK, "{passed} bytes passed meanwhile");
+        assert!(passed < 32 * CHUNK, "{passed} bytes passed meanwhile");
     }
     copy.task.unwrap().abort();
     drop(copy.copy);
