@@ -20,12 +20,15 @@ use std::{
         },
     },
     process::{Child, Command, Stdio},
+    sync::Arc,
 };
 
 use nix::fcntl::{FcntlArg, FdFlag, fcntl};
 use rig::{LIMIT, Rig, Vring, shared_memory};
 use tempfile::TempDir;
-use vm_memory::{Bytes, GuestAddress};
+use vm_memory::{
+    Bytes, GuestAddress, GuestAddressSpace, GuestMemoryBackend, GuestMemoryRegion, GuestRegionMmap,
+};
 use walnut_devices::{
     Log, fs as virtiofs,
     vhost::{Frontend, Limits},
@@ -104,6 +107,8 @@ struct Fuse {
     high: Vring,
     requests: Vring,
     base: u64,
+    /// Where buffers are.
+    buffers: u64,
     unique: u64,
 }
 
@@ -115,6 +120,7 @@ impl Fuse {
             requests: Vring::new(&memory, base + 0x4000, 64),
             rig: Rig::new(device, memory),
             base,
+            buffers: base + 0x10000,
             unique: 0,
         }
     }
@@ -132,8 +138,8 @@ impl Fuse {
     /// A request and its answer, as the driver sends it. Errors are errno's.
     fn call(&mut self, op: u32, node: u64, body: &[u8]) -> Result<Vec<u8>, i32> {
         self.unique += 2;
-        let request = self.base + 0x10000;
-        let answer = self.base + 0x20000;
+        let request = self.buffers;
+        let answer = self.buffers + 0x10000;
         let mut message = Vec::new();
         message.extend(u32::try_from(40 + body.len()).unwrap().to_le_bytes());
         message.extend(op.to_le_bytes());
@@ -141,7 +147,7 @@ impl Fuse {
         message.extend(node.to_le_bytes());
         message.extend([0; 16]);
         message.extend(body);
-        let mem = self.requests.mem.clone();
+        let mem = self.rig.memory.memory().into_inner();
         mem.write_slice(&message, GuestAddress(request)).unwrap();
         let len = u32::try_from(message.len()).unwrap();
         // As Linux does: header and arguments in buffers of their own.
@@ -248,6 +254,47 @@ fn memory_in_two_regions_is_shared_right() {
     let mut fuse = Fuse::new(connect(sock), memory, 1 << 32);
     fuse.boot();
     assert_eq!(fuse.read("x").unwrap(), b"far away");
+}
+
+/// The files are the same, whatever is added or taken away.
+#[test]
+fn memory_that_comes_and_goes_is_where_virtiofsd_looks() {
+    let (server, sock) = virtiofsd();
+    fs::write(server.dir.path().join("shared/x"), "where I am told").unwrap();
+    let large = shared_memory(2 << 20, Some(1 << 20));
+    let first = large.iter().next().unwrap();
+    let first = GuestRegionMmap::with_arc(first.get_mmap(), first.start_addr()).unwrap();
+    let small = Memory::from_arc_regions(vec![Arc::new(first)]).unwrap();
+    let mut fuse = Fuse::new(connect(sock), small.clone(), 0x1000);
+    let now_it_is = |fuse: &Fuse, memory: &Memory| {
+        let cell = fuse.rig.memory.lock().unwrap();
+        cell.replace(memory.clone());
+        fuse.rig.port.remap(LIMIT)
+    };
+    assert!(fuse.rig.port.maps_memory());
+    // Nobody has it yet.
+    assert!(now_it_is(&fuse, &small));
+    fuse.boot();
+    for _ in 0..3 {
+        assert!(now_it_is(&fuse, &large));
+        fuse.buffers = 1 << 32;
+        assert_eq!(fuse.read("x").unwrap(), b"where I am told");
+        // What is at rest looks when it goes on.
+        fuse.rig.port.pause(LIMIT).unwrap();
+        assert!(now_it_is(&fuse, &small));
+        fuse.rig.port.resume();
+        fuse.buffers = fuse.base + 0x10000;
+        assert_eq!(fuse.read("x").unwrap(), b"where I am told");
+    }
+    assert!(!fuse.rig.bell.told().broken);
+    // Who has ended is not waited for.
+    assert!(now_it_is(&fuse, &large));
+    drop(server);
+    fuse.rig.until("broken", || fuse.rig.bell.told().broken);
+    assert!(now_it_is(&fuse, &small));
+    fuse.rig.port.stop();
+    fuse.rig.until("ended", || fuse.rig.port.ended());
+    assert!(now_it_is(&fuse, &large));
 }
 
 #[test]

@@ -163,9 +163,6 @@ impl Sandbox {
                 "machines of the driver {} keep the size they started with",
                 self.driver()
             ),
-            Some(_) if self.has_volumes() && wanted.memory > memory => {
-                "one with volumes keeps the memory it started with".to_owned()
-            }
             Some(_) => "it was not made for more".to_owned(),
         };
         Error::Invalid(format!(

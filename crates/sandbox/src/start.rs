@@ -70,18 +70,6 @@ impl Parts {
             ..spec.clone()
         }
     }
-
-    /// What the machine may become.
-    fn max(&self, span: Span) -> Size {
-        match self.shares.is_empty() {
-            true => span.max,
-            // Who serves them would keep the memory that the guest gives up.
-            false => Size {
-                memory: span.boot.memory,
-                ..span.max
-            },
-        }
-    }
 }
 
 /// A machine with these parts. `None` if a clone failed that had shares: who served them
@@ -102,11 +90,7 @@ pub(crate) async fn start(
     spec.id.clone_from(&config.id);
     steps.done("driver chosen");
     let templates = config.templates.as_ref().filter(|_| {
-        config.settings.machine.templates
-            && parts.disks.len() <= spec.spare_disks as usize
-            // Who serves a share would keep the memory that the guest gives up: such a
-            // machine's memory stays as large as the template's.
-            && (parts.shares.is_empty() || parts.size.memory == span.boot.memory)
+        config.settings.machine.templates && parts.disks.len() <= spec.spare_disks as usize
     });
     let mut wanted = None;
     if let (Some(templates), Some(restore)) = (templates, driver.as_restore())
@@ -133,7 +117,7 @@ pub(crate) async fn start(
                             agent,
                             template: Some(found.id),
                             wanted: None,
-                            max: parts.max(span),
+                            max: span.max,
                             shape: Some(found.shape.of_whole()),
                             disks: parts.disks.into_iter().map(Attached::new).collect(),
                         }));
@@ -151,8 +135,7 @@ pub(crate) async fn start(
             Err(e) => debug!("look for a template: {e}"),
         }
     }
-    let mut span = Span::open(parts.size, ceiling);
-    span.max = parts.max(span);
+    let span = Span::open(parts.size, ceiling);
     spec = MachineSpec {
         id: spec.id,
         spare_disks: 0,

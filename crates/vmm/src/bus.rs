@@ -164,6 +164,7 @@ impl Wiring {
             place,
         } = prepared;
         let (worker, port) = Worker::new(device)?;
+        self.site.back_ends.add(&port);
         let mut kicks = Vec::new();
         let mut lines = vec![self.routes.line()?];
         for index in 0..port.queue_sizes().len() {
@@ -240,6 +241,11 @@ impl Bus {
             fitted: Mutex::default(),
             queue,
         })
+    }
+
+    /// What its devices are made for.
+    pub(crate) fn site(&self) -> &Site {
+        self.wiring.site()
     }
 
     /// The registers by which devices come and go.

@@ -16,7 +16,9 @@
 //! A device may be in the middle of a copy, or have a request in flight, with memory
 //! as it was a moment ago: a block is unmapped only when no snapshot of the old
 //! memory lives any more. Where one outlives its welcome, the guest is asked to try
-//! again later.
+//! again later. So it is where the processes that serve devices ([`BackEnds`]) cannot be told,
+//! or would have to be told of more regions than they must take: none of them keeps, or is
+//! led to, memory that the guest has given up.
 
 mod restore;
 
@@ -38,14 +40,17 @@ use vm_memory::{
 };
 use walnut_devices::{
     mem::{Blocks, Busy, Mem, Region, Target},
+    vhost::MAX_REGIONS,
     virtio::{Memory, MemoryCell},
 };
 use walnut_vmm_api::Backing;
 
 use crate::{
     Error,
+    backends::BackEnds,
     jail::calls::{MEM_PRIVATE, MEM_SHARED, Thread},
     memory,
+    prepared::Site,
     snapshot::Plugged,
 };
 use restore::Page;
@@ -94,10 +99,13 @@ struct Growth {
     flags: i32,
     /// What it is made of, if it is shared or of huge pages.
     file: Option<Arc<File>>,
+    /// Whether other processes map it.
+    shared: bool,
     huge_pages: bool,
     /// RAM.
     base: Memory,
     cell: MemoryCell,
+    back_ends: BackEnds,
     slots: Box<dyn Slots>,
     /// Which blocks are plugged.
     plugged: Vec<bool>,
@@ -128,12 +136,12 @@ pub(crate) fn device(
     addresses: Range<u64>,
     backing: Backing,
     vm: &Arc<VmFd>,
-    cell: &MemoryCell,
+    site: &Site,
     plugged: Option<&Plugged>,
 ) -> Result<(Mem, Target), Error> {
     let slots = Box::new(Kvm(Arc::clone(vm)));
     let region = region(&addresses);
-    let mut blocks = Growth::new(addresses, backing, cell, slots)?;
+    let mut blocks = Growth::new(addresses, backing, site, slots)?;
     if let Some(plugged) = plugged {
         blocks.fill(plugged)?;
     }
@@ -151,7 +159,7 @@ impl Growth {
     fn new(
         region: Range<u64>,
         backing: Backing,
-        cell: &MemoryCell,
+        site: &Site,
         slots: Box<dyn Slots>,
     ) -> Result<Self, Error> {
         let size = region.end - region.start;
@@ -168,9 +176,11 @@ impl Growth {
             flags,
             region,
             file,
+            shared: backing.shared,
             huge_pages: backing.huge_pages,
-            base: Memory::clone(&cell.memory()),
-            cell: cell.clone(),
+            base: Memory::clone(&site.memory.memory()),
+            cell: site.memory.clone(),
+            back_ends: site.back_ends.clone(),
             slots,
             plugged: vec![false; blocks],
             pages: vec![Page::Own; blocks],
@@ -330,24 +340,35 @@ impl Growth {
     /// the memory of before any more, or puts that back.
     fn replace(&self, gone: bool) -> Result<(), Busy> {
         let new = self.memory().ok_or(Busy)?;
+        if self.shared && new.num_regions() > MAX_REGIONS {
+            return Err(Busy);
+        }
         let put = |memory: Memory| {
             let cell = self.cell.lock();
             cell.unwrap_or_else(PoisonError::into_inner).replace(memory);
         };
         let old = self.cell.memory().into_inner();
         put(new);
-        if !gone {
+        let told = self.back_ends.show();
+        // One that could not be told of more memory broke, and reads none of it.
+        if !gone || told && unused(&old) {
             return Ok(());
         }
-        for _ in 0..PATIENCE.0 {
-            if Arc::strong_count(&old) == 1 {
-                return Ok(());
-            }
-            std::thread::park_timeout(PATIENCE.1);
-        }
         put(Memory::clone(&old));
+        self.back_ends.show();
         Err(Busy)
     }
+}
+
+/// Waits until nobody else has a snapshot of memory; false if somebody keeps it.
+fn unused(old: &Arc<Memory>) -> bool {
+    for _ in 0..PATIENCE.0 {
+        if Arc::strong_count(old) == 1 {
+            return true;
+        }
+        std::thread::park_timeout(PATIENCE.1);
+    }
+    false
 }
 
 impl Blocks for Growth {
@@ -472,7 +493,12 @@ mod tests {
         let cell = MemoryCell::new(ram);
         let table = Table::default();
         let slots = Box::new(table.clone());
-        let growth = Growth::new(START..START + SIZE, backing, &cell, slots).unwrap();
+        let site = Site {
+            memory: cell.clone(),
+            shared,
+            back_ends: BackEnds::default(),
+        };
+        let growth = Growth::new(START..START + SIZE, backing, &site, slots).unwrap();
         Rig {
             growth,
             cell,
@@ -577,6 +603,26 @@ mod tests {
         }
         let region = memory.find_region(GuestAddress(START + 2 * BLOCK)).unwrap();
         assert_eq!(region.file_offset().unwrap().start(), 2 * BLOCK);
+    }
+
+    #[test]
+    fn shared_memory_is_of_no_more_regions_than_back_ends_take() {
+        let mut rig = rig(true);
+        rig.growth.plug(blocks(0..20)).unwrap();
+        // RAM is one of them, and so is what is above the last hole.
+        let most = u64::try_from(MAX_REGIONS).unwrap() - 2;
+        for n in 0..most {
+            rig.growth.unplug(blocks(2 * n + 1..2 * n + 2)).unwrap();
+        }
+        assert_eq!(rig.cell.memory().num_regions(), MAX_REGIONS);
+        let next = blocks(2 * most + 1..2 * most + 2);
+        assert_eq!(rig.growth.unplug(next.clone()), Err(Busy));
+        assert_eq!(rig.growth.plug(blocks(30..31)), Err(Busy));
+        assert!(rig.reachable(2 * most + 1) && !rig.reachable(30));
+        // From an end, or to one, always.
+        rig.growth.unplug(blocks(19..20)).unwrap();
+        rig.growth.plug(blocks(1..2)).unwrap();
+        rig.growth.unplug(next).unwrap();
     }
 
     #[test]

@@ -23,6 +23,7 @@ use walnut_vmm_api::{Attachment, Config, Device, End, FdIndex, Jail, Restore, St
 use crate::{
     Error,
     acpi::{Tables, generation},
+    backends::BackEnds,
     boot::Boot,
     bus::{Bus, Failures},
     cpu,
@@ -258,7 +259,7 @@ impl Machine {
         let site = Site {
             memory: MemoryCell::new(memory.clone()),
             shared: config.backing.shared,
-            grows: config.max_memory > config.memory,
+            back_ends: BackEnds::default(),
         };
         let root = sockets(&config.devices, &fds)?;
         let devices = Prepared::all(&site, &config.devices, |fd| fds.take(fd))?;
@@ -293,8 +294,8 @@ impl Machine {
         }
         let mut sizes = Sizes::fixed(config.memory);
         if memory.is_some() {
-            let (vm, cell) = (&base.vm, &base.memory);
-            let (growing, device) = Sizes::growing(room(config), config.backing, vm, cell, None)?;
+            let (vm, site) = (&base.vm, bus.site());
+            let (growing, device) = Sizes::growing(room(config), config.backing, vm, site, None)?;
             bus.put(device)?;
             sizes = growing;
         }
@@ -345,7 +346,7 @@ impl Machine {
         let site = Site {
             memory: MemoryCell::new(memory),
             shared: restore.backing.shared,
-            grows: state.room.is_some(),
+            back_ends: BackEnds::default(),
         };
         let root = sockets(&restore.devices, &fds)?;
         let own = |device: &state::Device| state.room.is_some() && device.name == MEMORY;
@@ -364,10 +365,10 @@ impl Machine {
         // In the snapshot's order, as all that is told of them.
         for saved in &state.devices {
             if own(saved) {
-                let (vm, cell) = (&base.vm, &base.memory);
+                let (vm, site) = (&base.vm, bus.site());
                 let plugged = plugged.as_ref();
                 let (growing, mut device) =
-                    Sizes::growing(room, restore.backing, vm, cell, plugged)?;
+                    Sizes::growing(room, restore.backing, vm, site, plugged)?;
                 device.be(saved)?;
                 bus.put(device)?;
                 sizes = growing;

@@ -15,6 +15,7 @@
 //! This program must never know containers, images or what a sandbox is.
 
 mod acpi;
+mod backends;
 mod boot;
 mod bus;
 mod control;

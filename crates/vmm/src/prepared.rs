@@ -6,7 +6,7 @@ use std::os::fd::OwnedFd;
 use walnut_devices::virtio::{self, MemoryCell};
 use walnut_vmm_api::{Attachment, Device, FdIndex, NAME_MAX};
 
-use crate::{Error, devices, jail::calls::Thread, snapshot::state};
+use crate::{Error, backends::BackEnds, devices, jail::calls::Thread, snapshot::state};
 
 /// What devices need to know of their machine.
 #[derive(Debug)]
@@ -14,8 +14,8 @@ pub(crate) struct Site {
     pub(crate) memory: MemoryCell,
     /// Whether guest memory can be shared with a back end.
     pub(crate) shared: bool,
-    /// Whether it comes and goes.
-    pub(crate) grows: bool,
+    /// Who else has it mapped.
+    pub(crate) back_ends: BackEnds,
 }
 
 /// When a device comes.
@@ -173,10 +173,6 @@ fn check(site: &Site, device: &Device, when: When<'_>) -> Result<(), Error> {
         _ if !site.shared && devices::shares_memory(device) => {
             complain("its back end needs guest memory that is shared, and this machine's is not")
         }
-        _ if site.grows && devices::shares_memory(device) => complain(
-            "its back end would keep memory that the guest gives up; \
-             a machine whose memory grows has no vhost-user devices",
-        ),
         Device::Vsock { .. } if matches!(when, When::Running) => {
             complain("a vsock device is there from the start or not at all")
         }

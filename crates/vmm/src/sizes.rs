@@ -3,14 +3,14 @@
 use std::{ops::Range, sync::Arc};
 
 use kvm_ioctls::VmFd;
-use walnut_devices::{mem::Target, virtio::MemoryCell};
+use walnut_devices::mem::Target;
 use walnut_vmm_api::Backing;
 
 use crate::{
     Error, growth,
     jail::calls::Thread,
     layout,
-    prepared::{Place, Prepared},
+    prepared::{Place, Prepared, Site},
     snapshot::{
         Plugged,
         state::{MEMORY, Room},
@@ -69,10 +69,10 @@ impl Sizes {
         room: Room,
         backing: Backing,
         vm: &Arc<VmFd>,
-        cell: &MemoryCell,
+        site: &Site,
         plugged: Option<&Plugged>,
     ) -> Result<(Self, Prepared), Error> {
-        let (device, target) = growth::device(Self::place(&room), backing, vm, cell, plugged)?;
+        let (device, target) = growth::device(Self::place(&room), backing, vm, site, plugged)?;
         let device = Prepared {
             name: MEMORY.to_owned(),
             device: Box::new(device),

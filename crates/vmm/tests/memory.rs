@@ -13,7 +13,7 @@ use std::{
     time::Duration,
 };
 
-use support::repository;
+use support::{repository, share::Share};
 use support_grow::Spec;
 use walnut_vmm_api::{Backing, Device, Reply};
 
@@ -68,25 +68,27 @@ fn memory_that_cannot_grow_is_refused() {
     assert!(less.contains("cannot grow"), "{less}");
     let endless = why(&|spec| spec.max_memory += 1 << 50);
     assert!(endless.contains("cannot grow"), "{endless}");
-    // It would keep what the guest gives up.
-    let kept = why(&|spec| {
-        spec.max_memory += 2 * MIB;
-        let socket = spec.fd(UnixStream::pair().unwrap().0);
-        spec.device("disk", Device::VhostBlock { socket, queues: 1 });
-    });
-    assert!(kept.contains("vhost-user"), "{kept}");
 }
 
-/// The guest has so much more, uses it, and gives it back.
-fn grows_and_shrinks(shared: bool) {
+/// The guest has so much more, uses it, and gives it back. All the while a `share` is
+/// served, from memory that comes and goes.
+fn grows_and_shrinks(shared: bool, mut share: Option<Share>) {
     let (boot, more) = (128 * MIB, 256 * MIB);
-    let mut spec = Spec::new(&format!("test=memory more={}", more / 1024));
+    let kib = more / 1024;
+    let words = format!("test=memory more={kib} share={}", u8::from(share.is_some()));
+    let mut spec = Spec::new(&words);
     spec.max_memory = boot + more;
     spec.backing = Backing {
         shared,
         huge_pages: false,
     };
     let bell = spec.bell();
+    if let Some(share) = &mut share {
+        let (ours, _) = UnixStream::pair().unwrap();
+        let socket = spec.fd(std::mem::replace(&mut share.socket, ours));
+        let tag = "share".to_owned();
+        spec.device("share", Device::Fs { tag, socket });
+    }
     let mut guest = spec.start();
     guest.line("boots with");
     assert_eq!(guest.stats().memory, boot);
@@ -115,13 +117,22 @@ fn grows_and_shrinks(shared: bool) {
 #[test]
 #[ignore = "needs KVM: runs in the lab"]
 fn private_memory_grows_and_goes_back_to_the_host() {
-    grows_and_shrinks(false);
+    grows_and_shrinks(false, None);
+}
+
+#[test]
+#[ignore = "needs KVM: runs in the lab"]
+fn memory_grows_and_goes_back_beside_a_share() {
+    let dir = tempfile::tempdir().unwrap();
+    grows_and_shrinks(true, Some(Share::new(dir.path(), "hello")));
+    let written = fs::metadata(dir.path().join("root/data")).unwrap().len();
+    assert!(written > 255 * MIB, "{written} bytes");
 }
 
 #[test]
 #[ignore = "needs KVM: runs in the lab"]
 fn shared_memory_grows_and_goes_back_to_the_host() {
-    grows_and_shrinks(true);
+    grows_and_shrinks(true, None);
 }
 
 /// A figure of /proc/meminfo, in pages of 2 MiB.

@@ -29,8 +29,8 @@ const PROTOCOL_FEATURES: u64 = 1 << 30;
 const PROTOCOL_MQ: u64 = 1 << 0;
 const PROTOCOL_REPLY_ACK: u64 = 1 << 3;
 const PROTOCOL_CONFIG: u64 = 1 << 9;
-/// Most regions in a memory table that every back end takes.
-const MAX_REGIONS: usize = 8;
+/// Most regions of guest memory that every back end takes.
+pub const MAX_REGIONS: usize = 8;
 /// Most queues: the protocol's messages hold an index of eight bits.
 const MAX_QUEUES: usize = 256;
 /// The token of the back end's socket; calls have the index of their queue.
@@ -352,6 +352,10 @@ impl Device for Frontend {
 
     fn external_kicks(&self) -> Option<Vec<BorrowedFd<'_>>> {
         Some(self.kicks.iter().map(|fd| fd.as_fd()).collect())
+    }
+
+    fn maps_memory(&self) -> bool {
+        true
     }
 
     fn activate(&mut self, activation: Activation) -> Result<(), Broken> {

@@ -11,9 +11,10 @@
 //! one repeats a receive that timed out for ever, so a silent back end would hold
 //! its caller. A dozen requests are all it takes.
 //!
-//! Guest memory must consist of shared files (memfd). The back end gets it when
-//! the device becomes active: after the set of regions has changed, pause and
-//! resume the device, before taking a region away for good.
+//! Guest memory must consist of shared files (memfd), of [`MAX_REGIONS`] regions at most.
+//! The back end gets it when the device becomes active: after the set of regions has
+//! changed, [`Port::remap`](crate::virtio::Port::remap), before a region is taken away for
+//! good.
 
 mod block;
 mod frontend;
@@ -25,7 +26,7 @@ mod wire;
 
 pub use block::connect as block;
 pub(crate) use frontend::{Backend, Profile, RING_FEATURES};
-pub use frontend::{Frontend, Limits};
+pub use frontend::{Frontend, Limits, MAX_REGIONS};
 pub use net::{NetConfig, connect as net};
 
 use std::time::Duration;

@@ -119,6 +119,14 @@ pub trait Device: Send + Debug {
         None
     }
 
+    /// Whether whoever serves the device has guest memory mapped as it was when it was
+    /// activated, so that the device must be taken out of service and into it again
+    /// ([`Port::remap`]) whenever the regions of memory change. Asked for once, when the
+    /// worker is made.
+    fn maps_memory(&self) -> bool {
+        false
+    }
+
     /// Takes the queues into service. The worker calls [`Self::event`] for each
     /// queue afterwards, so buffers already there are found.
     fn activate(&mut self, activation: Activation) -> Result<(), Broken>;

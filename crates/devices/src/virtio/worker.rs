@@ -63,6 +63,8 @@ struct Desk {
     activate: Option<Activation>,
     reset: bool,
     config: bool,
+    /// Guest memory is another: see what it is now.
+    remap: bool,
     /// Rest: touch neither queues nor memory until it is taken back.
     pause: bool,
     stop: bool,
@@ -76,6 +78,8 @@ struct Desk {
 struct Shared {
     desk: Mutex<Desk>,
     answered: Edge,
+    /// Rung when `remap` has been seen to.
+    remapped: Edge,
     /// Rung after every request.
     bell: EventFd,
     /// A reset was asked for and not yet done.
@@ -144,6 +148,7 @@ pub struct Port {
     id: u32,
     features: u64,
     queue_sizes: Arc<[u16]>,
+    maps_memory: bool,
 }
 
 impl Port {
@@ -199,6 +204,29 @@ impl Port {
     /// The driver wrote to the configuration space.
     pub fn config_written(&self) {
         self.shared.ask(|desk| desk.config = true);
+    }
+
+    /// [`Device::maps_memory`].
+    pub fn maps_memory(&self) -> bool {
+        self.maps_memory
+    }
+
+    /// Has a device that maps guest memory see what its [`MemoryCell`] holds now. Waits for
+    /// that at most `limit`; true if the device goes on with nothing else: it was told, or
+    /// broke at that, or is not in service, or is gone. One thread at a time may call it,
+    /// whoever pauses the device meanwhile.
+    pub fn remap(&self, limit: Duration) -> bool {
+        self.shared.ask(|desk| desk.remap = true);
+        loop {
+            let desk = self.shared.desk();
+            if desk.ended || !desk.remap {
+                return true;
+            }
+            drop(desk);
+            if !self.shared.remapped.wait(limit) {
+                return false;
+            }
+        }
     }
 
     /// Lets the device finish what is in flight and rest, and says how it stands.
@@ -307,6 +335,7 @@ impl Worker {
         let shared = Arc::new(Shared {
             desk: Mutex::default(),
             answered: Edge::new().map_err(failed("make an eventfd"))?,
+            remapped: Edge::new().map_err(failed("make an eventfd"))?,
             bell,
             resetting: AtomicBool::new(false),
         });
@@ -318,6 +347,7 @@ impl Worker {
             id: device.id(),
             features: device.features(),
             queue_sizes: device.queue_sizes().into(),
+            maps_memory: device.maps_memory(),
         };
         let worker = Self {
             device,
@@ -352,6 +382,7 @@ impl Worker {
         desk.activate = None;
         drop(desk);
         self.shared.answered.ring();
+        self.shared.remapped.ring();
         result
     }
 
@@ -443,7 +474,7 @@ impl Worker {
         }
         // What is in flight writes to guest memory and to queues: none of these
         // may go before it has come back.
-        if (desk.reset || desk.pause || desk.stop) && self.device.in_flight() {
+        if (desk.reset || desk.pause || desk.stop || desk.remap) && self.device.in_flight() {
             self.device.quiesce();
             return false;
         }
@@ -477,9 +508,18 @@ impl Worker {
         }
         let activation = desk.activate.take_if(|_| !self.paused);
         let config = std::mem::take(&mut desk.config);
+        let remap = desk.remap;
         drop(desk);
         if let Some(activation) = activation {
             self.activate(activation);
+        }
+        if remap {
+            // A device that rests, or whose driver is not there, sees it when it goes on.
+            if let Some(activation) = self.deactivate() {
+                self.activate(activation);
+            }
+            shared.desk().remap = false;
+            shared.remapped.ring();
         }
         if config {
             self.tell(Event::Config);

@@ -80,14 +80,8 @@ impl Fds {
 }
 
 /// Whether there is a slot for each device.
-fn has_slots(spec: &MachineSpec) -> bool {
+pub(super) fn has_slots(spec: &MachineSpec) -> bool {
     spec.disks.len() + spec.shares.len() + spec.nics.len() <= DEVICES_MAX
-}
-
-/// Whether a clone can have the devices of `spec`. Who serves a share would keep memory that
-/// the guest gives up, so that the monitor refuses one to a machine whose memory can grow.
-pub(super) fn has_room(spec: &MachineSpec) -> bool {
-    has_slots(spec) && (spec.shares.is_empty() || spec.max_memory == spec.memory)
 }
 
 fn check(spec: &MachineSpec) -> Result<(), Error> {

@@ -59,7 +59,7 @@ impl Restore for Vmm {
     }
 
     fn has_room(&self, spec: &MachineSpec) -> bool {
-        machine::has_room(spec)
+        machine::has_slots(spec)
     }
 
     async fn restore(

@@ -5,8 +5,12 @@
 //! say which were never touched: it calls anonymous pages that are swapped out
 //! absent, and they would be lost.
 
-use std::{fs::File, io, os::unix::fs::FileExt};
+use std::{fs::File, io, ops::Range, os::unix::fs::FileExt};
 
+use nix::{
+    errno::Errno,
+    unistd::{Whence, lseek},
+};
 use vm_memory::{Address, Bytes, GuestMemoryBackend, GuestMemoryRegion};
 use walnut_devices::virtio::Memory;
 use walnut_vmm_api::Backing;
@@ -98,17 +102,46 @@ pub(crate) fn copy(
     len: u64,
     mut put: impl FnMut(u64, &[u8]) -> Result<(), Error>,
 ) -> Result<(), Error> {
+    let failed = |e| Error::Io("read the memory file", e);
     let mut chunk = vec![0; CHUNK];
-    for at in (0..len).step_by(CHUNK) {
-        let part = usize::try_from(len - at).map_or(CHUNK, |len| len.min(CHUNK));
-        let chunk = chunk.get_mut(..part).unwrap_or_default();
-        file.read_exact_at(chunk, offset + at)
-            .map_err(|e| Error::Io("read the memory file", e))?;
-        for (from, bytes) in used(chunk) {
-            put(at + from, bytes)?;
+    let mut at = offset;
+    let end = offset.saturating_add(len);
+    while let Some(data) = next_data(file, at..end).map_err(failed)? {
+        at = data.start;
+        while at < data.end {
+            let part = usize::try_from(data.end - at).map_or(CHUNK, |len| len.min(CHUNK));
+            let chunk = chunk.get_mut(..part).unwrap_or_default();
+            file.read_exact_at(chunk, at).map_err(failed)?;
+            for (from, bytes) in used(chunk) {
+                put(at - offset + from, bytes)?;
+            }
+            at += chunk.len() as u64;
         }
     }
     Ok(())
+}
+
+/// The first part of a piece of the file that is no hole. A file system that knows of no
+/// holes has none.
+fn next_data(file: &File, piece: Range<u64>) -> io::Result<Option<Range<u64>>> {
+    let seek = |at: u64, whence| {
+        let at = i64::try_from(at).map_err(|_| Errno::EINVAL)?;
+        lseek(file, at, whence).map(|at| u64::try_from(at).unwrap_or(u64::MAX))
+    };
+    if piece.is_empty() {
+        return Ok(None);
+    }
+    let start = match seek(piece.start, Whence::SeekData) {
+        // Nothing but a hole, or not even that: then the file is too short, and the read of
+        // its last byte says so.
+        Err(Errno::ENXIO) => {
+            file.read_exact_at(&mut [0], piece.end - 1)?;
+            return Ok(None);
+        }
+        start => start?,
+    };
+    let end = seek(start, Whence::SeekHole)?.min(piece.end);
+    Ok((start < piece.end).then_some(start..end))
 }
 
 /// Whether a file has `size` bytes of memory of the snapshot `identity`.

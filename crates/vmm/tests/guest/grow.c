@@ -206,9 +206,34 @@ static void wait_for_host(char what) {
 	} while (page[0] != what);
 }
 
+/* A piece of every MiB of memory to a file of the share and back, past the page cache: to
+ * where it was, and to memory that the guest has always had. */
+static void share(char *memory, size_t size) {
+	static char piece[4096] __attribute__((aligned(4096)));
+	int fd = open("/share/data", O_RDWR | O_CREAT | O_DIRECT, 0644);
+	if (fd < 0)
+		die("open a file of the share");
+	for (size_t at = 0; at < size; at += 1 << 20) {
+		if (pwrite(fd, memory + at, sizeof piece, at) != sizeof piece ||
+		    pread(fd, piece, sizeof piece, at) != sizeof piece)
+			die("write and read the share at %zu", at);
+		if (memcmp(piece, memory + at, sizeof piece))
+			die("the share at %zu is wrong", at);
+		memset(memory + at, 0, sizeof piece);
+		if (pread(fd, memory + at, sizeof piece, at) != sizeof piece)
+			die("read the share at %zu", at);
+		if (memcmp(piece, memory + at, sizeof piece))
+			die("the share at %zu came back wrong", at);
+	}
+	close(fd);
+}
+
 /* Grows by `more` KiB, uses it all, and shrinks. */
 static void memory(void) {
 	long before = meminfo("MemTotal"), more = word("more", 0);
+	int shares = word("share", 0);
+	if (shares && (mkdir("/share", 0755) < 0 || mount("share", "/share", "virtiofs", 0, NULL) < 0))
+		die("mount the share");
 	printf("boots with %ld KiB\n", before);
 	/* A page's own books take 1/64 of it. */
 	while (meminfo("MemTotal") < before + more - more / 50)
@@ -225,6 +250,8 @@ static void memory(void) {
 	for (size_t i = 0; i < size / sizeof *words; i += 64)
 		if (words[i] != i * 0x9e3779b97f4a7c15)
 			die("word %zu is wrong", i);
+	if (shares)
+		share((char *)words, size);
 	puts("used it");
 	wait_for_host('f');
 	/* In a clone it is another host that has kept it. */
@@ -236,6 +263,11 @@ static void memory(void) {
 	while (meminfo("MemTotal") > before + more / 50)
 		usleep(20000);
 	printf("shrunk to %ld KiB\n", meminfo("MemTotal"));
+	if (shares) {
+		static char few[2 << 20] __attribute__((aligned(4096)));
+		strcpy(few, "still here");
+		share(few, sizeof few);
+	}
 	wait_for_host('e');
 }
 

@@ -8,6 +8,7 @@
 )]
 
 pub(crate) mod initramfs;
+pub(crate) mod share;
 
 use std::{
     cell::RefCell,

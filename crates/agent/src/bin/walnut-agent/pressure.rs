@@ -11,7 +11,7 @@ use std::fs::{self, File, OpenOptions};
 use std::io::{self, Write};
 use std::os::unix::fs::OpenOptionsExt;
 use std::sync::Arc;
-use std::time::Duration;
+use std::time::{Duration, Instant};
 
 use nix::sys::signal::{Signal, kill};
 use nix::unistd::Pid;
@@ -22,10 +22,10 @@ use tokio::time::timeout;
 use crate::cgroup::{Cgroup, keyed};
 use crate::process::Process;
 
-/// Reported when some task was stalled for so much of a window, microseconds. Not
-/// "all tasks": with a fast disk the grinding task itself is half of the time on its
-/// processor, faulting.
-const TRIGGER: &str = "some 500000 1000000";
+/// Reported when some task was stalled for so much of a window, microseconds: a reason to
+/// look, for others stall as much. Not more, and not "all tasks": the faster the disk, the
+/// more of its time the grinding task is on its processor, faulting.
+const TRIGGER: &str = "some 150000 1000000";
 /// Reports come once a window; with longer between them the stall is over.
 const GAP: Duration = Duration::from_millis(2500);
 /// Reports in a row that make a stall one that does not pass.
@@ -83,12 +83,24 @@ async fn lasts(trigger: &AsyncFd<File>) -> bool {
     true
 }
 
+/// Fewest page faults that are many.
+const FAULTS: u64 = 256;
+const PAGE: u64 = 4096;
+
 /// Counters that tell a program which reads its own code over and over from one
 /// that waits for other memory.
 #[derive(Debug, Clone, Copy)]
 struct Grind {
+    at: Instant,
     at_limit: u64,
+    /// Pages of files that were read again.
     refaults: u64,
+    /// Page faults that read.
+    faults: u64,
+    /// For how long some task was stalled.
+    stalled: Duration,
+    /// Pages of files that are there.
+    cached: u64,
     /// Nearly all memory is the programs' own, which cannot be given back: what is
     /// read again is the little that is left for code. (A program that reads large
     /// files again and again at its limit has most of its memory in files.)
@@ -97,22 +109,43 @@ struct Grind {
 
 impl Grind {
     fn of(cgroup: &Cgroup) -> Self {
+        let stat = cgroup.read("memory.stat");
+        let (file, shared) = (keyed(&stat, "file"), keyed(&stat, "shmem"));
         Self {
+            at: Instant::now(),
             // The limit may be that of all containers together.
             at_limit: keyed(&cgroup.read("memory.events"), "max")
                 + keyed(&cgroup.read("../memory.events"), "max"),
-            refaults: keyed(&cgroup.read("memory.stat"), "workingset_refault_file"),
+            refaults: keyed(&stat, "workingset_refault_file"),
+            faults: keyed(&stat, "pgmajfault"),
+            stalled: stalled(&cgroup.read("memory.pressure")),
+            // Those of a tmpfs stay.
+            cached: file.saturating_sub(shared) / PAGE,
             squeezed: squeezed(cgroup, "") || squeezed(cgroup, "../"),
         }
     }
 
     fn since(self, before: &Self) -> bool {
-        self.squeezed && self.at_limit > before.at_limit && self.refaults > before.refaults
+        let more = |of: fn(&Self) -> u64| of(&self).saturating_sub(of(before));
+        let (refaults, faults) = (more(|it| it.refaults), more(|it| it.faults));
+        // A slow disk: it is waited for most of the time.
+        let waits = self.stalled.saturating_sub(before.stalled) >= (self.at - before.at) / 2;
+        // A fast one: all that is there was read anew, page by page as it is executed.
+        let turns = faults >= self.cached.max(FAULTS) && refaults >= faults;
+        self.squeezed && more(|it| it.at_limit) > 0 && refaults > 0 && (waits || turns)
     }
 }
 
-/// Whether seven eighths of a limit are anonymous memory; `at` is the way from the
-/// cgroup to the one that has the limit.
+/// The time that "some" task was stalled, of what a `*.pressure` says.
+fn stalled(pressure: &str) -> Duration {
+    let some = pressure.lines().find(|line| line.starts_with("some "));
+    let total = some.and_then(|line| line.split_once("total=")?.1.trim().parse().ok());
+    Duration::from_micros(total.unwrap_or(0))
+}
+
+/// Whether seven eighths of a limit are memory that cannot be given back, as there is no
+/// swap: anonymous, or a tmpfs's; `at` is the way from the cgroup to the one that has the
+/// limit.
 fn squeezed(cgroup: &Cgroup, at: &str) -> bool {
     let Ok(max) = cgroup
         .read(&format!("{at}memory.max"))
@@ -122,7 +155,8 @@ fn squeezed(cgroup: &Cgroup, at: &str) -> bool {
         // "max": no limit.
         return false;
     };
-    keyed(&cgroup.read(&format!("{at}memory.stat")), "anon") >= max / 8 * 7
+    let stat = cgroup.read(&format!("{at}memory.stat"));
+    keyed(&stat, "anon").saturating_add(keyed(&stat, "shmem")) >= max / 8 * 7
 }
 
 /// Kills the process the kernel's OOM killer would choose.
@@ -149,29 +183,125 @@ fn end_largest(cgroup: &Cgroup) {
 mod tests {
     use super::*;
 
-    fn cgroup(dir: &std::path::Path, max: u64, refaults: u64) -> Grind {
-        with_anonymous(dir, max, refaults, 900)
+    /// What a cgroup says, and the one above it.
+    #[derive(Clone, Copy)]
+    struct Says {
+        at_limit: u64,
+        refaults: u64,
+        faults: u64,
+        stalled: u64,
+        anon: u64,
+        shmem: u64,
+        file: u64,
     }
 
-    fn with_anonymous(dir: &std::path::Path, max: u64, refaults: u64, anon: u64) -> Grind {
-        let own = dir.join("c");
-        fs::create_dir_all(&own).unwrap();
-        fs::write(own.join("memory.events"), "low 0\nmax 0\n").unwrap();
-        fs::write(dir.join("memory.events"), format!("max {max}\noom 0\n")).unwrap();
-        fs::write(own.join("memory.max"), "1000\n").unwrap();
-        let stat = format!("anon {anon}\nworkingset_refault_file {refaults}\n");
-        fs::write(own.join("memory.stat"), stat).unwrap();
-        Grind::of(&Cgroup::new(own))
+    const FIRST: Says = Says {
+        at_limit: 5,
+        refaults: 100,
+        faults: 40,
+        stalled: 7_000_000,
+        anon: 900 * PAGE,
+        shmem: 0,
+        file: 80 * PAGE,
+    };
+
+    impl Says {
+        /// As it would be read `seconds` after a moment.
+        fn read(self, moment: Instant, seconds: u64) -> Grind {
+            let dir = tempfile::tempdir().unwrap();
+            let own = dir.path().join("c");
+            fs::create_dir_all(&own).unwrap();
+            let put = |name: &str, text: String| fs::write(own.join(name), text).unwrap();
+            put("memory.events", "low 0\nmax 0\n".to_owned());
+            put("memory.max", format!("{}\n", 1000 * PAGE));
+            put(
+                "memory.stat",
+                format!(
+                    "anon {}\nfile {}\nshmem {}\npgmajfault {}\nworkingset_refault_file {}\n",
+                    self.anon, self.file, self.shmem, self.faults, self.refaults
+                ),
+            );
+            put(
+                "memory.pressure",
+                format!(
+                    "some avg10=1.00 avg60=0.00 avg300=0.00 total={}\n\
+                     full avg10=0.00 avg60=0.00 avg300=0.00 total=99999999999\n",
+                    self.stalled
+                ),
+            );
+            let above = format!("max {}\noom 0\n", self.at_limit);
+            fs::write(dir.path().join("memory.events"), above).unwrap();
+            Grind {
+                at: moment + Duration::from_secs(seconds),
+                ..Grind::of(&Cgroup::new(own))
+            }
+        }
     }
 
     #[test]
     fn grinding_is_rereading_at_a_limit() {
-        let dir = tempfile::tempdir().unwrap();
-        let before = cgroup(dir.path(), 5, 100);
-        assert!(cgroup(dir.path(), 6, 101).since(&before));
-        assert!(!cgroup(dir.path(), 5, 900).since(&before), "no limit met");
-        assert!(!cgroup(dir.path(), 9, 100).since(&before), "nothing reread");
-        let reader = with_anonymous(dir.path(), 6, 101, 500);
-        assert!(!reader.since(&before), "large files, read again");
+        let began = Instant::now();
+        let before = FIRST.read(began, 0);
+        let grinds = |says: Says| says.read(began, 4).since(&before);
+        // As it was seen where a disk is slow, and where it is fast.
+        let slow = Says {
+            at_limit: 6,
+            refaults: 101,
+            stalled: FIRST.stalled + 2_000_000,
+            ..FIRST
+        };
+        let fast = Says {
+            at_limit: 2700,
+            refaults: 56_000,
+            faults: 1800,
+            stalled: FIRST.stalled + 1_000_000,
+            file: 190 * PAGE,
+            ..FIRST
+        };
+        for grinding in [slow, fast] {
+            assert!(grinds(grinding));
+            let no_limit_met = Says {
+                at_limit: FIRST.at_limit,
+                ..grinding
+            };
+            assert!(!grinds(no_limit_met));
+            let nothing_reread = Says {
+                refaults: FIRST.refaults,
+                ..grinding
+            };
+            assert!(!grinds(nothing_reread));
+            let large_files_read_again = Says {
+                anon: 500 * PAGE,
+                ..grinding
+            };
+            assert!(!grinds(large_files_read_again));
+            let written_to_a_tmpfs = Says {
+                anon: 500 * PAGE,
+                shmem: 400 * PAGE,
+                file: grinding.file + 400 * PAGE,
+                ..grinding
+            };
+            assert!(grinds(written_to_a_tmpfs));
+        }
+        let little_waiting = Says {
+            stalled: FIRST.stalled + 1_900_000,
+            ..slow
+        };
+        assert!(!grinds(little_waiting));
+        let few_faults = Says {
+            faults: FIRST.faults + FAULTS - 1,
+            ..fast
+        };
+        assert!(!grinds(few_faults));
+        let more_is_there_than_was_read = Says {
+            file: 1900 * PAGE,
+            ..fast
+        };
+        assert!(!grinds(more_is_there_than_was_read));
+        let read_for_the_first_time = Says {
+            refaults: FIRST.refaults + 900,
+            ..fast
+        };
+        assert!(!grinds(read_for_the_first_time));
     }
 }

@@ -1,0 +1,38 @@
+//! The devices that other processes serve (vhost-user). These have guest memory mapped as
+//! it was when they were told of it, and are told again when it comes or goes.
+
+use std::{
+    sync::{Arc, Mutex, PoisonError},
+    time::Duration,
+};
+
+use walnut_devices::virtio::Port;
+
+/// How long one of them is waited for: somewhat longer than a back end, whose device is
+/// broken after that.
+const PATIENCE: Duration = Duration::from_secs(12);
+
+/// All of them.
+#[derive(Debug, Clone, Default)]
+pub(crate) struct BackEnds(Arc<Mutex<Vec<Port>>>);
+
+impl BackEnds {
+    /// Adds a device, if it is one of them. Before it can be active.
+    pub(crate) fn add(&self, port: &Port) {
+        if port.maps_memory() {
+            let mut ports = self.0.lock().unwrap_or_else(PoisonError::into_inner);
+            ports.retain(|port| !port.ended());
+            ports.push(port.clone());
+        }
+    }
+
+    /// Shows them what guest memory is now. True if none of them uses what it was before
+    /// any more. One thread at a time may call it.
+    pub(crate) fn show(&self) -> bool {
+        let ports = self.0.lock().unwrap_or_else(PoisonError::into_inner);
+        let ports = ports.clone();
+        // Each of them, whatever the others say.
+        let told = ports.iter().map(|port| port.remap(PATIENCE));
+        told.fold(true, |all, this| all & this)
+    }
+}
