@@ -39,7 +39,7 @@ pub(crate) struct Container {
     pub(crate) disk: Option<String>,
     /// Its part in its pod.
     pub(crate) role: Role,
-    pub(crate) limits: Limits,
+    pub(crate) limits: StdMutex<Limits>,
     /// Numbers of its volumes.
     pub(crate) volumes: Vec<usize>,
     pub(crate) init: Arc<Process>,
@@ -341,7 +341,7 @@ impl Sandbox {
             restored: false,
             disk,
             role: plan.role,
-            limits,
+            limits: StdMutex::new(limits),
             volumes,
             init: process,
             execs: StdMutex::default(),
@@ -363,7 +363,7 @@ impl Sandbox {
 
     /// Removes an ended container, or forgets an ended exec. Returns its PID and
     /// its end.
-    pub async fn delete(&self, id: &str, exec_id: &str) -> Result<(u32, ExitInfo)> {
+    pub async fn delete(self: &Arc<Self>, id: &str, exec_id: &str) -> Result<(u32, ExitInfo)> {
         let process = self.process(id, exec_id)?;
         let exit = match process.state() {
             ProcessState::Stopped(exit) => exit,
@@ -399,6 +399,7 @@ impl Sandbox {
         if let Some(disk) = container.disk.as_ref().filter(|_| others) {
             self.release(disk).await;
         }
+        self.give_back_later();
         removed.map(|()| (pid, exit))
     }
 

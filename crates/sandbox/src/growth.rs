@@ -1,15 +1,16 @@
 //! Machines that grow: so one template serves all sizes, and a sandbox gets more when it
-//! gets another container.
+//! gets another container, or one of its gets more. When it has less to do, it gives that
+//! back.
 
 use std::{
     fs::File,
     io::Read,
-    sync::{Mutex as StdMutex, PoisonError},
+    sync::{Arc, Mutex as StdMutex, PoisonError},
     time::{Duration, Instant},
 };
 
 use tokio::sync::{Mutex, MutexGuard};
-use tracing::{info, warn};
+use tracing::{debug, info, warn};
 use walnut_machine::{Driver, Machine, Resize};
 use walnut_protocol::{
     agent::{Empty, OnlineCpusRequest},
@@ -73,21 +74,30 @@ fn address_bits() -> u32 {
     }
 }
 
+/// How long what containers have no use for is kept: one that is started again finds its
+/// machine as it left it.
+const LINGER: Duration = Duration::from_secs(10);
+/// What a guest keeps of the memory that it does not use, when it gives the rest back.
+const KEPT: u64 = 64 << 20;
+
 /// How large a sandbox's machine is.
 #[derive(Debug)]
 pub(crate) struct Sizes {
     now: StdMutex<Size>,
+    /// What it was asked to be, whatever containers it has.
+    pub(crate) least: Size,
     pub(crate) max: Size,
-    /// Held while it grows.
-    growing: Mutex<()>,
+    /// Held while it changes.
+    changing: Mutex<()>,
 }
 
 impl Sizes {
-    pub(crate) fn new(now: Size, max: Size) -> Self {
+    pub(crate) fn new(now: Size, least: Size, max: Size) -> Self {
         Self {
             now: StdMutex::new(now),
+            least,
             max,
-            growing: Mutex::default(),
+            changing: Mutex::default(),
         }
     }
 
@@ -99,8 +109,8 @@ impl Sizes {
         *self.now.lock().unwrap_or_else(PoisonError::into_inner) = size;
     }
 
-    async fn growing(&self) -> MutexGuard<'_, ()> {
-        self.growing.lock().await
+    async fn changing(&self) -> MutexGuard<'_, ()> {
+        self.changing.lock().await
     }
 }
 
@@ -112,11 +122,11 @@ impl Sandbox {
     }
 
     /// Makes the sandbox's machine at least so large: guest memory in bytes, which is
-    /// rounded up to 2 MiB, and vCPUs online. Nothing gets less. Returns when the guest
+    /// rounded up to 2 MiB, and vCPUs online. Nothing gets less by it. Returns when the guest
     /// has both. Fails if its machine is of a driver that cannot, or was not made for so
     /// much ([`Self::max_size`]).
     pub async fn grow(&self, memory: u64, vcpus: u32) -> Result<()> {
-        let _one = self.size.growing().await;
+        let _one = self.size.changing().await;
         let now = self.size.now();
         let memory = memory.div_ceil(STEP).saturating_mul(STEP);
         let wanted = now.or(Size { vcpus, memory });
@@ -134,12 +144,20 @@ impl Sandbox {
         Ok(())
     }
 
-    /// Makes the machine large enough for the containers that it has and one more, as far
-    /// as it can grow. Where it cannot, they share what there is, as more containers than
+    /// What all containers may use, with the bounds `own` for the container `id`, or without
+    /// it.
+    fn room(&self, id: &str, own: Option<Limits>) -> Size {
+        let containers = lock(&self.containers);
+        let others = containers.iter().filter(|(other, _)| *other != id);
+        let others = others.map(|(_, container)| *lock(&container.limits));
+        Limits::room_for(others.chain(own))
+    }
+
+    /// Makes the machine large enough for the containers that it has and one more, or one
+    /// that gets more, as far as it can grow. Where it cannot, they share what there is, as more containers than
     /// a node has memory for would.
     pub(crate) async fn make_room(&self, id: &str, more: Limits) {
-        let limits: Vec<_> = lock(&self.containers).values().map(|c| c.limits).collect();
-        let wanted = Limits::room_for(limits.into_iter().chain([more]));
+        let wanted = self.room(id, Some(more));
         let now = self.size.now();
         let most = wanted.within(self.size.max).or(now);
         if !most.holds(wanted) {
@@ -154,6 +172,52 @@ impl Sandbox {
         if let Err(e) = self.grow(most.memory, most.vcpus).await {
             warn!("make room for {id}: {e}");
         }
+    }
+
+    /// Gives back, in a while, what its containers have no use for by then.
+    pub(crate) fn give_back_later(self: &Arc<Self>) {
+        if self.machine.as_resize().is_none() || self.size.now() == self.size.least {
+            return;
+        }
+        let sandbox = Arc::downgrade(self);
+        tokio::spawn(async move {
+            tokio::time::sleep(LINGER).await;
+            if let Some(sandbox) = sandbox.upgrade()
+                && let Err(e) = sandbox.give_back().await
+            {
+                debug!("make the machine smaller: {e}");
+            }
+        });
+    }
+
+    /// Makes the machine as small as its containers let it be, and no smaller than it was
+    /// asked to be when it was started.
+    async fn give_back(&self) -> Result<()> {
+        let Some(resize) = self.machine.as_resize() else {
+            return Ok(());
+        };
+        let _one = self.size.changing().await;
+        let mut size = self.size.now();
+        let wanted = self.room("", None).or(self.size.least).within(size);
+        if wanted == size {
+            return Ok(());
+        }
+        let _whole = self.saving.read().await;
+        if wanted.vcpus < size.vcpus {
+            size.vcpus = offline(&self.agent, wanted.vcpus).await?.min(size.vcpus);
+            self.size.set(size);
+        }
+        if wanted.memory < size.memory {
+            size.memory = shrink(resize, &self.agent, size.memory, wanted.memory).await?;
+            self.size.set(size);
+            self.with_cgroup(|cgroup| cgroup::resize(cgroup, size.memory));
+        }
+        info!(
+            "the machine has {} MiB and {} vCPUs again",
+            size.memory >> 20,
+            size.vcpus
+        );
+        Ok(())
     }
 
     fn too_small(&self, wanted: Size) -> Error {
@@ -204,6 +268,45 @@ pub(crate) async fn grow(
         0 => Ok(()),
         _ => taken(resize, agent, to.memory, before.saturating_add(more)).await,
     }
+}
+
+/// Has the guest do with so many vCPUs; how many it has.
+async fn offline(agent: &AgentClient, vcpus: u32) -> Result<u32> {
+    let request = OnlineCpusRequest {
+        count: vcpus,
+        exact: true,
+        ..Default::default()
+    };
+    let reply = agent.online_cpus(soon(), &request).await;
+    let reply = reply.map_err(|e| fault("take vCPUs offline", e))?;
+    // An agent of an earlier release takes none.
+    Ok(reply.online)
+}
+
+/// Has the guest give memory back, but none that it uses; what it has in the end.
+async fn shrink(resize: &dyn Resize, agent: &AgentClient, from: u64, to: u64) -> Result<u64> {
+    let memory = agent.guest_memory(soon(), &Empty::default()).await;
+    let memory = memory.map_err(|e| fault("ask for the guest's memory", e))?;
+    let spare = memory.available.saturating_sub(KEPT) / STEP * STEP;
+    let to = to.max(from.saturating_sub(spare));
+    if to >= from {
+        return Ok(from);
+    }
+    resize.set_memory(to).await?;
+    let (mut pause, longest) = PAUSES;
+    let began = Instant::now();
+    let mut has = resize.memory().await?;
+    while has > to && began.elapsed() < DEADLINE {
+        tokio::time::sleep(pause).await;
+        pause = (pause * 2).min(longest);
+        has = resize.memory().await?;
+    }
+    if has > to {
+        // What lies there cannot move; it is not asked for that again and again.
+        resize.set_memory(has).await?;
+    }
+    total(agent).await?;
+    Ok(has)
 }
 
 /// Returns when the guest has all its memory plugged, and gives it out.

@@ -10,7 +10,7 @@ use std::{
     time::Duration,
 };
 
-use oci_spec::runtime::Spec;
+use oci_spec::runtime::{LinuxResources, Spec};
 use serde::{Deserialize, Serialize};
 use tokio::{
     sync::{Mutex, RwLock},
@@ -211,7 +211,7 @@ impl Sandbox {
             networked: false,
             carrying: StdMutex::default(),
             saving: RwLock::default(),
-            size: Sizes::new(size, started.max),
+            size: Sizes::new(size, size, started.max),
             names: config.names,
             pod: None,
             cgroup: StdMutex::new(cgroup),
@@ -600,10 +600,18 @@ impl Sandbox {
     }
 
     /// Changes a container's limits; `resources` is OCI `linux.resources`, JSON.
-    pub async fn update(&self, id: &str, resources: Vec<u8>) -> Result<()> {
+    ///
+    /// The machine grows first, if the containers may use more than it has, and as far as it
+    /// can; if they may use less, it gives back what it was not started with.
+    pub async fn update(self: &Arc<Self>, id: &str, resources: Vec<u8>) -> Result<()> {
+        let container = self.container(id)?;
+        let changed: LinuxResources = serde_json::from_slice(&resources)
+            .map_err(|e| Error::Invalid(format!("update {id}: read the resources: {e}")))?;
+        let limits = lock(&container.limits).changed_by(&changed);
+        self.make_room(id, limits).await;
         let _whole = self.saving.read().await;
         let request = UpdateContainerRequest {
-            container_id: self.container(id)?.guest_id.clone(),
+            container_id: container.guest_id.clone(),
             resources,
             ..Default::default()
         };
@@ -612,6 +620,8 @@ impl Sandbox {
             self.agent.update_container(soon(), &request).await,
         )
         .await?;
+        *lock(&container.limits) = limits;
+        self.give_back_later();
         Ok(())
     }
 

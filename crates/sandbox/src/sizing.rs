@@ -1,6 +1,6 @@
 //! From a container's limits to the size of its machine.
 
-use oci_spec::runtime::Spec;
+use oci_spec::runtime::{LinuxResources, Spec};
 use serde::{Deserialize, Serialize};
 
 use crate::{Settings, pod::Role, settings::Needs};
@@ -185,23 +185,28 @@ pub(crate) struct Limits {
 impl Limits {
     pub(crate) fn of(spec: &Spec) -> Self {
         let resources = spec.linux().as_ref().and_then(|l| l.resources().as_ref());
-        let memory = resources
-            .and_then(|r| r.memory().as_ref())
-            .and_then(|m| m.limit())
-            .and_then(|limit| u64::try_from(limit).ok())
-            .filter(|&limit| limit > 0);
-        let cpu = resources.and_then(|r| r.cpu().as_ref());
-        let quota = cpu
-            .and_then(|c| c.quota())
-            .and_then(|quota| u64::try_from(quota).ok())
-            .filter(|&quota| quota > 0);
+        resources.map_or(Self::default(), |resources| {
+            Self::default().changed_by(resources)
+        })
+    }
+
+    /// What they are when `resources` has been set, which may be silent about some; 0 and
+    /// less is none.
+    pub(crate) fn changed_by(self, resources: &LinuxResources) -> Self {
+        let bound = |value: i64| u64::try_from(value).ok().filter(|&bound| bound > 0);
+        let memory = resources.memory().as_ref().and_then(|m| m.limit());
+        let cpu = resources.cpu().as_ref();
+        let quota = cpu.and_then(|c| c.quota());
         let period = cpu.and_then(|c| c.period()).filter(|&p| p > 0);
-        let cpu = quota.map(|quota| {
+        let thousandths = |quota: u64| {
             quota
                 .saturating_mul(1000)
                 .div_ceil(period.unwrap_or(CPU_PERIOD))
-        });
-        Self { memory, cpu }
+        };
+        Self {
+            memory: memory.map_or(self.memory, bound),
+            cpu: quota.map_or(self.cpu, |quota| bound(quota).map(thousandths)),
+        }
     }
 
     /// The machine in which all of these find what they may use. Those without a bound
@@ -279,6 +284,24 @@ mod tests {
         assert_eq!(sized(r#"{"memory":{"limit":-1}}"#).memory, 512 * MIB);
         assert_eq!(sized(r#"{"memory":{"limit":1}}"#).memory, MEMORY_MIN);
         assert_eq!(sized(r#"{"cpu":{"quota":9000000000}}"#).vcpus, VCPUS_MAX);
+    }
+
+    #[test]
+    fn what_an_update_is_silent_about_stays() {
+        let all = Limits {
+            memory: Some(64 * MIB),
+            cpu: Some(1500),
+        };
+        let changed = |resources: &str| all.changed_by(&serde_json::from_str(resources).unwrap());
+        assert_eq!(changed("{}"), all);
+        assert_eq!(changed(r#"{"cpu":{"shares":7},"memory":{"swap":9}}"#), all);
+        let memory = Some(128 * MIB);
+        let more = changed(r#"{"memory":{"limit":134217728}}"#);
+        assert_eq!(more, Limits { memory, ..all });
+        let none = changed(r#"{"memory":{"limit":-1},"cpu":{"quota":-1}}"#);
+        assert_eq!(none, Limits::default());
+        let less = changed(r#"{"cpu":{"quota":50000,"period":200000}}"#);
+        assert_eq!(less.cpu, Some(250));
     }
 
     #[test]

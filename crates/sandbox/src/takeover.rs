@@ -111,6 +111,9 @@ pub struct SandboxState {
     names: Option<NameFiles>,
     carrying: Option<CarryingState>,
     size: Size,
+    /// Programs that only made machines larger do not say.
+    #[serde(default)]
+    least: Option<Size>,
     max: Size,
     pod: Option<PodParts>,
     cgroup: Option<Vec<PathBuf>>,
@@ -163,7 +166,7 @@ impl Container {
             restored: self.restored,
             disk: self.disk.clone(),
             role: self.role,
-            limits: self.limits,
+            limits: *lock(&self.limits),
             volumes: self.volumes.clone(),
             init: self.init.handed_over(giver),
             execs,
@@ -198,7 +201,7 @@ impl ContainerPart {
             restored: self.restored,
             disk: self.disk,
             role: self.role,
-            limits: self.limits,
+            limits: StdMutex::new(self.limits),
             volumes: self.volumes,
             init,
             execs: StdMutex::new(execs),
@@ -263,6 +266,7 @@ impl Sandbox {
             names: self.names.clone(),
             carrying: lock(&self.carrying).as_ref().map(|it| it.state(giver)),
             size: self.size.now(),
+            least: Some(self.size.least),
             max: self.size.max,
             pod: self.pod.clone(),
             cgroup: cgroup.as_ref().map(|cgroup| cgroup.dirs().to_vec()),
@@ -309,7 +313,7 @@ impl SandboxState {
             names: self.names,
             carrying: StdMutex::default(),
             saving: RwLock::default(),
-            size: Sizes::new(self.size, self.max),
+            size: Sizes::new(self.size, self.least.unwrap_or(self.size), self.max),
             pod: self.pod,
             cgroup: StdMutex::new(cgroup),
             busy: Busy::default(),
@@ -318,6 +322,8 @@ impl SandboxState {
             let carrying = Carrying::take_over(state, &sandbox, taker).map_err(taken)?;
             *lock(&sandbox.carrying) = Some(carrying);
         }
+        // Whoever was about to has gone.
+        sandbox.give_back_later();
         for (container, exec_id, process) in followed {
             sandbox.follow(container, &exec_id, process);
         }

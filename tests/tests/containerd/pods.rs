@@ -1,6 +1,6 @@
 //! Several containers in one sandbox.
 
-use walnut_tests::{unique, until};
+use walnut_tests::{driver, unique, until};
 
 use crate::daemon::Daemon;
 
@@ -42,6 +42,60 @@ fn containers_of_a_pod_share_a_machine_and_come_and_go() {
     daemon.remove(&pod);
     daemon.exec(&c, &["true"]).exits(0);
     daemon.remove(&c);
+    daemon.assert_nothing_left();
+}
+
+/// Where machines can grow: on walnut-vmm.
+#[test]
+fn a_container_that_comes_later_has_room_and_leaves_it_when_it_goes() {
+    let daemon = Daemon::start();
+    let (pod, member) = (unique("pod"), unique("m"));
+    let sleep = ["sleep", "100000"];
+    let said = |name: &str, value: &str| format!("io.kubernetes.cri.{name}={value}");
+    let (sandbox, own) = (said("container-type", "sandbox"), said("sandbox-id", &pod));
+    let memory = said("sandbox-memory", &(96 << 20).to_string());
+    let options = ["-d", "--annotation", &sandbox, "--annotation", &own];
+    let options = [&options[..], &["--annotation", &memory]].concat();
+    daemon.run(&options, &pod, &sleep).exits(0);
+    let total = || {
+        let script = "nproc; awk '/^MemTotal:/{print $2}' /proc/meminfo";
+        let said = daemon.exec(&pod, &["sh", "-c", script]).exits(0).stdout;
+        let numbers: Vec<u64> = said.lines().map(|line| line.parse().unwrap()).collect();
+        (numbers[0], numbers[1] >> 10)
+    };
+    let (vcpus, small) = total();
+    assert_eq!(vcpus, 1);
+    assert!((150..200).contains(&small), "{small} MiB");
+
+    let kind = said("container-type", "container");
+    let limit = (400 << 20).to_string();
+    let options = ["-d", "--annotation", &kind, "--annotation", &own];
+    let limits = ["--memory-limit", &limit, "--cpus", "2"];
+    let options = [&options[..], &limits].concat();
+    daemon.run(&options, &member, &sleep).exits(0);
+    let (vcpus, large) = total();
+    if driver() == "vmm" {
+        assert_eq!(vcpus, 2);
+        assert!((450..510).contains(&large), "{large} MiB");
+        let use_it = "print(len(bytearray(b'x') * (350 << 20)) >> 20)";
+        let used = daemon.exec(&member, &["python3", "-c", use_it]).exits(0);
+        assert_eq!(used.stdout, "350\n");
+    } else {
+        println!("machines of {} keep their size", driver());
+        assert_eq!((vcpus, large), (1, small));
+    }
+    daemon.remove(&member);
+    until("the machine is as small as it was", || {
+        let (vcpus, now) = total();
+        // On some piece something may lie that cannot move.
+        vcpus == 1 && now < small + 32
+    });
+    // It comes again.
+    daemon.run(&options, &member, &sleep).exits(0);
+    let (_, again) = total();
+    assert!(again + 8 > large, "{again} MiB, {large} before");
+    daemon.remove(&member);
+    daemon.remove(&pod);
     daemon.assert_nothing_left();
 }
 

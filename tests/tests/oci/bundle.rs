@@ -8,7 +8,7 @@ use std::{
 
 use nix::{sys::signal::kill, unistd::Pid};
 use serde_json::{Value, json};
-use walnut_tests::{client::finish, unique, until};
+use walnut_tests::{client::finish, driver, unique, until};
 
 use crate::place::Place;
 
@@ -68,6 +68,24 @@ fn every_command_does_what_it_says() {
     place.oci(&["exec", id, "true"]).exits(255);
     place.oci(&["resume", id]).exits(0);
     place.oci(&["resume", id]).exits(1);
+    // Its machine grows with it, where it can.
+    let total = || {
+        let read = place.oci(&["exec", id, "cat", "/proc/meminfo"]).exits(0);
+        let line = read.stdout.lines().next().unwrap();
+        let kib = line.split_whitespace().nth(1).unwrap();
+        kib.parse::<u64>().unwrap() >> 10
+    };
+    let before = total();
+    let update = |memory: &str| place.oci(&["update", "--memory", memory, id]).exits(0);
+    update(&(800 << 20).to_string());
+    match driver() {
+        "vmm" => assert!((850..950).contains(&total()), "{} MiB", total()),
+        _ => assert_eq!(total(), before),
+    }
+    update(&(64 << 20).to_string());
+    until("the machine is as small as it was", || {
+        total() < before + 64
+    });
     place.oci(&["update", "--pids-limit", "77", id]).exits(0);
     let limit = ["exec", id, "cat", "/sys/fs/cgroup/pids.max"];
     assert_eq!(place.oci(&limit).exits(0).stdout, "77\n");

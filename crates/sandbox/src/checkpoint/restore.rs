@@ -216,7 +216,7 @@ impl Sandbox {
             restored: true,
             disk: Some(saved.container.disk.clone()),
             role: Role::Alone,
-            limits: Limits::of(spec),
+            limits: StdMutex::new(Limits::of(spec)),
             volumes: Vec::new(),
             init: process,
             execs: StdMutex::default(),

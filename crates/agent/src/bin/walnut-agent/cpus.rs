@@ -1,5 +1,5 @@
 //! Processors that a machine has and its guest has not brought online: a guest
-//! boots with as many as it was asked to, and more come when the host says so.
+//! boots with as many as it was asked to, and more come, and go, when the host says so.
 
 use std::fs;
 use std::io;
@@ -29,14 +29,9 @@ pub(crate) async fn online(count: u32) -> Result<u32, Refused> {
 }
 
 async fn bring(cpus: &Path, count: u32) -> Result<u32, Refused> {
-    let list = |name: &str| {
-        let text = fs::read_to_string(cpus.join(name)).map_err(Refused::Unknown)?;
-        parse(text.trim())
-            .ok_or_else(|| Refused::Unknown(io::Error::other(format!("{name} is {text:?}"))))
-    };
-    let online = list("online")?;
+    let online = list(cpus, "online")?;
     let mut now = len(online.len());
-    for cpu in list("present")? {
+    for cpu in list(cpus, "present")? {
         if now >= count {
             return Ok(now);
         }
@@ -51,6 +46,32 @@ async fn bring(cpus: &Path, count: u32) -> Result<u32, Refused> {
         true => Ok(now),
         false => Err(Refused::Few(now)),
     }
+}
+
+/// Takes processors offline, those with the highest numbers first, until only `count` are
+/// left, or one stays; says how many are. The first one stays in any case.
+pub(crate) async fn offline(count: u32) -> Result<u32, Refused> {
+    take(Path::new(CPUS), count).await
+}
+
+async fn take(cpus: &Path, count: u32) -> Result<u32, Refused> {
+    let mut online = list(cpus, "online")?;
+    while len(online.len()) > count.max(1)
+        && let Some(cpu) = online.pop()
+    {
+        if let Err(e) = fs::write(cpus.join(format!("cpu{cpu}/online")), "0") {
+            return Err(Refused::Kernel(cpu, e));
+        }
+        tokio::task::yield_now().await;
+    }
+    Ok(len(online.len()))
+}
+
+/// One of the kernel's lists.
+fn list(cpus: &Path, name: &str) -> Result<Vec<u32>, Refused> {
+    let text = fs::read_to_string(cpus.join(name)).map_err(Refused::Unknown)?;
+    parse(text.trim())
+        .ok_or_else(|| Refused::Unknown(io::Error::other(format!("{name} is {text:?}"))))
 }
 
 fn len(n: usize) -> u32 {
@@ -86,6 +107,26 @@ mod tests {
         for bad in ["", "x", "2-1", "1-", "0-4294967295", "-1", "0,,1"] {
             assert_eq!(parse(bad), None, "{bad}");
         }
+    }
+
+    #[tokio::test]
+    async fn the_highest_go_first_and_one_stays() {
+        let dir = tempfile::tempdir().unwrap();
+        for n in 1..4 {
+            fs::create_dir(dir.path().join(format!("cpu{n}"))).unwrap();
+        }
+        fs::write(dir.path().join("online"), "0-1,3\n").unwrap();
+        let written = |n: u32| fs::read_to_string(dir.path().join(format!("cpu{n}/online")));
+        assert_eq!(take(dir.path(), 3).await.unwrap(), 3);
+        assert_eq!(take(dir.path(), 2).await.unwrap(), 2);
+        assert_eq!(written(3).unwrap(), "0");
+        assert!(written(1).is_err());
+        assert_eq!(take(dir.path(), 0).await.unwrap(), 1);
+        assert_eq!(written(1).unwrap(), "0");
+        // As a processor that cannot go.
+        fs::remove_dir_all(dir.path().join("cpu3")).unwrap();
+        let refused = take(dir.path(), 1).await;
+        assert!(matches!(refused, Err(Refused::Kernel(3, _))), "{refused:?}");
     }
 
     #[tokio::test]

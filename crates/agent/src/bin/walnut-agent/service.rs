@@ -643,13 +643,17 @@ impl Agent for Service {
         if request.count == 0 {
             return Err(invalid("bring 0 processors online: want 1 or more"));
         }
-        let online = cpus::online(request.count).await.map_err(|e| {
+        let mut changed = cpus::online(request.count).await;
+        if request.exact && changed.is_ok() {
+            changed = cpus::offline(request.count).await;
+        }
+        let online = changed.map_err(|e| {
             let code = match e {
                 cpus::Refused::Few(_) => Code::FAILED_PRECONDITION,
                 cpus::Refused::Kernel(..) | cpus::Refused::Unknown(_) => Code::INTERNAL,
             };
             let count = request.count;
-            status(code, format!("bring {count} processors online: {e}"))
+            status(code, format!("have {count} processors online: {e}"))
         })?;
         Ok(OnlineCpusResponse {
             online,
