@@ -297,6 +297,28 @@ fn memory_that_comes_and_goes_is_where_virtiofsd_looks() {
     assert!(now_it_is(&fuse, &large));
 }
 
+/// Each request is served once, whenever the device is taken out of service.
+#[test]
+fn requests_are_served_while_memory_comes_and_goes() {
+    let (server, sock) = virtiofsd();
+    let shared = server.dir.path().join("shared");
+    let mut fuse = Fuse::new(connect(sock), shared_memory(1 << 20, None), 0x1000);
+    fuse.boot();
+    let port = fuse.rig.port.clone();
+    std::thread::scope(|scope| {
+        let remaps = scope.spawn(move || (0..1000).all(|_| port.remap(LIMIT)));
+        let mut n = 0u32;
+        while !remaps.is_finished() {
+            fs::write(shared.join("n"), n.to_string()).unwrap();
+            assert_eq!(fuse.read("n").unwrap(), n.to_string().as_bytes());
+            n += 1;
+        }
+        assert!(remaps.join().unwrap());
+        assert!(n > 0);
+    });
+    assert!(!fuse.rig.bell.told().broken);
+}
+
 #[test]
 fn the_death_of_virtiofsd_breaks_the_device_alone() {
     let (server, sock) = virtiofsd();

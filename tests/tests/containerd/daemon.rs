@@ -94,6 +94,12 @@ pub(crate) enum Kind {
     Networked,
 }
 
+/// Where daemons have their files. An emulated host has nothing but an overlay and memory.
+pub(crate) fn roots() -> PathBuf {
+    let roots = std::env::var_os("WALNUT_TEST_ROOT").map(PathBuf::from);
+    roots.unwrap_or_else(|| cache().join("e2e"))
+}
+
 impl Daemon {
     /// Starts it. It has the image.
     pub(crate) fn start() -> Self {
@@ -121,9 +127,7 @@ impl Daemon {
     /// With a copy of the images, unless it is to begin without.
     pub(crate) fn launch(kind: Kind, seed: Option<&Path>) -> Self {
         let name = unique("ctd");
-        // An emulated host has nothing but an overlay and memory.
-        let roots = std::env::var_os("WALNUT_TEST_ROOT").map(PathBuf::from);
-        let root = roots.unwrap_or_else(|| cache().join("e2e")).join(&name);
+        let root = roots().join(&name);
         // Short: sockets' addresses are.
         let state = Path::new("/tmp").join(&name);
         for dir in [&root, &state] {

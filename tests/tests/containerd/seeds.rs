@@ -12,6 +12,7 @@ use walnut_tests::client::{finish, image, programs_image};
 use crate::{
     daemon::{
         Daemon, IMAGE, KUBERNETES, KUBERNETES_IMAGE, Kind, NAMESPACE, PAUSE_IMAGE, PROGRAMS_IMAGE,
+        roots,
     },
     programs::program,
 };
@@ -42,7 +43,11 @@ fn seed(image: &Path, from: Option<&Path>, make: impl FnOnce(&Daemon)) -> PathBu
     let version = finish(Command::new(program("containerd")).arg("--version"), b"").exits(0);
     let word = |c: char| if c.is_alphanumeric() { c } else { '-' };
     let version: String = version.stdout.trim().chars().map(word).collect();
-    let seed = image.with_extension(version);
+    // Where daemons have their files, for it shares its own with them.
+    let seed = roots()
+        .join(image.file_name().unwrap())
+        .with_extension(version);
+    fs::create_dir_all(roots()).unwrap();
     let lock = fs::File::create(seed.with_extension("lock")).unwrap();
     lock.lock().unwrap();
     if !seed.exists() {

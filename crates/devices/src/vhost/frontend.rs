@@ -292,6 +292,9 @@ impl Frontend {
             let used = used.map_or(queue.next_used(), |used| used.0);
             queue.set_next_used(used);
             match asked {
+                // QEMU's virtiofsd looks how far it has come before it stops: what it takes
+                // in between it would do again, from descriptors that are others' by then.
+                Ok(base) if behind(base, used, queue.size()) => queue.set_next_avail(used),
                 Ok(base) => queue.set_next_avail(base),
                 Err(e) => {
                     queue.set_next_avail(used);
@@ -318,6 +321,11 @@ impl Frontend {
         self.log
             .say(format_args!("virtio device {}: {error}", self.id));
     }
+}
+
+/// Whether more has been used of a queue than was taken, which cannot be.
+fn behind(taken: u16, used: u16, size: u16) -> bool {
+    (1..=size).contains(&used.wrapping_sub(taken))
 }
 
 /// Whether one region of `mem` holds the whole range.
