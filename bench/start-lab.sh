@@ -1,7 +1,7 @@
 #!/usr/bin/env bash
 # Time to a container's first output with walnut-vmm, in the lab, in milliseconds of a
-# clock that counts instructions: booted, from a template, from a pool. Prints a table for
-# docs/benchmarks.md. Needs what scripts/build.sh leaves in out/.
+# clock that counts instructions: booted, from a template, each with a volume and without,
+# from a pool. Prints a table for docs/benchmarks.md. Needs what scripts/build.sh leaves in out/.
 #
 #   bench/start-lab.sh [RUNS]
 set -euo pipefail
@@ -33,25 +33,30 @@ tests/lab/lab --icount --timeout 3000 bash -c '
         first
         walnut pool set 0 >&2
     }
+    mkdir /tmp/volume
     walnut template create >&2
     for ((n = 0; n <= runs; n++)); do
         # The first round warms caches and is not counted.
         echo "$n booted $(first --no-template)"
         echo "$n template $(first)"
+        echo "$n booted-with-volume $(first --no-template -v /tmp/volume:/data)"
+        echo "$n template-with-volume $(first -v /tmp/volume:/data)"
         echo "$n pool $(pooled)"
     done' start-lab "${1:-3}" "$root" "$image" </dev/null |
     awk '$1 > 0 { of[$2] = of[$2] " " $3 }
          END {
              print "| start | ms, each run | of a boot |"
              print "|---|---|---|"
-             for (n = split("booted template pool", name, " "); i < n; ) {
+             names = "booted template pool booted-with-volume template-with-volume"
+             for (n = split(names, name, " "); i < n; ) {
                  count = split(of[name[++i]], value, " ")
                  text = ""; sum = 0
                  for (j = 1; j <= count; j++) {
                      text = text sprintf(" %.1f", value[j] / 1e6)
                      sum += value[j]
                  }
-                 if (i == 1) boot = sum
+                 if (name[i] ~ /^booted/) boot = sum
+                 gsub("-", " ", name[i])
                  printf "| %s |%s | %.2f |\n", name[i], text, sum / boot
              }
          }'

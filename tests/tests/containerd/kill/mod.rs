@@ -6,11 +6,14 @@
 //! must let itself be removed, and nothing may stay. A third pod stands by through all of
 //! it, and must never notice.
 //!
+//! `make kill` also has all shims become other programs again and again, all the while.
+//!
 //! `WALNUT_SEED=n` begins with the kill that the seed `n` draws, `WALNUT_KILLS` says how
 //! many there are, `WALNUT_PODS` how many pods at a time. Each kill's line has its own
 //! seed: `WALNUT_KILLS=1 WALNUT_PODS=1 WALNUT_SEED=<it> make kill` draws it again.
 
 mod plan;
+mod upgrades;
 mod victims;
 mod view;
 mod walk;
@@ -166,18 +169,17 @@ fn number(variable: &str, default: u64) -> u64 {
 }
 
 /// Takes pods through their lives until so many kills have hit something.
-fn kills(wanted: u64, seed: u64, pods: u64) {
+fn kills(world: &World, wanted: u64, seed: u64, pods: u64) {
     let begun = Instant::now();
-    let world = World::new();
-    let bystander = Bystander::new(&world);
+    let bystander = Bystander::new(world);
     let walkers: Vec<_> = (0..pods)
-        .map(|n| Walker::new(&world, &format!("walker-{n}")))
+        .map(|n| Walker::new(world, &format!("walker-{n}")))
         .collect();
     let before = world.traces();
     // Nobody is killed: this is how long each step takes.
-    let unharmed = walkers[0].live(&world, None);
+    let unharmed = walkers[0].live(world, None);
     assert!(unharmed.trouble.is_empty(), "{:#?}", unharmed.trouble);
-    gone_soon(|| new_traces(&world, &before));
+    gone_soon(|| new_traces(world, &before));
     let (mut hit, mut next) = (0, seed);
     let mut slowest = Duration::ZERO;
     while hit < wanted {
@@ -188,7 +190,7 @@ fn kills(wanted: u64, seed: u64, pods: u64) {
                 .iter()
                 .map(|(walker, seed)| {
                     let kill = Kill::drawn(*seed);
-                    scope.spawn(|| walker.live(&world, Some(kill)))
+                    scope.spawn(|| walker.live(world, Some(kill)))
                 })
                 .collect();
             let ends = threads.into_iter().map(|t| t.join().unwrap());
@@ -202,8 +204,8 @@ fn kills(wanted: u64, seed: u64, pods: u64) {
             trouble.extend(life.trouble);
         }
         if trouble.is_empty() {
-            bystander.assert_unharmed(&world);
-            gone_soon(|| new_traces(&world, &before));
+            bystander.assert_unharmed(world);
+            gone_soon(|| new_traces(world, &before));
         }
         assert!(trouble.is_empty(), "{trouble:#?}");
     }
@@ -213,7 +215,6 @@ fn kills(wanted: u64, seed: u64, pods: u64) {
         next - 1,
         begun.elapsed()
     );
-    world.end();
 }
 
 /// Panics unless all that `traces` finds goes away soon.
@@ -246,7 +247,9 @@ impl World {
 
 #[test]
 fn whatever_is_killed_containerd_knows_and_nothing_is_left() {
-    kills(10, number("WALNUT_SEED", 1), 2);
+    let world = World::new();
+    kills(&world, 10, number("WALNUT_SEED", 1), 2);
+    world.end();
 }
 
 #[test]
@@ -254,9 +257,8 @@ fn whatever_is_killed_containerd_knows_and_nothing_is_left() {
 fn hundreds_of_kills() {
     let seed = std::time::SystemTime::UNIX_EPOCH.elapsed().unwrap();
     let (kills_wanted, pods) = (number("WALNUT_KILLS", 300), number("WALNUT_PODS", 2));
-    kills(
-        kills_wanted,
-        number("WALNUT_SEED", seed.as_secs() * 1000),
-        pods,
-    );
+    let seed = number("WALNUT_SEED", seed.as_secs() * 1000);
+    let world = World::new();
+    upgrades::meanwhile(&world, seed, || kills(&world, kills_wanted, seed, pods));
+    world.end();
 }
