@@ -2,7 +2,7 @@
 //! it was when they were told of it, and are told again when it comes or goes.
 
 use std::{
-    sync::{Arc, Mutex, PoisonError},
+    sync::{Arc, Mutex, MutexGuard, PoisonError},
     time::Duration,
 };
 
@@ -17,20 +17,29 @@ const PATIENCE: Duration = Duration::from_secs(12);
 pub(crate) struct BackEnds(Arc<Mutex<Vec<Port>>>);
 
 impl BackEnds {
-    /// Adds a device, if it is one of them. Before it can be active.
+    /// Adds a device, if it is one of them: before it can be active, and when its thread is
+    /// about to serve it.
     pub(crate) fn add(&self, port: &Port) {
         if port.maps_memory() {
-            let mut ports = self.0.lock().unwrap_or_else(PoisonError::into_inner);
-            ports.retain(|port| !port.ended());
-            ports.push(port.clone());
+            self.ports().push(port.clone());
         }
+    }
+
+    /// Forgets a device. By a thread that may close descriptors, for it drops what it can.
+    pub(crate) fn remove(&self, port: &Port) {
+        self.ports().retain(|other| !other.same(port));
+    }
+
+    fn ports(&self) -> MutexGuard<'_, Vec<Port>> {
+        // A list is whole whoever panicked.
+        self.0.lock().unwrap_or_else(PoisonError::into_inner)
     }
 
     /// Shows them what guest memory is now. True if none of them uses what it was before
     /// any more. One thread at a time may call it.
     pub(crate) fn show(&self) -> bool {
-        let ports = self.0.lock().unwrap_or_else(PoisonError::into_inner);
-        let ports = ports.clone();
+        // Held meanwhile: this thread must not be the last that has one of them.
+        let ports = self.ports();
         // Each of them, whatever the others say.
         let told = ports.iter().map(|port| port.remap(PATIENCE));
         told.fold(true, |all, this| all & this)

@@ -164,7 +164,6 @@ impl Wiring {
             place,
         } = prepared;
         let (worker, port) = Worker::new(device)?;
-        self.site.back_ends.add(&port);
         let mut kicks = Vec::new();
         let mut lines = vec![self.routes.line()?];
         for index in 0..port.queue_sizes().len() {

@@ -151,6 +151,8 @@ impl Nursery {
         };
         let id = self.next_id;
         self.next_id += 1;
+        // Before it can be active, and not before there is somebody who answers.
+        self.wiring.site().back_ends.add(&fitted.member.port);
         seat.serve(id, &fitted.member.name, fitted.worker);
         self.residents.push(Resident {
             id,
@@ -221,6 +223,7 @@ impl Nursery {
             function,
             ..
         } = self.residents.swap_remove(at);
+        self.wiring.site().back_ends.remove(&member.port);
         drop(worker);
         drop(function);
         self.threads.give_back(seat);
