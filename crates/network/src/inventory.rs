@@ -7,8 +7,10 @@ use rtnetlink::{
     Handle, RouteMessageBuilder,
     packet_route::{
         AddressFamily,
-        address::{AddressAttribute, AddressMessage, AddressScope},
-        link::{LinkAttribute, LinkFlags, LinkLayerType, LinkMessage},
+        address::{
+            AddressAttribute, AddressFlags, AddressHeaderFlags, AddressMessage, AddressScope,
+        },
+        link::{InfoKind, LinkAttribute, LinkFlags, LinkInfo, LinkLayerType, LinkMessage},
         neighbour::{NeighbourAddress, NeighbourAttribute, NeighbourMessage, NeighbourState},
         route::{
             RouteAddress, RouteAttribute, RouteFlags, RouteHeader, RouteMessage, RouteMetric,
@@ -17,18 +19,31 @@ use rtnetlink::{
     },
 };
 
-use crate::{Address, Error, Interface, Mac, Neighbour, Result, Route};
+use crate::{Address, Error, Interface, Mac, Neighbour, Result, Route, tap};
 
-/// The links that a machine is to take the place of, by their numbers.
-pub(crate) async fn read(handle: &Handle) -> Result<BTreeMap<u32, Interface>> {
-    let mut found = BTreeMap::new();
+/// What a namespace has.
+#[derive(Debug, Default)]
+pub(crate) struct Inventory {
+    /// The links that a machine can take the place of, by their numbers.
+    pub(crate) links: BTreeMap<u32, Interface>,
+    /// Why it can not take that of others, which are up.
+    pub(crate) refused: Vec<(u32, Error)>,
+}
+
+/// What the namespace of this handle has, but for loopback and what a machine's taps are.
+pub(crate) async fn read(handle: &Handle) -> Result<Inventory> {
+    let mut inventory = Inventory::default();
     for message in all("list links", handle.link().get().execute()).await? {
-        if let Some((index, interface)) = interface(&message)? {
-            found.insert(index, interface);
+        let index = message.header.index;
+        match interface(&message) {
+            Ok(None) => {}
+            Ok(Some(interface)) => drop(inventory.links.insert(index, interface)),
+            Err(e) => inventory.refused.push((index, e)),
         }
     }
+    let found = &mut inventory.links;
     if found.is_empty() {
-        return Ok(found);
+        return Ok(inventory);
     }
     for message in all("list addresses", handle.address().get().execute()).await? {
         if let Some(interface) = found.get_mut(&message.header.index) {
@@ -64,7 +79,7 @@ pub(crate) async fn read(handle: &Handle) -> Result<BTreeMap<u32, Interface>> {
     for interface in found.values_mut() {
         in_order(&mut interface.routes);
     }
-    Ok(found)
+    Ok(inventory)
 }
 
 async fn all<T>(
@@ -79,24 +94,35 @@ fn in_order(routes: &mut [Route]) {
     routes.sort_by_key(|route| (route.gateway.is_some(), u8::MAX - route.prefix));
 }
 
-fn interface(message: &LinkMessage) -> Result<Option<(u32, Interface)>> {
+fn interface(message: &LinkMessage) -> Result<Option<Interface>> {
     let flags = message.header.flags;
-    if flags.contains(LinkFlags::Loopback) || !flags.contains(LinkFlags::Up) {
+    if flags.contains(LinkFlags::Loopback) {
         return Ok(None);
     }
-    let mut interface = Interface::default();
-    let mut mac = None;
+    let mut interface = Interface {
+        up: flags.contains(LinkFlags::Up),
+        ..Interface::default()
+    };
+    let (mut mac, mut tap) = (None, false);
     for attribute in &message.attributes {
         match attribute {
             LinkAttribute::IfName(name) => interface.name.clone_from(name),
             LinkAttribute::Mtu(mtu) => interface.mtu = *mtu,
             LinkAttribute::Address(address) => mac = Mac::try_from(address.as_slice()).ok(),
+            LinkAttribute::LinkInfo(info) => {
+                tap = info.contains(&LinkInfo::Kind(InfoKind::Tun));
+            }
             _ => {}
         }
+    }
+    if tap && tap::is_ours(&interface.name) {
+        return Ok(None);
     }
     let kind = message.header.link_layer_type;
     match mac {
         Some(mac) if kind == LinkLayerType::Ether => interface.mac = mac,
+        // What is not up is nobody's yet.
+        _ if !interface.up => return Ok(None),
         _ => {
             return Err(Error::Kind {
                 name: interface.name,
@@ -104,7 +130,7 @@ fn interface(message: &LinkMessage) -> Result<Option<(u32, Interface)>> {
             });
         }
     }
-    Ok(Some((message.header.index, interface)))
+    Ok(Some(interface))
 }
 
 fn address(message: &AddressMessage) -> Option<Address> {
@@ -112,8 +138,10 @@ fn address(message: &AddressMessage) -> Option<Address> {
         return None;
     }
     let (mut local, mut peer, mut broadcast) = (None, None, None);
+    let mut lasts = message.header.flags.contains(AddressHeaderFlags::Permanent);
     for attribute in &message.attributes {
         match attribute {
+            AddressAttribute::Flags(flags) => lasts = flags.contains(AddressFlags::Permanent),
             AddressAttribute::Local(ip) => local = Some(*ip),
             AddressAttribute::Address(ip) => peer = Some(*ip),
             AddressAttribute::Broadcast(ip) => broadcast = Some(IpAddr::V4(*ip)),
@@ -126,6 +154,7 @@ fn address(message: &AddressMessage) -> Option<Address> {
         prefix: message.header.prefix_len,
         peer: peer.filter(|peer| *peer != ip),
         broadcast,
+        learned: !lasts,
     })
 }
 
@@ -158,6 +187,7 @@ fn routes(message: &RouteMessage) -> Vec<(u32, Route)> {
         scope: header.scope.into(),
         metric: 0,
         mtu: 0,
+        learned: header.protocol == RouteProtocol::Ra,
     };
     let mut link = None;
     let mut hops = Vec::new();
@@ -246,6 +276,7 @@ mod tests {
             scope: 0,
             metric: 0,
             mtu: 0,
+            learned: false,
         };
         // As calico has it: the gateway is known by a route alone.
         let mut routes = vec![

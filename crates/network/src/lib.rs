@@ -7,6 +7,7 @@
 //! addresses, so that plugins find what they left; what arrives on it goes to the
 //! guest before the namespace's own stack sees it. Frames of the guest's with another
 //! source than the link's address do not leave the tap, and no packets that [`Rules`] deny.
+//! A [`Watch`] tells when any of it has changed.
 //!
 //! Where nobody else makes networks, it does: [`Networks`] are those of a node of Walnut's,
 //! ordinary lists of CNI's, and [`Cni`] has plugins put a container's link to one into a
@@ -28,9 +29,11 @@ mod networks;
 mod redirect;
 mod resolver;
 mod tap;
+mod watch;
 
-use std::{net::IpAddr, os::fd::OwnedFd, path::PathBuf};
+use std::{fs::File, net::IpAddr, os::fd::OwnedFd, path::PathBuf, sync::Arc};
 
+use serde::{Deserialize, Serialize};
 use tracing::debug;
 
 pub use cni::{Attachment, Cni, CniInterface, CniIp, CniResult, ConfList};
@@ -41,6 +44,7 @@ pub use ipnet::IpNet;
 pub use made::OwnNamespace;
 pub use networks::{DEFAULT, Network, Networks, NewNetwork, check_programs};
 pub use resolver::{Named, Resolver};
+pub use watch::{Seen, Watch};
 
 /// An Ethernet address.
 pub type Mac = [u8; 6];
@@ -62,11 +66,17 @@ pub struct Connection {
     /// Its loopback. None where there are no links, and where the kernel or the caller's
     /// privileges do not allow it.
     pub inlet: Option<Inlet>,
+    /// Tells of changes since.
+    pub watch: Watch,
 }
 
 /// A link of a namespace, with a tap through which a machine takes its place.
 #[derive(Debug)]
 pub struct Link {
+    /// Its number.
+    pub index: u32,
+    /// The tap's number.
+    pub tap: u32,
     /// What the guest must know of it.
     pub interface: Interface,
     /// The tap's queues: descriptors of `/dev/net/tun` with `IFF_VNET_HDR`. With the
@@ -75,7 +85,8 @@ pub struct Link {
 }
 
 /// A network interface, as the guest is to have it.
-#[derive(Debug, Clone, Default, PartialEq, Eq)]
+#[derive(Debug, Clone, Default, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(deny_unknown_fields)]
 pub struct Interface {
     /// Its name, such as `eth0`.
     pub name: String,
@@ -83,6 +94,8 @@ pub struct Interface {
     pub mac: Mac,
     /// Bytes in a packet at most.
     pub mtu: u32,
+    /// It is up. One that is not has no routes.
+    pub up: bool,
     /// Addresses, but for those of link scope, which a kernel makes by itself.
     pub addresses: Vec<Address>,
     /// Routes of the main table over it, but for those that come with an address, in the
@@ -93,7 +106,8 @@ pub struct Interface {
 }
 
 /// An address of an interface.
-#[derive(Debug, Clone, PartialEq, Eq)]
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(deny_unknown_fields)]
 pub struct Address {
     /// The address.
     pub ip: IpAddr,
@@ -103,10 +117,14 @@ pub struct Address {
     pub peer: Option<IpAddr>,
     /// The network's broadcast address.
     pub broadcast: Option<IpAddr>,
+    /// Learned from the network, where a guest learns it as well: that the namespace has
+    /// forgotten it, to which nothing comes any more, says nothing.
+    pub learned: bool,
 }
 
 /// A route of the main table.
-#[derive(Debug, Clone, PartialEq, Eq)]
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(deny_unknown_fields)]
 pub struct Route {
     /// The network; all of the family for a default route.
     pub destination: IpAddr,
@@ -124,10 +142,13 @@ pub struct Route {
     pub metric: u32,
     /// Bytes in a packet at most; 0: the interface's.
     pub mtu: u32,
+    /// As an address's.
+    pub learned: bool,
 }
 
 /// A neighbour.
-#[derive(Debug, Clone, PartialEq, Eq)]
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(deny_unknown_fields)]
 pub struct Neighbour {
     /// Its address.
     pub ip: IpAddr,
@@ -143,41 +164,68 @@ pub struct Neighbour {
 /// If the namespace cannot be entered, is the host's own, or the kernel refuses.
 pub async fn connect(namespace: &Namespace, queues: u16, egress: Vec<Rules>) -> Result<Connection> {
     let namespace = namespace.clone();
-    namespace::within(namespace, move || Box::pin(connect_all(queues, egress))).await
+    let connect = connect_all(queues, egress.clone());
+    let connected = namespace::within(namespace, move || Box::pin(connect)).await?;
+    let watch = Watch::new(connected.events, Arc::new(connected.held), queues, egress)?;
+    Ok(Connection {
+        links: connected.links,
+        inlet: connected.inlet,
+        watch,
+    })
 }
 
-async fn connect_all(queues: u16, egress: Vec<Rules>) -> Result<Connection> {
-    let (connection, handle, _) =
-        rtnetlink::new_connection().map_err(Error::system("open a netlink socket"))?;
-    let serving = tokio::spawn(connection);
-    let result = async {
-        let found = inventory::read(&handle).await?;
-        let mut links = Vec::with_capacity(found.len());
-        let mut done = Vec::with_capacity(found.len());
-        for (index, interface) in found {
-            let name = interface.name.clone();
-            match redirect::connect(&handle, index, &interface, queues, &egress).await {
-                Ok(taps) => links.push(Link { interface, taps }),
-                Err(e) => {
-                    done.push((index, name));
-                    for (index, name) in &done {
-                        redirect::disconnect(&handle, *index, name).await;
-                    }
-                    return Err(e);
-                }
-            }
-            done.push((index, name));
-        }
-        Ok(links)
+struct Connected {
+    links: Vec<Link>,
+    inlet: Option<Inlet>,
+    events: OwnedFd,
+    held: File,
+}
+
+async fn connect_all(queues: u16, egress: Vec<Rules>) -> Result<Connected> {
+    // First, for what changes later is to be told.
+    let (events, held) = (watch::listen()?, namespace::hold()?);
+    let handle = links::open()?;
+    let mut found = inventory::read(&handle).await?;
+    if let Some((_, e)) = found.refused.pop() {
+        return Err(e);
     }
-    .await;
-    serving.abort();
-    let links = result?;
+    let mut links = Vec::with_capacity(found.links.len());
+    let mut done = Vec::with_capacity(found.links.len());
+    for (index, interface) in found.links {
+        if !interface.up {
+            continue;
+        }
+        done.push((index, interface.name.clone()));
+        match redirect::connect(&handle, index, &interface, queues, &egress).await {
+            Ok((tap, taps)) => links.push(Link {
+                index,
+                tap,
+                interface,
+                taps,
+            }),
+            Err(e) => {
+                for (index, name) in &done {
+                    redirect::disconnect(&handle, *index, name).await;
+                }
+                return Err(e);
+            }
+        }
+    }
     let inlet = match links.is_empty() {
         true => None,
-        false => Inlet::open()
-            .inspect_err(|e| debug!("no connections to the pod's loopback: {e}"))
-            .ok(),
+        false => open_inlet(),
     };
-    Ok(Connection { links, inlet })
+    Ok(Connected {
+        links,
+        inlet,
+        events,
+        held,
+    })
+}
+
+/// The calling thread's namespace's loopback, if it can be had.
+fn open_inlet() -> Option<Inlet> {
+    Inlet::open()
+        .inspect_err(|e| debug!("no connections to the pod's loopback: {e}"))
+        .ok()
 }

@@ -12,7 +12,8 @@ use std::{
 };
 
 use walnut_network::{
-    Address, Error, Interface, Link, Mac, Namespace, Neighbour, Route, connect, is_meant,
+    Address, Error, Interface, Link, Mac, Namespace, Neighbour, Route, Seen, Watch, connect,
+    is_meant,
 };
 
 const MAC: Mac = [2, 0, 0, 0, 0, 1];
@@ -187,17 +188,19 @@ async fn a_guest_hears_of_all_that_a_link_has() {
         name,
         mac,
         mtu,
+        up,
         addresses,
         routes,
         neighbours,
     } = only(&pod.at(), 1).await.interface;
-    assert_eq!((name.as_str(), mac, mtu), ("eth0", MAC, 1300));
+    assert_eq!((name.as_str(), mac, mtu, up), ("eth0", MAC, 1300, true));
     let ip = |text: &str| text.parse::<IpAddr>().unwrap();
     let address = |text, prefix, peer: Option<&str>, broadcast: Option<&str>| Address {
         ip: ip(text),
         prefix,
         peer: peer.map(ip),
         broadcast: broadcast.map(ip),
+        learned: false,
     };
     assert_eq!(
         addresses,
@@ -216,6 +219,7 @@ async fn a_guest_hears_of_all_that_a_link_has() {
         scope: 0,
         metric: 0,
         mtu: 0,
+        learned: false,
     };
     let on_link = Route {
         scope: 253,
@@ -334,4 +338,93 @@ except ConnectionRefusedError: print('refused')",
     );
     let said = refused.wait_with_output().unwrap().stdout;
     assert_eq!(String::from_utf8_lossy(&said), "refused\n");
+}
+
+/// The links that are there once `done` says so of them.
+async fn changed(watch: &Watch, done: impl Fn(&[Seen]) -> bool) -> Vec<Seen> {
+    let change = async {
+        loop {
+            let links = watch.links().await.unwrap();
+            if done(&links) {
+                return links;
+            }
+            watch.changed().await.unwrap();
+        }
+    };
+    tokio::time::timeout(WITHIN, change).await.unwrap()
+}
+
+fn named<'a>(links: &'a [Seen], name: &str) -> Option<&'a Interface> {
+    let all = links.iter().filter_map(|seen| seen.interface.as_ref().ok());
+    all.into_iter().find(|interface| interface.name == name)
+}
+
+#[tokio::test]
+async fn what_becomes_of_links_is_told() {
+    let (pod, node) = pod_and_node();
+    let connection = connect(&pod.at(), 1, Vec::new()).await.unwrap();
+    let watch = connection.watch;
+    // The tap is none of them.
+    assert_eq!(watch.links().await.unwrap().len(), 1);
+
+    pod.ip("address delete 10.0.0.2/24 dev eth0");
+    pod.ip("address add 10.0.0.9/24 dev eth0");
+    pod.ip("route add 10.5.0.0/16 via 10.0.0.1 dev eth0");
+    let links = changed(&watch, |links| {
+        named(links, "eth0").is_some_and(|eth0| eth0.routes.len() == 1)
+    });
+    let links = links.await;
+    let addresses = &named(&links, "eth0").unwrap().addresses;
+    assert_eq!(addresses.len(), 1, "{addresses:?}");
+    assert_eq!(addresses[0].ip, IpAddr::from([10, 0, 0, 9]));
+    pod.ip("link set eth0 down");
+    let down = |links: &[Seen]| named(links, "eth0").is_some_and(|eth0| !eth0.up);
+    let links = changed(&watch, down).await;
+    assert!(named(&links, "eth0").unwrap().routes.is_empty());
+
+    // One that comes is there before it is up, and can be taken over when it is.
+    pod.ip("link add eth1 address 02:00:00:00:00:02 mtu 1400 type veth peer name other");
+    pod.ip(&format!("link set other netns {}", node.0.id()));
+    node.ip("link set other up");
+    node.ip("address add 10.1.0.1/24 dev other");
+    pod.ip("link set eth1 up");
+    let up = |links: &[Seen]| named(links, "eth1").is_some_and(|eth1| eth1.up);
+    let links = changed(&watch, up).await;
+    let index = links.iter().map(|seen| seen.index).max().unwrap();
+    let mut link = watch
+        .connect(index, named(&links, "eth1").unwrap())
+        .await
+        .unwrap();
+    watch.set_mtu(link.tap, 1280).await.unwrap();
+    assert!(pod.ip("link show walnut1").contains("mtu 1280"));
+    let mut tap = Tap::new(link.taps.remove(0));
+    let mac = link.interface.mac;
+    let mut who_has = question(mac);
+    let length = who_has.len();
+    who_has[length - 4..].copy_from_slice(&[10, 1, 0, 1]);
+    tap.send(&who_has);
+    assert_eq!(tap.receive(is_answer)[..6], mac);
+
+    // What no guest can have is told of when it is up.
+    pod.ip("tuntap add dev point mode tun");
+    pod.ip("link set point up");
+    let odd = |links: &[Seen]| links.iter().any(|seen| seen.interface.is_err());
+    changed(&watch, odd).await;
+
+    // Whoever takes this one's place goes on from the namespace alone.
+    let namespace = std::os::fd::AsFd::as_fd(&watch).try_clone_to_owned();
+    drop(watch);
+    let watch = Watch::resume(namespace.unwrap(), 1, Vec::new())
+        .await
+        .unwrap();
+    pod.ip("link delete eth1");
+    changed(&watch, |links| named(links, "eth1").is_none()).await;
+    // What cannot be taken over any more leaves no tap.
+    let error = watch.connect(index, &link.interface).await.unwrap_err();
+    assert!(error.to_string().contains("No such device"), "{error}");
+    drop((tap, link));
+    let since = Instant::now();
+    while pod.ip("link").matches("walnut").count() > 1 {
+        assert!(since.elapsed() < WITHIN, "{}", pod.ip("link"));
+    }
 }

@@ -7,7 +7,9 @@ use std::time::{Duration, Instant};
 
 use ttrpc::Code;
 use walnut_agent::transports;
-use walnut_protocol::agent::{Address, ConfigureNetworkRequest, Interface, Neighbour, Route};
+use walnut_protocol::agent::{
+    Address, ConfigureNetworkRequest, Interface, Neighbour, ReleaseInterfaceRequest, Route,
+};
 
 use crate::netlink::{Message, Netlink, REPLACES, attribute};
 use crate::service::status;
@@ -18,14 +20,18 @@ const ENTRIES_MAX: usize = 1024;
 /// How long an interface may take to come, and between two looks.
 const WITHIN: Duration = Duration::from_secs(10);
 const PAUSE: Duration = Duration::from_millis(5);
-/// Where the kernel has them.
+/// Where the kernel has them, and their driver.
 const LINKS: &str = "/sys/class/net";
+const DRIVER: &str = "/sys/bus/virtio/drivers/virtio_net";
 
 // linux/rtnetlink.h, if_link.h, if_addr.h, neighbour.h
 const RTM_NEWLINK: u16 = 16;
 const RTM_NEWADDR: u16 = 20;
+const RTM_DELADDR: u16 = 21;
 const RTM_NEWROUTE: u16 = 24;
+const RTM_DELROUTE: u16 = 25;
 const RTM_NEWNEIGH: u16 = 28;
+const RTM_DELNEIGH: u16 = 29;
 const IFLA_IFNAME: u16 = 3;
 const IFLA_MTU: u16 = 4;
 const IFA_ADDRESS: u16 = 1;
@@ -64,14 +70,25 @@ enum Refused {
 
 /// Makes them that as the host asks for it.
 pub(crate) async fn serve(request: &ConfigureNetworkRequest) -> ttrpc::Result<()> {
-    configure(request).await.map_err(|e| {
-        let code = match e {
-            Refused::Invalid(_) => Code::INVALID_ARGUMENT,
-            Refused::Missing(_) => Code::NOT_FOUND,
-            Refused::Kernel(..) => Code::INTERNAL,
+    let configured = configure(request).await;
+    configured.map_err(|e| e.status("configure the network"))
+}
+
+/// Has the driver of an interface give its device back.
+pub(crate) fn release(request: &ReleaseInterfaceRequest) -> ttrpc::Result<()> {
+    let released = let_go(&request.mac);
+    released.map_err(|e| e.status("release an interface"))
+}
+
+impl Refused {
+    fn status(&self, what: &str) -> ttrpc::Error {
+        let code = match self {
+            Self::Invalid(_) => Code::INVALID_ARGUMENT,
+            Self::Missing(_) => Code::NOT_FOUND,
+            Self::Kernel(..) => Code::INTERNAL,
         };
-        status(code, format!("configure the network: {e}"))
-    })
+        status(code, format!("{what}: {self}"))
+    }
 }
 
 fn invalid<T>(problem: String) -> Result<T, Refused> {
@@ -80,18 +97,26 @@ fn invalid<T>(problem: String) -> Result<T, Refused> {
 
 /// Makes the interfaces what the request says.
 async fn configure(request: &ConfigureNetworkRequest) -> Result<(), Refused> {
-    let wanted = &request.interfaces;
-    if wanted.len() > INTERFACES_MAX {
-        return invalid(format!(
-            "{} interfaces; {INTERFACES_MAX} at most",
-            wanted.len()
-        ));
+    let (wanted, gone) = (&request.interfaces, &request.gone);
+    if let Some(many) = [wanted.len(), gone.len()]
+        .into_iter()
+        .find(|&count| count > INTERFACES_MAX)
+    {
+        return invalid(format!("{many} interfaces; {INTERFACES_MAX} at most"));
     }
-    for interface in wanted {
+    for interface in wanted.iter().chain(gone) {
         check(interface)?;
     }
     let mut kernel =
         Netlink::new().map_err(|e| Refused::Kernel("open a netlink socket".into(), e))?;
+    for interface in gone {
+        let link = look(Path::new(LINKS), &text(&interface.mac));
+        let link = link.map_err(|e| Refused::Kernel(format!("look for {}", interface.name), e))?;
+        // With an interface goes all that it had.
+        if let Some(link) = link {
+            strip(&mut kernel, link.index, interface)?;
+        }
+    }
     let mut found = Vec::with_capacity(wanted.len());
     for interface in wanted {
         found.push(wait_for(&interface.mac).await?);
@@ -141,10 +166,15 @@ struct Link {
     name: String,
 }
 
+/// An address of an interface, as the kernel shows it.
+fn text(mac: &[u8]) -> String {
+    let pairs: Vec<_> = mac.iter().map(|byte| format!("{byte:02x}")).collect();
+    pairs.join(":")
+}
+
 /// The interface with this address, which may be on its way.
 async fn wait_for(mac: &[u8]) -> Result<Link, Refused> {
-    let pairs: Vec<_> = mac.iter().map(|byte| format!("{byte:02x}")).collect();
-    let mac = pairs.join(":");
+    let mac = text(mac);
     let since = Instant::now();
     let mut looked = false;
     loop {
@@ -161,9 +191,26 @@ async fn wait_for(mac: &[u8]) -> Result<Link, Refused> {
     }
 }
 
+fn let_go(mac: &[u8]) -> Result<(), Refused> {
+    let mac = text(mac);
+    let kernel = |e| Refused::Kernel(format!("let go of {mac}"), e);
+    let found = look(Path::new(LINKS), &mac).map_err(kernel)?;
+    let Some(link) = found else {
+        return Err(Refused::Missing(mac));
+    };
+    let device = fs::canonicalize(Path::new(LINKS).join(link.name).join("device"));
+    let device = device.map_err(kernel)?;
+    let name = device.file_name().unwrap_or_default();
+    fs::write(Path::new(DRIVER).join("unbind"), name.as_encoded_bytes()).map_err(kernel)
+}
+
 fn look(links: &Path, mac: &str) -> io::Result<Option<Link>> {
     for entry in fs::read_dir(links)? {
         let path = entry?.path();
+        // What a container has made upon one has the same address, and no device.
+        if !path.join("device").exists() {
+            continue;
+        }
         // One may go meanwhile, or not be quite there yet; then it is not the one.
         let read = |name: &str| fs::read_to_string(path.join(name)).unwrap_or_default();
         if read("address").trim() != mac {
@@ -208,24 +255,67 @@ fn furnish(kernel: &mut Netlink, index: u32, interface: &Interface) -> Result<()
         let done = kernel.ask(message);
         done.map_err(|e| Refused::Kernel(format!("{name}: {what}"), e))
     };
-    let mut up = Message::new(RTM_NEWLINK, 0, &link(index, Some(true)));
+    let mut up = Message::new(RTM_NEWLINK, 0, &link(index, Some(!interface.down)));
     if interface.mtu > 0 {
         up = up.with(IFLA_MTU, &interface.mtu.to_ne_bytes());
     }
     ask("bring it up".into(), up)?;
     for entry in &interface.addresses {
         let what = format!("add the address {}/{}", Ip(&entry.ip), entry.prefix);
-        ask(what, address(index, entry)?)?;
+        ask(what, address(RTM_NEWADDR, index, entry)?)?;
+    }
+    if interface.down {
+        return Ok(());
     }
     for entry in &interface.neighbours {
         let what = format!("add the neighbour {}", Ip(&entry.ip));
-        ask(what, neighbour(index, entry)?)?;
+        ask(what, neighbour(RTM_NEWNEIGH, index, entry)?)?;
     }
     for entry in &interface.routes {
         let what = format!("add the route {}/{}", Ip(&entry.destination), entry.prefix);
-        ask(what, route(index, entry)?)?;
+        ask(what, route(RTM_NEWROUTE, index, entry)?)?;
     }
     Ok(())
+}
+
+/// Takes away what an interface has no more. What is not there, because one thing went
+/// with another or the guest has taken it away itself, is as it should be.
+fn strip(kernel: &mut Netlink, index: u32, interface: &Interface) -> Result<(), Refused> {
+    let name = &interface.name;
+    let mut ask = |what: String, message: Message| match kernel.ask(message) {
+        Err(e) if !is_absence(&e) => Err(Refused::Kernel(format!("{name}: {what}"), e)),
+        _ => Ok(()),
+    };
+    for entry in interface.routes.iter().rev() {
+        let (to, prefix) = (Ip(&entry.destination), entry.prefix);
+        let what = format!("take away the route {to}/{prefix}");
+        ask(what, route(RTM_DELROUTE, index, entry)?)?;
+    }
+    for entry in &interface.neighbours {
+        let what = format!("take away the neighbour {}", Ip(&entry.ip));
+        ask(what, neighbour(RTM_DELNEIGH, index, entry)?)?;
+    }
+    for entry in &interface.addresses {
+        let what = format!("take away the address {}/{}", Ip(&entry.ip), entry.prefix);
+        ask(what, address(RTM_DELADDR, index, entry)?)?;
+    }
+    Ok(())
+}
+
+/// How the kernel says that there is no such route, address, neighbour or link.
+fn is_absence(error: &io::Error) -> bool {
+    matches!(
+        error.raw_os_error(),
+        Some(libc::ESRCH | libc::EADDRNOTAVAIL | libc::ENOENT | libc::ENODEV)
+    )
+}
+
+/// How a request of this kind treats what is there already.
+fn flags(kind: u16) -> u16 {
+    match kind {
+        RTM_NEWADDR | RTM_NEWROUTE | RTM_NEWNEIGH => REPLACES,
+        _ => 0,
+    }
 }
 
 /// The family of an address, whose prefix must fit it.
@@ -249,7 +339,7 @@ fn same_family(ip: &[u8], others: &[&[u8]]) -> Result<(), Refused> {
     }
 }
 
-fn address(index: u32, entry: &Address) -> Result<Message, Refused> {
+fn address(kind: u16, index: u32, entry: &Address) -> Result<Message, Refused> {
     let (family, prefix) = family(&entry.ip, entry.prefix)?;
     same_family(&entry.ip, &[&entry.peer, &entry.broadcast])?;
     // struct ifaddrmsg
@@ -259,13 +349,13 @@ fn address(index: u32, entry: &Address) -> Result<Message, Refused> {
         true => &entry.ip,
         false => &entry.peer,
     };
-    Ok(Message::new(RTM_NEWADDR, REPLACES, &body)
+    Ok(Message::new(kind, flags(kind), &body)
         .with(IFA_LOCAL, &entry.ip)
         .with(IFA_ADDRESS, other_end)
         .with(IFA_BROADCAST, &entry.broadcast))
 }
 
-fn route(index: u32, entry: &Route) -> Result<Message, Refused> {
+fn route(kind: u16, index: u32, entry: &Route) -> Result<Message, Refused> {
     let (family, prefix) = family(&entry.destination, entry.prefix)?;
     same_family(&entry.destination, &[&entry.gateway, &entry.source])?;
     let scope =
@@ -282,7 +372,7 @@ fn route(index: u32, entry: &Route) -> Result<Message, Refused> {
         RTN_UNICAST,
     ];
     body.extend(if entry.onlink { RTNH_F_ONLINK } else { 0 }.to_ne_bytes());
-    let mut message = Message::new(RTM_NEWROUTE, REPLACES, &body)
+    let mut message = Message::new(kind, flags(kind), &body)
         .with(RTA_OIF, &index.to_ne_bytes())
         .with(RTA_GATEWAY, &entry.gateway)
         .with(RTA_PREFSRC, &entry.source);
@@ -298,14 +388,14 @@ fn route(index: u32, entry: &Route) -> Result<Message, Refused> {
     Ok(message)
 }
 
-fn neighbour(index: u32, entry: &Neighbour) -> Result<Message, Refused> {
+fn neighbour(kind: u16, index: u32, entry: &Neighbour) -> Result<Message, Refused> {
     let (family, _) = family(&entry.ip, 0)?;
     // struct ndmsg
     let mut body = vec![family, 0, 0, 0];
     body.extend(index.to_ne_bytes());
     body.extend(NUD_PERMANENT.to_ne_bytes());
     body.extend([0, 0]);
-    Ok(Message::new(RTM_NEWNEIGH, REPLACES, &body)
+    Ok(Message::new(kind, flags(kind), &body)
         .with(NDA_DST, &entry.ip)
         .with(NDA_LLADDR, &entry.mac))
 }
@@ -364,7 +454,7 @@ mod tests {
                 peer,
                 ..Default::default()
             };
-            super::address(2, &entry)
+            super::address(RTM_NEWADDR, 2, &entry)
         };
         assert!(address(ip.clone(), 32, vec![]).is_ok());
         assert!(address(vec![0; 16], 128, vec![]).is_ok());
@@ -376,7 +466,7 @@ mod tests {
             scope: 300,
             ..Default::default()
         };
-        assert!(error(route(2, &entry)).contains("300 is no scope"));
+        assert!(error(route(RTM_DELROUTE, 2, &entry)).contains("300 is no scope"));
     }
 
     #[test]
@@ -385,9 +475,14 @@ mod tests {
         for (name, mac, index) in [
             ("lo", "00:00:00:00:00:00", "1"),
             ("eth7", "02:00:00:00:00:0a", "9"),
+            ("eth7.5", "02:00:00:00:00:0a", "10"),
+            ("macvlan0", "02:00:00:00:00:0b", "11"),
         ] {
             let link = dir.path().join(name);
             fs::create_dir(&link).unwrap();
+            if name == "eth7" {
+                fs::create_dir(link.join("device")).unwrap();
+            }
             fs::write(link.join("address"), format!("{mac}\n")).unwrap();
             fs::write(link.join("ifindex"), format!("{index}\n")).unwrap();
         }
