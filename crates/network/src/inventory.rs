@@ -1,10 +1,10 @@
-//! What a namespace has: links, addresses, routes, neighbours.
+//! What a namespace has: links, addresses, neighbours, and with [`routing`] the rest.
 
 use std::{collections::BTreeMap, net::IpAddr};
 
 use futures::{Stream, TryStreamExt};
 use rtnetlink::{
-    Handle, RouteMessageBuilder,
+    Handle,
     packet_route::{
         AddressFamily,
         address::{
@@ -12,14 +12,10 @@ use rtnetlink::{
         },
         link::{InfoKind, LinkAttribute, LinkFlags, LinkInfo, LinkLayerType, LinkMessage},
         neighbour::{NeighbourAddress, NeighbourAttribute, NeighbourMessage, NeighbourState},
-        route::{
-            RouteAddress, RouteAttribute, RouteFlags, RouteHeader, RouteMessage, RouteMetric,
-            RouteProtocol, RouteType,
-        },
     },
 };
 
-use crate::{Address, Error, Interface, Mac, Neighbour, Result, Route, tap};
+use crate::{Address, Error, Interface, Mac, Neighbour, Result, Routing, routing, tap};
 
 /// What a namespace has.
 #[derive(Debug, Default)]
@@ -28,6 +24,8 @@ pub(crate) struct Inventory {
     pub(crate) links: BTreeMap<u32, Interface>,
     /// Why it can not take that of others, which are up.
     pub(crate) refused: Vec<(u32, Error)>,
+    /// Routes of no single link, and rules.
+    pub(crate) routing: Routing,
 }
 
 /// What the namespace of this handle has, but for loopback and what a machine's taps are.
@@ -50,25 +48,10 @@ pub(crate) async fn read(handle: &Handle) -> Result<Inventory> {
             interface.addresses.extend(address(&message));
         }
     }
-    for query in [
-        RouteMessageBuilder::<std::net::Ipv4Addr>::new().build(),
-        RouteMessageBuilder::<std::net::Ipv6Addr>::new().build(),
-    ] {
-        let messages = match all("list routes", handle.route().get(query).execute()).await {
-            // A kernel without IPv6 has no routes of it.
-            Err(Error::Netlink { source, .. })
-                if crate::error::code(&source) == Some(libc::EAFNOSUPPORT) =>
-            {
-                continue;
-            }
-            other => other?,
-        };
-        for message in messages {
-            for (index, route) in routes(&message) {
-                if let Some(interface) = found.get_mut(&index) {
-                    interface.routes.push(route);
-                }
-            }
+    let (over, wide) = routing::routes(handle, found).await?;
+    for (index, route) in over {
+        if let Some(interface) = found.get_mut(&index) {
+            interface.routes.push(route);
         }
     }
     for message in all("list neighbours", handle.neighbours().get().execute()).await? {
@@ -77,21 +60,20 @@ pub(crate) async fn read(handle: &Handle) -> Result<Inventory> {
         }
     }
     for interface in found.values_mut() {
-        in_order(&mut interface.routes);
+        routing::in_order(&mut interface.routes);
     }
+    inventory.routing = Routing {
+        routes: wide,
+        rules: routing::rules(handle).await?,
+    };
     Ok(inventory)
 }
 
-async fn all<T>(
+pub(crate) async fn all<T>(
     what: &str,
     stream: impl Stream<Item = Result<T, rtnetlink::Error>>,
 ) -> Result<Vec<T>> {
     stream.try_collect().await.map_err(Error::netlink(what))
-}
-
-/// A gateway must be on the link before there is a route over it.
-fn in_order(routes: &mut [Route]) {
-    routes.sort_by_key(|route| (route.gateway.is_some(), u8::MAX - route.prefix));
 }
 
 fn interface(message: &LinkMessage) -> Result<Option<Interface>> {
@@ -158,87 +140,6 @@ fn address(message: &AddressMessage) -> Option<Address> {
     })
 }
 
-/// The routes of a message with the links that they are over.
-fn routes(message: &RouteMessage) -> Vec<(u32, Route)> {
-    let header = &message.header;
-    let table = message.attributes.iter().find_map(|a| match a {
-        RouteAttribute::Table(table) => Some(*table),
-        _ => None,
-    });
-    let main = u32::from(RouteHeader::RT_TABLE_MAIN);
-    let ours = table.unwrap_or_else(|| header.table.into()) == main
-        && header.kind == RouteType::Unicast
-        // Those come with an address, or with being up.
-        && header.protocol != RouteProtocol::Kernel;
-    if !ours {
-        return Vec::new();
-    }
-    let any = match header.address_family {
-        AddressFamily::Inet => IpAddr::from([0; 4]),
-        AddressFamily::Inet6 => IpAddr::from([0; 16]),
-        _ => return Vec::new(),
-    };
-    let mut route = Route {
-        destination: any,
-        prefix: header.destination_prefix_length,
-        gateway: None,
-        onlink: header.flags.contains(RouteFlags::Onlink),
-        source: None,
-        scope: header.scope.into(),
-        metric: 0,
-        mtu: 0,
-        learned: header.protocol == RouteProtocol::Ra,
-    };
-    let mut link = None;
-    let mut hops = Vec::new();
-    for attribute in &message.attributes {
-        match attribute {
-            RouteAttribute::Destination(to) => route.destination = ip(to).unwrap_or(any),
-            RouteAttribute::Gateway(to) => route.gateway = ip(to),
-            RouteAttribute::PrefSource(from) => route.source = ip(from),
-            RouteAttribute::Oif(index) => link = Some(*index),
-            RouteAttribute::Priority(metric) => route.metric = *metric,
-            RouteAttribute::Metrics(metrics) => {
-                route.mtu = metrics.iter().find_map(mtu).unwrap_or(0);
-            }
-            RouteAttribute::MultiPath(paths) => hops.extend(paths),
-            _ => {}
-        }
-    }
-    if let Some(index) = link {
-        return vec![(index, route)];
-    }
-    // Of several ways that are equally good a guest gets the first over each link.
-    let over = hops.into_iter().map(|hop| {
-        let gateway = hop.attributes.iter().find_map(|a| match a {
-            RouteAttribute::Gateway(to) => ip(to),
-            _ => None,
-        });
-        let route = Route {
-            gateway,
-            ..route.clone()
-        };
-        (hop.interface_index, route)
-    });
-    let firsts: BTreeMap<u32, Route> = over.rev().collect();
-    firsts.into_iter().collect()
-}
-
-fn mtu(metric: &RouteMetric) -> Option<u32> {
-    match metric {
-        RouteMetric::Mtu(mtu) => Some(*mtu),
-        _ => None,
-    }
-}
-
-fn ip(address: &RouteAddress) -> Option<IpAddr> {
-    match address {
-        RouteAddress::Inet(ip) => Some((*ip).into()),
-        RouteAddress::Inet6(ip) => Some((*ip).into()),
-        _ => None,
-    }
-}
-
 fn neighbour(message: &NeighbourMessage) -> Option<Neighbour> {
     if message.header.state != NeighbourState::Permanent {
         return None;
@@ -259,33 +160,4 @@ fn neighbour(message: &NeighbourMessage) -> Option<Neighbour> {
         }
     }
     Some(Neighbour { ip: ip?, mac: mac? })
-}
-
-#[cfg(test)]
-mod tests {
-    use super::*;
-
-    #[test]
-    fn what_is_on_the_link_comes_before_what_is_behind_it() {
-        let route = |destination: [u8; 4], prefix, gateway: Option<[u8; 4]>| Route {
-            destination: destination.into(),
-            prefix,
-            gateway: gateway.map(IpAddr::from),
-            onlink: false,
-            source: None,
-            scope: 0,
-            metric: 0,
-            mtu: 0,
-            learned: false,
-        };
-        // As calico has it: the gateway is known by a route alone.
-        let mut routes = vec![
-            route([0; 4], 0, Some([169, 254, 1, 1])),
-            route([10, 1, 0, 0], 16, Some([10, 0, 0, 1])),
-            route([169, 254, 1, 1], 32, None),
-        ];
-        in_order(&mut routes);
-        let got: Vec<_> = routes.iter().map(|route| route.prefix).collect();
-        assert_eq!(got, [32, 16, 0]);
-    }
 }

@@ -28,6 +28,7 @@ mod namespace;
 mod networks;
 mod redirect;
 mod resolver;
+mod routing;
 mod tap;
 mod watch;
 
@@ -44,7 +45,7 @@ pub use ipnet::IpNet;
 pub use made::OwnNamespace;
 pub use networks::{DEFAULT, Network, Networks, NewNetwork, check_programs};
 pub use resolver::{Named, Resolver};
-pub use watch::{Seen, Watch};
+pub use watch::{Found, Seen, Watch};
 
 /// An Ethernet address.
 pub type Mac = [u8; 6];
@@ -63,6 +64,8 @@ pub enum Namespace {
 pub struct Connection {
     /// Its links.
     pub links: Vec<Link>,
+    /// How it routes beside that.
+    pub routing: Routing,
     /// Its loopback. None where there are no links, and where the kernel or the caller's
     /// privileges do not allow it.
     pub inlet: Option<Inlet>,
@@ -98,8 +101,8 @@ pub struct Interface {
     pub up: bool,
     /// Addresses, but for those of link scope, which a kernel makes by itself.
     pub addresses: Vec<Address>,
-    /// Routes of the main table over it, but for those that come with an address, in the
-    /// order in which they can be made.
+    /// Routes over it alone, but for those that come with an address, in the order in which
+    /// they can be made.
     pub routes: Vec<Route>,
     /// Neighbours that are there for good.
     pub neighbours: Vec<Neighbour>,
@@ -122,10 +125,12 @@ pub struct Address {
     pub learned: bool,
 }
 
-/// A route of the main table.
+/// A route.
 #[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
 #[serde(deny_unknown_fields)]
 pub struct Route {
+    /// The table that it is in; 254 is the main one.
+    pub table: u32,
     /// The network; all of the family for a default route.
     pub destination: IpAddr,
     /// Bits of it.
@@ -144,6 +149,84 @@ pub struct Route {
     pub mtu: u32,
     /// As an address's.
     pub learned: bool,
+}
+
+/// What a namespace has of routes and rules that are of no single link.
+#[derive(Debug, Clone, Default, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(deny_unknown_fields)]
+pub struct Routing {
+    /// Routes with several next hops, and such as lead nowhere.
+    pub routes: Vec<WideRoute>,
+    /// Rules which table is looked at, but for those that every kernel makes.
+    pub rules: Vec<Rule>,
+}
+
+/// A route of no single link.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(deny_unknown_fields)]
+pub struct WideRoute {
+    /// The kernel's `RTN_*`.
+    pub kind: u8,
+    /// Where it leads, if anywhere.
+    pub hops: Vec<Hop>,
+    /// The rest, without a gateway.
+    pub route: Route,
+}
+
+/// A next hop of a route with several.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(deny_unknown_fields)]
+pub struct Hop {
+    /// Address of the link that it is over.
+    pub mac: Mac,
+    /// None for what is on the link.
+    pub gateway: Option<IpAddr>,
+    /// It is on the link, whatever addresses say.
+    pub onlink: bool,
+    /// Its weight less 1.
+    pub weight: u8,
+}
+
+/// A rule which table is looked at (ip-rule(8)). What is not there fits everything.
+#[derive(Debug, Clone, Default, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(deny_unknown_fields)]
+pub struct Rule {
+    /// Of IPv6.
+    pub ipv6: bool,
+    /// The lowest is asked first.
+    pub priority: u32,
+    /// The table.
+    pub table: u32,
+    /// The kernel's `FR_ACT_*`.
+    pub action: u8,
+    /// It holds for what does not fit.
+    pub invert: bool,
+    /// Source of a packet, with the bits of its network.
+    pub source: Option<(IpAddr, u8)>,
+    /// Destination.
+    pub destination: Option<(IpAddr, u8)>,
+    /// Type of service; 0 for any.
+    pub tos: u8,
+    /// Interface that it came by; empty for any.
+    pub incoming: String,
+    /// Interface that its sender is bound to.
+    pub outgoing: String,
+    /// Mark of a packet, as far as `mask` has bits.
+    pub mark: u32,
+    /// Bits of the mark that are looked at.
+    pub mask: u32,
+    /// IP protocol; 0 for any.
+    pub protocol: u8,
+    /// First and last port.
+    pub source_ports: Option<(u16, u16)>,
+    /// First and last port.
+    pub destination_ports: Option<(u16, u16)>,
+    /// First and last user.
+    pub users: Option<(u32, u32)>,
+    /// What leads to a network of so many bits or fewer is passed over.
+    pub suppress_prefix: Option<u32>,
+    /// The rule to go on at, for an action that says so.
+    pub target: Option<u32>,
 }
 
 /// A neighbour.
@@ -169,6 +252,7 @@ pub async fn connect(namespace: &Namespace, queues: u16, egress: Vec<Rules>) -> 
     let watch = Watch::new(connected.events, Arc::new(connected.held), queues, egress)?;
     Ok(Connection {
         links: connected.links,
+        routing: connected.routing,
         inlet: connected.inlet,
         watch,
     })
@@ -176,6 +260,7 @@ pub async fn connect(namespace: &Namespace, queues: u16, egress: Vec<Rules>) -> 
 
 struct Connected {
     links: Vec<Link>,
+    routing: Routing,
     inlet: Option<Inlet>,
     events: OwnedFd,
     held: File,
@@ -217,6 +302,7 @@ async fn connect_all(queues: u16, egress: Vec<Rules>) -> Result<Connected> {
     };
     Ok(Connected {
         links,
+        routing: found.routing,
         inlet,
         events,
         held,

@@ -2,7 +2,7 @@
 //!
 //! The kernel says over netlink that something has changed. What it says is not read, for
 //! it may be cut short, and be overtaken: whoever hears of a change looks at everything
-//! again ([`Watch::links`]) and compares. So it does not matter how many changes there
+//! again ([`Watch::look`]) and compares. So it does not matter how many changes there
 //! were, or whether some were missed.
 
 use std::{
@@ -21,11 +21,12 @@ use nix::{
 use tokio::io::{Interest, unix::AsyncFd};
 
 use crate::{
-    Error, Inlet, Interface, Result, Rules, inventory, links, namespace, open_inlet, redirect,
+    Error, Inlet, Interface, Result, Routing, Rules, inventory, links, namespace, open_inlet,
+    redirect,
 };
 
-/// linux/rtnetlink.h: groups of links, and of addresses and routes of both families.
-const GROUPS: [u32; 5] = [1, 5, 7, 9, 11];
+/// linux/rtnetlink.h: groups of links, and of addresses, routes and rules of both families.
+const GROUPS: [u32; 7] = [1, 5, 7, 8, 9, 11, 19];
 /// Messages that are heard before anything is done about them.
 const AT_ONCE: usize = 1024;
 
@@ -36,6 +37,16 @@ pub struct Watch {
     namespace: Arc<File>,
     queues: u16,
     egress: Vec<Rules>,
+}
+
+/// What a namespace has.
+#[derive(Debug)]
+pub struct Found {
+    /// All links that a guest may have, whether they are up or not, and those that are up
+    /// and that no guest can have.
+    pub links: Vec<Seen>,
+    /// How it routes beside what its links have.
+    pub routing: Routing,
 }
 
 /// A link of a namespace.
@@ -94,7 +105,7 @@ impl Watch {
         Self::new(events, held, queues, egress)
     }
 
-    /// Returns when something may have changed since this, or [`Self::links`], was called.
+    /// Returns when something may have changed since this, or [`Self::look`], was called.
     ///
     /// # Errors
     /// If the kernel does not tell any more.
@@ -121,12 +132,11 @@ impl Watch {
         }
     }
 
-    /// All links of the namespace that a guest may have, whether they are up or not, and
-    /// those that are up and that no guest can have.
+    /// What the namespace has now.
     ///
     /// # Errors
     /// If the kernel refuses.
-    pub async fn links(&self) -> Result<Vec<Seen>> {
+    pub async fn look(&self) -> Result<Found> {
         let read = || -> Work<inventory::Inventory> {
             Box::pin(async { inventory::read(&links::open()?).await })
         };
@@ -139,7 +149,10 @@ impl Watch {
             index,
             interface: Ok(interface),
         });
-        Ok(links.chain(refused).collect())
+        Ok(Found {
+            links: links.chain(refused).collect(),
+            routing: found.routing,
+        })
     }
 
     /// Connects a link to a tap of its own, as [`connect`](crate::connect) does.

@@ -12,8 +12,8 @@ use std::{
 };
 
 use walnut_network::{
-    Address, Error, Interface, Link, Mac, Namespace, Neighbour, Route, Seen, Watch, connect,
-    is_meant,
+    Address, Error, Hop, Interface, Link, Mac, Namespace, Neighbour, Route, Rule, Seen, Watch,
+    connect, is_meant,
 };
 
 const MAC: Mac = [2, 0, 0, 0, 0, 1];
@@ -179,6 +179,7 @@ async fn a_guest_hears_of_all_that_a_link_has() {
         "route add default via fd00::1 dev eth0",
         "route add 10.7.0.0/16 dev eth0 table 100",
         "route add blackhole 10.8.0.0/16",
+        "rule add from 10.9.0.1/32 table 100 priority 77",
         "neighbour add 169.254.1.1 lladdr ee:ee:ee:ee:ee:ee nud permanent dev eth0",
         "link add idle type veth peer name other",
     ] {
@@ -211,6 +212,7 @@ async fn a_guest_hears_of_all_that_a_link_has() {
         ]
     );
     let route = |destination, prefix, gateway: Option<&str>| Route {
+        table: 254,
         destination: ip(destination),
         prefix,
         gateway: gateway.map(ip),
@@ -225,8 +227,14 @@ async fn a_guest_hears_of_all_that_a_link_has() {
         scope: 253,
         ..route("169.254.1.1", 32, None)
     };
+    let elsewhere = Route {
+        table: 100,
+        scope: 253,
+        ..route("10.7.0.0", 16, None)
+    };
     let wanted = [
         on_link,
+        elsewhere,
         Route {
             source: Some(ip("10.0.0.2")),
             metric: 7,
@@ -344,7 +352,7 @@ except ConnectionRefusedError: print('refused')",
 async fn changed(watch: &Watch, done: impl Fn(&[Seen]) -> bool) -> Vec<Seen> {
     let change = async {
         loop {
-            let links = watch.links().await.unwrap();
+            let links = watch.look().await.unwrap().links;
             if done(&links) {
                 return links;
             }
@@ -365,7 +373,7 @@ async fn what_becomes_of_links_is_told() {
     let connection = connect(&pod.at(), 1, Vec::new()).await.unwrap();
     let watch = connection.watch;
     // The tap is none of them.
-    assert_eq!(watch.links().await.unwrap().len(), 1);
+    assert_eq!(watch.look().await.unwrap().links.len(), 1);
 
     pod.ip("address delete 10.0.0.2/24 dev eth0");
     pod.ip("address add 10.0.0.9/24 dev eth0");
@@ -427,4 +435,97 @@ async fn what_becomes_of_links_is_told() {
     while pod.ip("link").matches("walnut").count() > 1 {
         assert!(since.elapsed() < WITHIN, "{}", pod.ip("link"));
     }
+}
+
+#[tokio::test]
+async fn routes_of_no_single_link_and_rules_are_told() {
+    let (pod, _node) = pod_and_node();
+    for words in [
+        "link add eth1 address 02:00:00:00:00:02 type veth peer name other",
+        "link set other up",
+        "link set eth1 up",
+        "address add 10.1.0.2/24 dev eth1",
+        "address add fd00:1::2/64 dev eth1 nodad",
+        "address add fd00::2/64 dev eth0 nodad",
+        "route add 10.5.0.0/16 nexthop via 10.0.0.1 dev eth0 weight 3 nexthop via 10.1.0.1 dev eth1",
+        "route add fd05::/16 nexthop via fd00::1 dev eth0 nexthop via fd00:1::1 dev eth1",
+        "route add unreachable 10.8.0.0/16 table 1000 metric 5",
+        "rule add from 10.1.0.0/24 table 1000 priority 100",
+        "rule add not to 10.1.0.9 iif eth1 fwmark 5/7 ipproto tcp dport 80-81 uidrange 1-2 table 5 priority 101",
+        "rule add table main suppress_prefixlength 0 priority 102",
+        "rule add goto 102 tos 8 priority 99",
+        "-6 rule add from fd00:1::/64 prohibit priority 103",
+    ] {
+        pod.ip(words);
+    }
+    let connection = connect(&pod.at(), 1, Vec::new()).await.unwrap();
+    let ip = |text: &str| text.parse::<IpAddr>().unwrap();
+    let hop = |mac, gateway, weight| Hop {
+        mac,
+        gateway: Some(ip(gateway)),
+        onlink: false,
+        weight,
+    };
+    const OTHER: Mac = [2, 0, 0, 0, 0, 2];
+    let mut routes = connection.routing.routes;
+    routes.sort_by_key(|wide| wide.route.destination);
+    let [v4, nowhere, v6] = routes.try_into().unwrap();
+    assert_eq!((v4.kind, v4.route.destination), (1, ip("10.5.0.0")));
+    assert_eq!(
+        v4.hops,
+        [hop(MAC, "10.0.0.1", 2), hop(OTHER, "10.1.0.1", 0)]
+    );
+    assert_eq!((nowhere.kind, nowhere.hops.len()), (7, 0));
+    assert_eq!((nowhere.route.table, nowhere.route.metric), (1000, 5));
+    assert_eq!(
+        v6.hops,
+        [hop(MAC, "fd00::1", 0), hop(OTHER, "fd00:1::1", 0)]
+    );
+    let rule = |priority, table, action| Rule {
+        priority,
+        table,
+        action,
+        ..Rule::default()
+    };
+    let wanted = [
+        Rule {
+            tos: 8,
+            target: Some(102),
+            ..rule(99, 0, 2)
+        },
+        Rule {
+            source: Some((ip("10.1.0.0"), 24)),
+            ..rule(100, 1000, 1)
+        },
+        Rule {
+            invert: true,
+            destination: Some((ip("10.1.0.9"), 32)),
+            incoming: "eth1".into(),
+            mark: 5,
+            mask: 7,
+            protocol: 6,
+            destination_ports: Some((80, 81)),
+            users: Some((1, 2)),
+            ..rule(101, 5, 1)
+        },
+        Rule {
+            suppress_prefix: Some(0),
+            ..rule(102, 254, 1)
+        },
+        Rule {
+            ipv6: true,
+            source: Some((ip("fd00:1::"), 64)),
+            ..rule(103, 0, 8)
+        },
+    ];
+    assert_eq!(connection.routing.rules, wanted);
+    // Changes of rules are told as well.
+    pod.ip("rule delete priority 100");
+    let watch = connection.watch;
+    let gone = async {
+        while watch.look().await.unwrap().routing.rules.len() != 4 {
+            watch.changed().await.unwrap();
+        }
+    };
+    tokio::time::timeout(WITHIN, gone).await.unwrap();
 }

@@ -1,6 +1,10 @@
 //! Containers on networks.
 
-use std::path::PathBuf;
+use std::{
+    io::{BufRead, BufReader},
+    path::PathBuf,
+    process::{Child, Stdio},
+};
 
 use serde_json::json;
 use walnut_tests::{Namespace, client::finish, driver, unique, until, upgrade::another_shim};
@@ -20,9 +24,14 @@ fn link(pod: &Namespace, node: &Namespace, name: &str, address: &str) {
 /// Whether there is somebody at an address, who says that nobody listens: a guest, for
 /// nobody else has an address on the way.
 fn is_there(node: &Namespace, address: &str) -> bool {
+    is_there_for(node, "0.0.0.0", address)
+}
+
+/// The same, for who asks from an address.
+fn is_there_for(node: &Namespace, from: &str, address: &str) -> bool {
     let reach = format!(
         "import socket
-try: socket.create_connection(('{address}', 9), 5)
+try: socket.create_connection(('{address}', 9), 5, ('{from}', 0))
 except ConnectionRefusedError: print('refused')
 except OSError: print('nobody')"
     );
@@ -157,6 +166,98 @@ fn links_change_come_and_go_while_a_container_runs() {
     until("the guest has lost it", || links() == "lo\n");
     place.oci(&["delete", "--force", &id]).exits(0);
     until("no tap is left", || taps(&pod) == 0);
+    place.assert_nothing_left();
+}
+
+/// A program on a node, as long as it is in scope.
+struct Server(Child);
+
+impl Drop for Server {
+    fn drop(&mut self) {
+        let _ = self.0.kill();
+        let _ = self.0.wait();
+    }
+}
+
+/// Says its name to whoever connects, at any address of its namespace's.
+fn names(node: &Namespace, name: &str) -> Server {
+    let program = format!(
+        "import socket
+server = socket.create_server(('', 7000))
+print('ready', flush=True)
+while True:
+    peer = server.accept()[0]
+    peer.sendall(b'{name}\\n')
+    peer.close()"
+    );
+    let mut python = node.within("python3");
+    python.args(["-c", &program]).stdout(Stdio::piped());
+    let mut child = python.spawn().unwrap();
+    let mut line = String::new();
+    let mut said = BufReader::new(child.stdout.take().unwrap());
+    said.read_line(&mut line).unwrap();
+    assert_eq!(line, "ready\n");
+    Server(child)
+}
+
+#[test]
+fn routes_of_other_tables_rules_and_several_ways_are_the_guests() {
+    let place = Place::new();
+    let id = unique("oci-rules");
+    let pod = Namespace::new();
+    let nodes = [Namespace::new(), Namespace::new()];
+    pod.ip("link set lo up");
+    link(&pod, &nodes[0], "one", "192.0.2");
+    link(&pod, &nodes[1], "two", "198.51.100");
+    let mut _servers = Vec::new();
+    for (node, name) in nodes.iter().zip(["first", "second"]) {
+        node.ip("link set lo up");
+        // All of it is that node's.
+        node.ip("addr add 203.0.113.129/25 dev lo");
+        _servers.push(names(node, name));
+    }
+    nodes[1].ip("addr add 203.0.113.9/32 dev lo");
+    // Whichever way a connection takes, it has the first address if that was thought of first.
+    nodes[1].ip("route add 192.0.2.0/24 via 198.51.100.2 dev up-two");
+    // As `sbr` has it: what comes from the second address leaves by the second link.
+    for words in [
+        "route add default via 192.0.2.1 dev one",
+        "route add default via 198.51.100.1 dev two table 100",
+        "rule add from 198.51.100.2/32 table 100 priority 1000",
+        "route add 203.0.113.128/25 nexthop via 192.0.2.1 dev one nexthop via 198.51.100.1 dev two",
+        "route add unreachable 10.9.0.0/16",
+    ] {
+        pod.ip(words);
+    }
+    place.start(&id, &bundle_in(&place, &pod));
+    let answered = || is_there_for(&nodes[1], "203.0.113.9", "198.51.100.2");
+    assert!(answered());
+    // Which of two ways is taken depends on where to.
+    let ask = "i=129; while [ $i -lt 161 ]; do \
+               busybox nc -w 60 203.0.113.$i 7000 < /dev/null; i=$((i+1)); done";
+    let said = || place.oci(&["exec", &id, "sh", "-c", ask]).exits(0).stdout;
+    let all = said();
+    assert_eq!(all.lines().count(), 32, "{all}");
+    assert!(all.contains("first") && all.contains("second"), "{all}");
+    let reach = ["exec", &id, "busybox", "nc", "-w", "60", "10.9.0.1", "1"];
+    let refused = place.oci(&reach);
+    assert!(refused.stderr.contains("o route to host"), "{refused:#?}");
+
+    // All of it may change.
+    pod.ip("rule delete priority 1000");
+    until("the guest has lost the rule", || !answered());
+    pod.ip("-4 rule add from 198.51.100.0/24 table 100 priority 1001");
+    until("the guest has another one", answered);
+    pod.ip("route replace 203.0.113.128/25 nexthop via 198.51.100.1 dev two");
+    until("there is one way", || !said().contains("first"));
+    pod.ip("route delete unreachable 10.9.0.0/16");
+    pod.ip("link delete one");
+    until("the guest has lost a link", || {
+        let links = place.oci(&["exec", &id, "ls", "/sys/class/net"]);
+        links.exits(0).stdout == "lo\ntwo\n"
+    });
+    assert!(answered());
+    place.oci(&["delete", "--force", &id]).exits(0);
     place.assert_nothing_left();
 }
 

@@ -1,6 +1,6 @@
-//! What an interface has no more.
+//! What an interface, or a namespace, has no more.
 
-use walnut_network::Interface;
+use walnut_network::{Interface, Routing};
 
 /// What `now` has not of what it had `before`; `None` if it has all of it. What the guest
 /// learns by itself is not the namespace's to take away.
@@ -15,6 +15,14 @@ pub(super) fn gone(before: &Interface, now: &Interface) -> Option<Interface> {
     };
     let nothing = lost.addresses.is_empty() && lost.routes.is_empty() && lost.neighbours.is_empty();
     (!nothing).then_some(lost)
+}
+
+/// The same of what is of no single link.
+pub(super) fn gone_routing(before: &Routing, now: &Routing) -> Routing {
+    Routing {
+        routes: left_out(&before.routes, &now.routes, |it| it.route.learned),
+        rules: left_out(&before.rules, &now.rules, |_| false),
+    }
 }
 
 fn left_out<T: Clone + PartialEq>(before: &[T], now: &[T], passed: fn(&T) -> bool) -> Vec<T> {
@@ -40,6 +48,7 @@ mod tests {
 
     fn route(to: u8) -> Route {
         Route {
+            table: 254,
             destination: [10, to, 0, 0].into(),
             prefix: 16,
             gateway: Some([10, 0, 0, 1].into()),

@@ -1,16 +1,15 @@
 //! A sandbox's network: the links of a namespace of the host's, in the guest.
 
 mod diff;
+mod told;
 mod watching;
 
 use std::{path::PathBuf, sync::Arc};
 
 use oci_spec::runtime::{LinuxNamespaceType, Spec};
 use walnut_machine::Nic;
-use walnut_network::{Connection, Inlet, Interface, Link, Namespace, Rules, Watch};
-use walnut_protocol::agent::{
-    Address, ConfigureNetworkRequest, Interface as AgentInterface, Neighbour, Route,
-};
+use walnut_network::{Connection, Inlet, Link, Namespace, Routing, Rules, Watch};
+use walnut_protocol::agent::ConfigureNetworkRequest;
 
 use crate::{Error, Result, Sandbox, agent::soon};
 use watching::Known;
@@ -59,6 +58,7 @@ pub(crate) fn named(spec: &Spec) -> Option<PathBuf> {
 pub(crate) struct Links {
     pub(crate) nics: Vec<Nic>,
     known: Vec<Known>,
+    routing: Routing,
     /// Connections to the namespace's loopback.
     pub(crate) inlet: Option<Inlet>,
     /// Tells what becomes of them.
@@ -112,10 +112,12 @@ impl Links {
         let connected = walnut_network::connect(&namespace, queues(vcpus), egress).await?;
         let Connection {
             links,
+            routing,
             inlet,
             watch,
         } = connected;
         let mut all = Self {
+            routing,
             inlet,
             watch: Some(watch),
             ..Self::default()
@@ -138,6 +140,8 @@ impl Sandbox {
     pub(crate) async fn configure_network(&self, links: &Links) -> Result<()> {
         let request = ConfigureNetworkRequest {
             interfaces: links.known.iter().map(Known::told).collect(),
+            routes: links.routing.routes.iter().map(told::wide_route).collect(),
+            rules: links.routing.rules.iter().map(told::rule).collect(),
             ..Default::default()
         };
         match links.is_empty() {
@@ -150,49 +154,6 @@ impl Sandbox {
         let reply = self.agent.configure_network(soon(), request).await;
         self.call("configure the network", reply).await?;
         Ok(())
-    }
-}
-
-fn bytes(ip: std::net::IpAddr) -> Vec<u8> {
-    match ip {
-        std::net::IpAddr::V4(ip) => ip.octets().to_vec(),
-        std::net::IpAddr::V6(ip) => ip.octets().to_vec(),
-    }
-}
-
-fn interface(interface: &Interface) -> AgentInterface {
-    let addresses = interface.addresses.iter().map(|address| Address {
-        ip: bytes(address.ip),
-        prefix: address.prefix.into(),
-        peer: address.peer.map(bytes).unwrap_or_default(),
-        broadcast: address.broadcast.map(bytes).unwrap_or_default(),
-        ..Default::default()
-    });
-    let routes = interface.routes.iter().map(|route| Route {
-        destination: bytes(route.destination),
-        prefix: route.prefix.into(),
-        gateway: route.gateway.map(bytes).unwrap_or_default(),
-        source: route.source.map(bytes).unwrap_or_default(),
-        scope: route.scope.into(),
-        metric: route.metric,
-        mtu: route.mtu,
-        onlink: route.onlink,
-        ..Default::default()
-    });
-    let neighbours = interface.neighbours.iter().map(|neighbour| Neighbour {
-        ip: bytes(neighbour.ip),
-        mac: neighbour.mac.to_vec(),
-        ..Default::default()
-    });
-    AgentInterface {
-        mac: interface.mac.to_vec(),
-        name: interface.name.clone(),
-        mtu: interface.mtu,
-        addresses: addresses.collect(),
-        routes: routes.collect(),
-        neighbours: neighbours.collect(),
-        down: !interface.up,
-        ..Default::default()
     }
 }
 

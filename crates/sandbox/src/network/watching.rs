@@ -12,12 +12,12 @@ use serde::{Deserialize, Serialize};
 use tokio::{sync::Mutex, task::JoinHandle};
 use tracing::{debug, info, warn};
 use walnut_machine::takeover::{Fd, Giver, NoState, Taker};
-use walnut_network::{Interface, Mac, Seen, Watch};
+use walnut_network::{Found, Interface, Mac, Routing, Seen, Watch};
 use walnut_protocol::agent::{
     ConfigureNetworkRequest, Interface as AgentInterface, ReleaseInterfaceRequest,
 };
 
-use super::{Links, diff, interface, nic, queues};
+use super::{Links, diff, nic, queues, told};
 use crate::{Error, Result, Sandbox, agent::soon, sandbox::lock, takeover::taken};
 
 /// How long a guest may take to let go of a device, whose driver has done so before.
@@ -41,7 +41,7 @@ pub(super) struct Known {
 impl Known {
     /// It as the agent is told.
     pub(super) fn told(&self) -> AgentInterface {
-        let mut told = interface(&self.interface);
+        let mut told = told::interface(&self.interface);
         told.mtu = told.mtu.min(self.mtu_max.into());
         told
     }
@@ -69,6 +69,7 @@ struct Held {
 #[derive(Debug, Default)]
 struct Guest {
     links: Vec<Known>,
+    routing: Routing,
     /// Devices whose links have gone, and that it has not let go of.
     lingering: Vec<Mac>,
     /// Links that it cannot have, of which that has been said.
@@ -81,6 +82,7 @@ struct Guest {
 pub(crate) struct WatchingState {
     namespace: Fd,
     links: Vec<Known>,
+    routing: Routing,
     lingering: Vec<Mac>,
 }
 
@@ -104,6 +106,7 @@ impl Watching {
         Ok(WatchingState {
             namespace: giver.give(&self.held.watch),
             links: guest.links.clone(),
+            routing: guest.routing.clone(),
             lingering: guest.lingering.clone(),
         })
     }
@@ -119,6 +122,7 @@ impl Watching {
         let watch = Watch::resume(namespace, queues(vcpus), egress).await?;
         let guest = Guest {
             links: state.links,
+            routing: state.routing,
             lingering: state.lingering,
             ..Guest::default()
         };
@@ -154,6 +158,7 @@ impl Sandbox {
         let Some(watch) = links.watch else { return };
         let guest = Guest {
             links: links.known,
+            routing: links.routing,
             ..Guest::default()
         };
         *lock(&self.watching) = Some(Watching::begin(self, watch, guest));
@@ -163,8 +168,11 @@ impl Sandbox {
         // No machine is saved while it changes.
         let _whole = self.saving.read().await;
         let mut guest = held.guest.lock().await;
-        let seen = match held.watch.links().await {
-            Ok(seen) => seen,
+        let Found {
+            links: seen,
+            routing,
+        } = match held.watch.look().await {
+            Ok(found) => found,
             Err(e) => return warn!("look at the pod's network, which has changed: {e}"),
         };
         for mac in std::mem::take(&mut guest.lingering) {
@@ -201,9 +209,16 @@ impl Sandbox {
                 }
             }
         }
-        if request.interfaces.is_empty() {
+        if request.interfaces.is_empty() && routing == guest.routing {
             return;
         }
+        let gone = diff::gone_routing(&guest.routing, &routing);
+        request.routes_gone = gone.routes.iter().map(told::wide_route).collect();
+        request.rules_gone = gone.rules.iter().map(told::rule).collect();
+        // All of them: with an interface's state go routes over it.
+        request.routes = routing.routes.iter().map(told::wide_route).collect();
+        request.rules = routing.rules.iter().map(told::rule).collect();
+        guest.routing = routing;
         if let Err(e) = self.tell_network(&request).await {
             warn!("the pod's network has changed, and its guest's not entirely: {e}");
         }
@@ -325,6 +340,6 @@ async fn change(
     );
     request
         .gone
-        .extend(diff::gone(&before, now).as_ref().map(interface));
+        .extend(diff::gone(&before, now).as_ref().map(told::interface));
     request.interfaces.push(known.told());
 }

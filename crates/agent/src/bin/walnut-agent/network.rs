@@ -1,5 +1,7 @@
 //! The sandbox's network interfaces, as the host wants them.
 
+mod rules;
+
 use std::fs;
 use std::io;
 use std::path::Path;
@@ -8,10 +10,10 @@ use std::time::{Duration, Instant};
 use ttrpc::Code;
 use walnut_agent::transports;
 use walnut_protocol::agent::{
-    Address, ConfigureNetworkRequest, Interface, Neighbour, ReleaseInterfaceRequest, Route,
+    Address, ConfigureNetworkRequest, Hop, Interface, Neighbour, ReleaseInterfaceRequest, Route,
 };
 
-use crate::netlink::{Message, Netlink, REPLACES, attribute};
+use crate::netlink::{IS_NEW, Message, Netlink, REPLACES, attribute};
 use crate::service::status;
 
 /// Interfaces at most, and addresses, routes and neighbours of each.
@@ -32,6 +34,8 @@ const RTM_NEWROUTE: u16 = 24;
 const RTM_DELROUTE: u16 = 25;
 const RTM_NEWNEIGH: u16 = 28;
 const RTM_DELNEIGH: u16 = 29;
+const RTM_NEWRULE: u16 = 32;
+const RTM_DELRULE: u16 = 33;
 const IFLA_IFNAME: u16 = 3;
 const IFLA_MTU: u16 = 4;
 const IFA_ADDRESS: u16 = 1;
@@ -45,11 +49,13 @@ const RTA_GATEWAY: u16 = 5;
 const RTA_PRIORITY: u16 = 6;
 const RTA_PREFSRC: u16 = 7;
 const RTA_METRICS: u16 = 8;
+const RTA_MULTIPATH: u16 = 9;
+const RTA_TABLE: u16 = 15;
 const RTAX_MTU: u16 = 2;
-const RT_TABLE_MAIN: u8 = 254;
+const RT_TABLE_MAIN: u32 = 254;
 const RTPROT_BOOT: u8 = 3;
 const RTN_UNICAST: u8 = 1;
-const RTNH_F_ONLINK: u32 = 4;
+const RTNH_F_ONLINK: u8 = 4;
 const NDA_DST: u16 = 1;
 const NDA_LLADDR: u16 = 2;
 const NUD_PERMANENT: u16 = 0x80;
@@ -104,11 +110,26 @@ async fn configure(request: &ConfigureNetworkRequest) -> Result<(), Refused> {
     {
         return invalid(format!("{many} interfaces; {INTERFACES_MAX} at most"));
     }
+    let wide = [request.routes.len(), request.routes_gone.len()];
+    let rules = [request.rules.len(), request.rules_gone.len()];
+    let mut counts = wide.into_iter().chain(rules);
+    if let Some(many) = counts.find(|&count| count > ENTRIES_MAX) {
+        return invalid(format!("{many} entries; {ENTRIES_MAX} at most of a kind"));
+    }
     for interface in wanted.iter().chain(gone) {
         check(interface)?;
     }
     let mut kernel =
         Netlink::new().map_err(|e| Refused::Kernel("open a netlink socket".into(), e))?;
+    for rule in &request.rules_gone {
+        let message = rules::message(RTM_DELRULE, rule)?;
+        unless_absent(kernel.ask(message), || rules::shown("take away", rule))?;
+    }
+    for entry in &request.routes_gone {
+        // Whatever its next hops are, some of which may have gone before it.
+        let message = route(RTM_DELROUTE, None, entry)?;
+        unless_absent(kernel.ask(message), || shown_route("take away", entry))?;
+    }
     for interface in gone {
         let link = look(Path::new(LINKS), &text(&interface.mac));
         let link = link.map_err(|e| Refused::Kernel(format!("look for {}", interface.name), e))?;
@@ -133,7 +154,35 @@ async fn configure(request: &ConfigureNetworkRequest) -> Result<(), Refused> {
         }
         furnish(&mut kernel, link.index, interface)?;
     }
+    for entry in &request.routes {
+        if let Some(message) = wide_route(entry)? {
+            let done = kernel.ask(message);
+            done.map_err(|e| Refused::Kernel(shown_route("add", entry), e))?;
+        }
+    }
+    for rule in &request.rules {
+        match kernel.ask(rules::message(RTM_NEWRULE, rule)?) {
+            Err(e) if e.raw_os_error() != Some(libc::EEXIST) => {
+                return Err(Refused::Kernel(rules::shown("add", rule), e));
+            }
+            _ => {}
+        }
+    }
     Ok(())
+}
+
+fn shown_route(attempt: &str, entry: &Route) -> String {
+    let (to, prefix) = (Ip(&entry.destination), entry.prefix);
+    format!("{attempt} the route {to}/{prefix}")
+}
+
+/// What was to be taken away may not be there, because one thing went with another or the
+/// guest has taken it away itself: then it is as it should be.
+fn unless_absent(done: io::Result<()>, what: impl FnOnce() -> String) -> Result<(), Refused> {
+    match done {
+        Err(e) if !is_absence(&e) => Err(Refused::Kernel(what(), e)),
+        _ => Ok(()),
+    }
 }
 
 fn check(interface: &Interface) -> Result<(), Refused> {
@@ -272,24 +321,21 @@ fn furnish(kernel: &mut Netlink, index: u32, interface: &Interface) -> Result<()
         ask(what, neighbour(RTM_NEWNEIGH, index, entry)?)?;
     }
     for entry in &interface.routes {
-        let what = format!("add the route {}/{}", Ip(&entry.destination), entry.prefix);
-        ask(what, route(RTM_NEWROUTE, index, entry)?)?;
+        let message = route(RTM_NEWROUTE, Some(index), entry)?;
+        ask(shown_route("add", entry), message)?;
     }
     Ok(())
 }
 
-/// Takes away what an interface has no more. What is not there, because one thing went
-/// with another or the guest has taken it away itself, is as it should be.
+/// Takes away what an interface has no more.
 fn strip(kernel: &mut Netlink, index: u32, interface: &Interface) -> Result<(), Refused> {
     let name = &interface.name;
-    let mut ask = |what: String, message: Message| match kernel.ask(message) {
-        Err(e) if !is_absence(&e) => Err(Refused::Kernel(format!("{name}: {what}"), e)),
-        _ => Ok(()),
+    let mut ask = |what: String, message: Message| {
+        unless_absent(kernel.ask(message), || format!("{name}: {what}"))
     };
     for entry in interface.routes.iter().rev() {
-        let (to, prefix) = (Ip(&entry.destination), entry.prefix);
-        let what = format!("take away the route {to}/{prefix}");
-        ask(what, route(RTM_DELROUTE, index, entry)?)?;
+        let message = route(RTM_DELROUTE, Some(index), entry)?;
+        ask(shown_route("take away", entry), message)?;
     }
     for entry in &interface.neighbours {
         let what = format!("take away the neighbour {}", Ip(&entry.ip));
@@ -314,6 +360,8 @@ fn is_absence(error: &io::Error) -> bool {
 fn flags(kind: u16) -> u16 {
     match kind {
         RTM_NEWADDR | RTM_NEWROUTE | RTM_NEWNEIGH => REPLACES,
+        // A second one beside it would be of no use.
+        RTM_NEWRULE => IS_NEW,
         _ => 0,
     }
 }
@@ -355,27 +403,30 @@ fn address(kind: u16, index: u32, entry: &Address) -> Result<Message, Refused> {
         .with(IFA_BROADCAST, &entry.broadcast))
 }
 
-fn route(kind: u16, index: u32, entry: &Route) -> Result<Message, Refused> {
+/// A route over an interface, or over none.
+fn route(kind: u16, index: Option<u32>, entry: &Route) -> Result<Message, Refused> {
     let (family, prefix) = family(&entry.destination, entry.prefix)?;
     same_family(&entry.destination, &[&entry.gateway, &entry.source])?;
     let scope =
         u8::try_from(entry.scope).or_else(|_| invalid(format!("{} is no scope", entry.scope)))?;
-    // struct rtmsg
-    let mut body = vec![
-        family,
-        prefix,
-        0,
-        0,
-        RT_TABLE_MAIN,
-        RTPROT_BOOT,
-        scope,
-        RTN_UNICAST,
-    ];
-    body.extend(if entry.onlink { RTNH_F_ONLINK } else { 0 }.to_ne_bytes());
+    let leads = match entry.kind {
+        0 => RTN_UNICAST,
+        kind => u8::try_from(kind).or_else(|_| invalid(format!("{kind} is no kind of a route")))?,
+    };
+    let table = match entry.table {
+        0 => RT_TABLE_MAIN,
+        table => table,
+    };
+    // struct rtmsg; the table is below.
+    let mut body = vec![family, prefix, 0, 0, 0, RTPROT_BOOT, scope, leads];
+    body.extend([if entry.onlink { RTNH_F_ONLINK } else { 0 }, 0, 0, 0]);
     let mut message = Message::new(kind, flags(kind), &body)
-        .with(RTA_OIF, &index.to_ne_bytes())
+        .with(RTA_TABLE, &table.to_ne_bytes())
         .with(RTA_GATEWAY, &entry.gateway)
         .with(RTA_PREFSRC, &entry.source);
+    if let Some(index) = index {
+        message = message.with(RTA_OIF, &index.to_ne_bytes());
+    }
     if prefix > 0 {
         message = message.with(RTA_DST, &entry.destination);
     }
@@ -386,6 +437,40 @@ fn route(kind: u16, index: u32, entry: &Route) -> Result<Message, Refused> {
         message = message.with(RTA_METRICS, &attribute(RTAX_MTU, &entry.mtu.to_ne_bytes()));
     }
     Ok(message)
+}
+
+/// A route of no single interface; `None` if all interfaces that it is over are not there.
+fn wide_route(entry: &Route) -> Result<Option<Message>, Refused> {
+    let message = route(RTM_NEWROUTE, None, entry)?;
+    if entry.hops.is_empty() {
+        return Ok(Some(message));
+    }
+    let mut hops = Vec::new();
+    for entry_hop in &entry.hops {
+        let mac = text(&entry_hop.mac);
+        let link = look(Path::new(LINKS), &mac);
+        if let Some(link) = link.map_err(|e| Refused::Kernel(format!("look for {mac}"), e))? {
+            hops.extend(hop(link.index, &entry.destination, entry_hop)?);
+        }
+    }
+    Ok((!hops.is_empty()).then(|| message.with(RTA_MULTIPATH, &hops)))
+}
+
+/// `struct rtnexthop` with its attributes.
+fn hop(index: u32, destination: &[u8], entry: &Hop) -> Result<Vec<u8>, Refused> {
+    same_family(destination, &[&entry.gateway])?;
+    let weight = u8::try_from(entry.weight)
+        .or_else(|_| invalid(format!("{} is no weight of a next hop", entry.weight)))?;
+    let gateway = match entry.gateway.is_empty() {
+        true => Vec::new(),
+        false => attribute(RTA_GATEWAY, &entry.gateway),
+    };
+    let length = u16::try_from(8 + gateway.len()).unwrap_or(u16::MAX);
+    let mut bytes = length.to_ne_bytes().to_vec();
+    bytes.extend([if entry.onlink { RTNH_F_ONLINK } else { 0 }, weight]);
+    bytes.extend(index.to_ne_bytes());
+    bytes.extend(gateway);
+    Ok(bytes)
 }
 
 fn neighbour(kind: u16, index: u32, entry: &Neighbour) -> Result<Message, Refused> {
@@ -466,7 +551,29 @@ mod tests {
             scope: 300,
             ..Default::default()
         };
-        assert!(error(route(RTM_DELROUTE, 2, &entry)).contains("300 is no scope"));
+        assert!(error(route(RTM_DELROUTE, Some(2), &entry)).contains("300 is no scope"));
+    }
+
+    #[test]
+    fn next_hops_are_as_the_kernel_has_them() {
+        let entry = Hop {
+            gateway: vec![10, 0, 0, 1],
+            weight: 2,
+            onlink: true,
+            ..Default::default()
+        };
+        let mut wanted = vec![16, 0, 4, 2, 9, 0, 0, 0];
+        wanted.extend([8, 0, 5, 0, 10, 0, 0, 1]);
+        assert_eq!(hop(9, &[0; 4], &entry).unwrap(), wanted);
+        assert!(hop(9, &[0; 16], &entry).is_err());
+        let heavy = Hop {
+            weight: 256,
+            ..Default::default()
+        };
+        assert_eq!(
+            hop(9, &[0; 4], &heavy).unwrap_err().to_string(),
+            "256 is no weight of a next hop"
+        );
     }
 
     #[test]
