@@ -257,6 +257,11 @@ pub trait Machine: fmt::Debug + Send + Sync {
         None
     }
 
+    /// The machine's ability to have network interfaces come and go, if it has it.
+    fn as_plug_nics(&self) -> Option<&dyn PlugNics> {
+        None
+    }
+
     /// The machine's ability to change its size, if it has it.
     fn as_resize(&self) -> Option<&dyn Resize> {
         None
@@ -331,6 +336,24 @@ pub trait SpareDisks: Send + Sync {
     /// `vmm` what its bus has room for, of QEMU its [`MachineSpec::spare_disks`], less, in
     /// a clone, those that it began with. A machine of QEMU that failed to is ended.
     async fn attach_disk(&self, disk: &Disk) -> Result<(), Error>;
+}
+
+/// Takes network interfaces away from a running machine, and gives it others.
+#[async_trait]
+pub trait PlugNics: Send + Sync {
+    /// Whether it can be given others: machines of the driver `vmm`, and not QEMU's.
+    fn takes_more(&self) -> bool;
+
+    /// Returns when the interface is there; the guest finds it by itself, some
+    /// milliseconds later. Fails as [`HotPlug::attach`] does, and where the machine takes
+    /// no more.
+    async fn attach_nic(&self, nic: &Nic) -> Result<(), Error>;
+
+    /// Returns when the machine holds nothing of the interface with this address any
+    /// more. The guest should have let go of it. Of the driver `vmm` it is asked to, and
+    /// this fails when `deadline` has passed, as [`HotPlug::detach`] does; a guest of
+    /// QEMU's keeps a device without a link.
+    async fn detach_nic(&self, mac: [u8; 6], deadline: Duration) -> Result<(), Error>;
 }
 
 /// Changes a machine's size while it runs, within what it was made for

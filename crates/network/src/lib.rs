@@ -7,6 +7,7 @@
 //! addresses, so that plugins find what they left; what arrives on it goes to the
 //! guest before the namespace's own stack sees it. Frames of the guest's with another
 //! source than the link's address do not leave the tap, and no packets that [`Rules`] deny.
+//! A [`Watch`] tells when any of it has changed.
 //!
 //! Where nobody else makes networks, it does: [`Networks`] are those of a node of Walnut's,
 //! ordinary lists of CNI's, and [`Cni`] has plugins put a container's link to one into a
@@ -27,10 +28,13 @@ mod namespace;
 mod networks;
 mod redirect;
 mod resolver;
+mod routing;
 mod tap;
+mod watch;
 
-use std::{net::IpAddr, os::fd::OwnedFd, path::PathBuf};
+use std::{fs::File, net::IpAddr, os::fd::OwnedFd, path::PathBuf, sync::Arc};
 
+use serde::{Deserialize, Serialize};
 use tracing::debug;
 
 pub use cni::{Attachment, Cni, CniInterface, CniIp, CniResult, ConfList};
@@ -41,6 +45,7 @@ pub use ipnet::IpNet;
 pub use made::OwnNamespace;
 pub use networks::{DEFAULT, Network, Networks, NewNetwork, check_programs};
 pub use resolver::{Named, Resolver};
+pub use watch::{Found, Seen, Watch};
 
 /// An Ethernet address.
 pub type Mac = [u8; 6];
@@ -59,14 +64,22 @@ pub enum Namespace {
 pub struct Connection {
     /// Its links.
     pub links: Vec<Link>,
+    /// How it routes beside that.
+    pub routing: Routing,
     /// Its loopback. None where there are no links, and where the kernel or the caller's
     /// privileges do not allow it.
     pub inlet: Option<Inlet>,
+    /// Tells of changes since.
+    pub watch: Watch,
 }
 
 /// A link of a namespace, with a tap through which a machine takes its place.
 #[derive(Debug)]
 pub struct Link {
+    /// Its number.
+    pub index: u32,
+    /// The tap's number.
+    pub tap: u32,
     /// What the guest must know of it.
     pub interface: Interface,
     /// The tap's queues: descriptors of `/dev/net/tun` with `IFF_VNET_HDR`. With the
@@ -75,7 +88,8 @@ pub struct Link {
 }
 
 /// A network interface, as the guest is to have it.
-#[derive(Debug, Clone, Default, PartialEq, Eq)]
+#[derive(Debug, Clone, Default, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(deny_unknown_fields)]
 pub struct Interface {
     /// Its name, such as `eth0`.
     pub name: String,
@@ -83,17 +97,20 @@ pub struct Interface {
     pub mac: Mac,
     /// Bytes in a packet at most.
     pub mtu: u32,
+    /// It is up. One that is not has no routes.
+    pub up: bool,
     /// Addresses, but for those of link scope, which a kernel makes by itself.
     pub addresses: Vec<Address>,
-    /// Routes of the main table over it, but for those that come with an address, in the
-    /// order in which they can be made.
+    /// Routes over it alone, but for those that come with an address, in the order in which
+    /// they can be made.
     pub routes: Vec<Route>,
     /// Neighbours that are there for good.
     pub neighbours: Vec<Neighbour>,
 }
 
 /// An address of an interface.
-#[derive(Debug, Clone, PartialEq, Eq)]
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(deny_unknown_fields)]
 pub struct Address {
     /// The address.
     pub ip: IpAddr,
@@ -103,11 +120,17 @@ pub struct Address {
     pub peer: Option<IpAddr>,
     /// The network's broadcast address.
     pub broadcast: Option<IpAddr>,
+    /// Learned from the network, where a guest learns it as well: that the namespace has
+    /// forgotten it, to which nothing comes any more, says nothing.
+    pub learned: bool,
 }
 
-/// A route of the main table.
-#[derive(Debug, Clone, PartialEq, Eq)]
+/// A route.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(deny_unknown_fields)]
 pub struct Route {
+    /// The table that it is in; 254 is the main one.
+    pub table: u32,
     /// The network; all of the family for a default route.
     pub destination: IpAddr,
     /// Bits of it.
@@ -124,10 +147,91 @@ pub struct Route {
     pub metric: u32,
     /// Bytes in a packet at most; 0: the interface's.
     pub mtu: u32,
+    /// As an address's.
+    pub learned: bool,
+}
+
+/// What a namespace has of routes and rules that are of no single link.
+#[derive(Debug, Clone, Default, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(deny_unknown_fields)]
+pub struct Routing {
+    /// Routes with several next hops, and such as lead nowhere.
+    pub routes: Vec<WideRoute>,
+    /// Rules which table is looked at, but for those that every kernel makes.
+    pub rules: Vec<Rule>,
+}
+
+/// A route of no single link.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(deny_unknown_fields)]
+pub struct WideRoute {
+    /// The kernel's `RTN_*`.
+    pub kind: u8,
+    /// Where it leads, if anywhere.
+    pub hops: Vec<Hop>,
+    /// The rest, without a gateway.
+    pub route: Route,
+}
+
+/// A next hop of a route with several.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(deny_unknown_fields)]
+pub struct Hop {
+    /// Address of the link that it is over.
+    pub mac: Mac,
+    /// None for what is on the link.
+    pub gateway: Option<IpAddr>,
+    /// It is on the link, whatever addresses say.
+    pub onlink: bool,
+    /// Its weight less 1.
+    pub weight: u8,
+}
+
+/// A rule which table is looked at (ip-rule(8)). What is not there fits everything.
+#[derive(Debug, Clone, Default, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(deny_unknown_fields)]
+pub struct Rule {
+    /// Of IPv6.
+    pub ipv6: bool,
+    /// The lowest is asked first.
+    pub priority: u32,
+    /// The table.
+    pub table: u32,
+    /// The kernel's `FR_ACT_*`.
+    pub action: u8,
+    /// It holds for what does not fit.
+    pub invert: bool,
+    /// Source of a packet, with the bits of its network.
+    pub source: Option<(IpAddr, u8)>,
+    /// Destination.
+    pub destination: Option<(IpAddr, u8)>,
+    /// Type of service; 0 for any.
+    pub tos: u8,
+    /// Interface that it came by; empty for any.
+    pub incoming: String,
+    /// Interface that its sender is bound to.
+    pub outgoing: String,
+    /// Mark of a packet, as far as `mask` has bits.
+    pub mark: u32,
+    /// Bits of the mark that are looked at.
+    pub mask: u32,
+    /// IP protocol; 0 for any.
+    pub protocol: u8,
+    /// First and last port.
+    pub source_ports: Option<(u16, u16)>,
+    /// First and last port.
+    pub destination_ports: Option<(u16, u16)>,
+    /// First and last user.
+    pub users: Option<(u32, u32)>,
+    /// What leads to a network of so many bits or fewer is passed over.
+    pub suppress_prefix: Option<u32>,
+    /// The rule to go on at, for an action that says so.
+    pub target: Option<u32>,
 }
 
 /// A neighbour.
-#[derive(Debug, Clone, PartialEq, Eq)]
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(deny_unknown_fields)]
 pub struct Neighbour {
     /// Its address.
     pub ip: IpAddr,
@@ -143,41 +247,71 @@ pub struct Neighbour {
 /// If the namespace cannot be entered, is the host's own, or the kernel refuses.
 pub async fn connect(namespace: &Namespace, queues: u16, egress: Vec<Rules>) -> Result<Connection> {
     let namespace = namespace.clone();
-    namespace::within(namespace, move || Box::pin(connect_all(queues, egress))).await
+    let connect = connect_all(queues, egress.clone());
+    let connected = namespace::within(namespace, move || Box::pin(connect)).await?;
+    let watch = Watch::new(connected.events, Arc::new(connected.held), queues, egress)?;
+    Ok(Connection {
+        links: connected.links,
+        routing: connected.routing,
+        inlet: connected.inlet,
+        watch,
+    })
 }
 
-async fn connect_all(queues: u16, egress: Vec<Rules>) -> Result<Connection> {
-    let (connection, handle, _) =
-        rtnetlink::new_connection().map_err(Error::system("open a netlink socket"))?;
-    let serving = tokio::spawn(connection);
-    let result = async {
-        let found = inventory::read(&handle).await?;
-        let mut links = Vec::with_capacity(found.len());
-        let mut done = Vec::with_capacity(found.len());
-        for (index, interface) in found {
-            let name = interface.name.clone();
-            match redirect::connect(&handle, index, &interface, queues, &egress).await {
-                Ok(taps) => links.push(Link { interface, taps }),
-                Err(e) => {
-                    done.push((index, name));
-                    for (index, name) in &done {
-                        redirect::disconnect(&handle, *index, name).await;
-                    }
-                    return Err(e);
-                }
-            }
-            done.push((index, name));
-        }
-        Ok(links)
+struct Connected {
+    links: Vec<Link>,
+    routing: Routing,
+    inlet: Option<Inlet>,
+    events: OwnedFd,
+    held: File,
+}
+
+async fn connect_all(queues: u16, egress: Vec<Rules>) -> Result<Connected> {
+    // First, for what changes later is to be told.
+    let (events, held) = (watch::listen()?, namespace::hold()?);
+    let handle = links::open()?;
+    let mut found = inventory::read(&handle).await?;
+    if let Some((_, e)) = found.refused.pop() {
+        return Err(e);
     }
-    .await;
-    serving.abort();
-    let links = result?;
+    let mut links = Vec::with_capacity(found.links.len());
+    let mut done = Vec::with_capacity(found.links.len());
+    for (index, interface) in found.links {
+        if !interface.up {
+            continue;
+        }
+        done.push((index, interface.name.clone()));
+        match redirect::connect(&handle, index, &interface, queues, &egress).await {
+            Ok((tap, taps)) => links.push(Link {
+                index,
+                tap,
+                interface,
+                taps,
+            }),
+            Err(e) => {
+                for (index, name) in &done {
+                    redirect::disconnect(&handle, *index, name).await;
+                }
+                return Err(e);
+            }
+        }
+    }
     let inlet = match links.is_empty() {
         true => None,
-        false => Inlet::open()
-            .inspect_err(|e| debug!("no connections to the pod's loopback: {e}"))
-            .ok(),
+        false => open_inlet(),
     };
-    Ok(Connection { links, inlet })
+    Ok(Connected {
+        links,
+        routing: found.routing,
+        inlet,
+        events,
+        held,
+    })
+}
+
+/// The calling thread's namespace's loopback, if it can be had.
+fn open_inlet() -> Option<Inlet> {
+    Inlet::open()
+        .inspect_err(|e| debug!("no connections to the pod's loopback: {e}"))
+        .ok()
 }

@@ -6,6 +6,7 @@ use std::{
     os::{fd::AsFd, unix::fs::MetadataExt},
     path::Path,
     pin::Pin,
+    sync::Arc,
 };
 
 use nix::sched::{CloneFlags, setns};
@@ -33,9 +34,38 @@ where
     T: Send + 'static,
     W: FnOnce() -> Pin<Box<dyn Future<Output = Result<T>>>> + Send + 'static,
 {
+    on_a_thread(move || enter(&namespace), work).await
+}
+
+/// The same in the namespace that a file stands for, whatever has become of its names.
+pub(crate) async fn within_held<T, W>(namespace: Arc<File>, work: W) -> Result<T>
+where
+    T: Send + 'static,
+    W: FnOnce() -> Pin<Box<dyn Future<Output = Result<T>>>> + Send + 'static,
+{
+    let enter = move || {
+        let entered = setns(namespace.as_fd(), CloneFlags::CLONE_NEWNET);
+        entered.map_err(|e| Error::system("enter the pod's network namespace")(e.into()))
+    };
+    on_a_thread(enter, work).await
+}
+
+/// The calling thread's namespace.
+pub(crate) fn hold() -> Result<File> {
+    File::open(OWN).map_err(Error::system("hold the pod's network namespace"))
+}
+
+async fn on_a_thread<T, W>(
+    enter: impl FnOnce() -> Result<()> + Send + 'static,
+    work: W,
+) -> Result<T>
+where
+    T: Send + 'static,
+    W: FnOnce() -> Pin<Box<dyn Future<Output = Result<T>>>> + Send + 'static,
+{
     let (tell, told) = oneshot::channel();
     let thread = move || {
-        let result = enter(&namespace).and_then(|()| {
+        let result = enter().and_then(|()| {
             let runtime = tokio::runtime::Builder::new_current_thread()
                 .enable_io()
                 .build()

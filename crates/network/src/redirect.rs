@@ -32,14 +32,14 @@ const REST: u16 = 49_001;
 /// The parent of ingress filters.
 const INGRESS: u32 = 0xffff_0000;
 
-/// Makes a tap with so many queues in the place of a link.
+/// Makes a tap with so many queues in the place of a link; its number, and its queues.
 pub(crate) async fn connect(
     handle: &Handle,
     link: u32,
     interface: &Interface,
     queues: u16,
     egress: &[Rules],
-) -> Result<Vec<OwnedFd>> {
+) -> Result<(u32, Vec<OwnedFd>)> {
     let (name, taps) = tap::make(queues)?;
     let what = |attempt: &str| format!("{attempt} the tap {name} for the link {}", interface.name);
     // The namespace has nothing to say to the guest.
@@ -82,7 +82,14 @@ pub(crate) async fn connect(
             add_program(handle, link, REST, &into, &interface.name).await?;
         }
     }
-    Ok(taps)
+    Ok((tap, taps))
+}
+
+/// Gives a tap its link's new MTU.
+pub(crate) async fn set_mtu(handle: &Handle, tap: u32, mtu: u32) -> Result<()> {
+    let change = LinkUnspec::new_with_index(tap).mtu(mtu).build();
+    let set = handle.link().set(change).execute().await;
+    set.map_err(Error::netlink(format!("set the MTU of a tap to {mtu}")))
 }
 
 /// Sends what comes from a tap out of its link, if it is the link's and not for a network
@@ -154,8 +161,12 @@ pub(crate) async fn disconnect(handle: &Handle, link: u32, name: &str) {
     let mut request = NetlinkMessage::from(RouteNetlinkMessage::DelTrafficFilter(message));
     request.header.flags = NLM_F_REQUEST | NLM_F_ACK;
     match ask(handle, request).await {
-        // It was not there yet.
-        Err(e) if matches!(error::code(&e), Some(libc::ENOENT | libc::EINVAL)) => {}
+        // It was not there yet, or the link is no more.
+        Err(e)
+            if matches!(
+                error::code(&e),
+                Some(libc::ENOENT | libc::EINVAL | libc::ENODEV)
+            ) => {}
         Err(e) => warn!("take the redirection from the link {name}: {e}"),
         Ok(()) => {}
     }

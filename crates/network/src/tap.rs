@@ -21,6 +21,12 @@ nix::ioctl_readwrite_bad!(
 /// What the kernel is to call a tap, with a number of its own choice.
 const NAME: &[u8] = b"walnut%d";
 
+/// Whether a tap of this name is one of those.
+pub(crate) fn is_ours(name: &str) -> bool {
+    let number = name.strip_prefix("walnut");
+    number.is_some_and(|number| number.parse::<u32>().is_ok())
+}
+
 /// A new tap with so many queues in the calling thread's namespace, and its name.
 pub(crate) fn make(queues: u16) -> Result<(String, Vec<OwnedFd>)> {
     let mut flags = libc::IFF_TAP | libc::IFF_NO_PI | libc::IFF_VNET_HDR;

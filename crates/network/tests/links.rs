@@ -12,7 +12,8 @@ use std::{
 };
 
 use walnut_network::{
-    Address, Error, Interface, Link, Mac, Namespace, Neighbour, Route, connect, is_meant,
+    Address, Error, Hop, Interface, Link, Mac, Namespace, Neighbour, Route, Rule, Seen, Watch,
+    connect, is_meant,
 };
 
 const MAC: Mac = [2, 0, 0, 0, 0, 1];
@@ -178,6 +179,7 @@ async fn a_guest_hears_of_all_that_a_link_has() {
         "route add default via fd00::1 dev eth0",
         "route add 10.7.0.0/16 dev eth0 table 100",
         "route add blackhole 10.8.0.0/16",
+        "rule add from 10.9.0.1/32 table 100 priority 77",
         "neighbour add 169.254.1.1 lladdr ee:ee:ee:ee:ee:ee nud permanent dev eth0",
         "link add idle type veth peer name other",
     ] {
@@ -187,17 +189,19 @@ async fn a_guest_hears_of_all_that_a_link_has() {
         name,
         mac,
         mtu,
+        up,
         addresses,
         routes,
         neighbours,
     } = only(&pod.at(), 1).await.interface;
-    assert_eq!((name.as_str(), mac, mtu), ("eth0", MAC, 1300));
+    assert_eq!((name.as_str(), mac, mtu, up), ("eth0", MAC, 1300, true));
     let ip = |text: &str| text.parse::<IpAddr>().unwrap();
     let address = |text, prefix, peer: Option<&str>, broadcast: Option<&str>| Address {
         ip: ip(text),
         prefix,
         peer: peer.map(ip),
         broadcast: broadcast.map(ip),
+        learned: false,
     };
     assert_eq!(
         addresses,
@@ -208,6 +212,7 @@ async fn a_guest_hears_of_all_that_a_link_has() {
         ]
     );
     let route = |destination, prefix, gateway: Option<&str>| Route {
+        table: 254,
         destination: ip(destination),
         prefix,
         gateway: gateway.map(ip),
@@ -216,13 +221,20 @@ async fn a_guest_hears_of_all_that_a_link_has() {
         scope: 0,
         metric: 0,
         mtu: 0,
+        learned: false,
     };
     let on_link = Route {
         scope: 253,
         ..route("169.254.1.1", 32, None)
     };
+    let elsewhere = Route {
+        table: 100,
+        scope: 253,
+        ..route("10.7.0.0", 16, None)
+    };
     let wanted = [
         on_link,
+        elsewhere,
         Route {
             source: Some(ip("10.0.0.2")),
             metric: 7,
@@ -334,4 +346,186 @@ except ConnectionRefusedError: print('refused')",
     );
     let said = refused.wait_with_output().unwrap().stdout;
     assert_eq!(String::from_utf8_lossy(&said), "refused\n");
+}
+
+/// The links that are there once `done` says so of them.
+async fn changed(watch: &Watch, done: impl Fn(&[Seen]) -> bool) -> Vec<Seen> {
+    let change = async {
+        loop {
+            let links = watch.look().await.unwrap().links;
+            if done(&links) {
+                return links;
+            }
+            watch.changed().await.unwrap();
+        }
+    };
+    tokio::time::timeout(WITHIN, change).await.unwrap()
+}
+
+fn named<'a>(links: &'a [Seen], name: &str) -> Option<&'a Interface> {
+    let all = links.iter().filter_map(|seen| seen.interface.as_ref().ok());
+    all.into_iter().find(|interface| interface.name == name)
+}
+
+#[tokio::test]
+async fn what_becomes_of_links_is_told() {
+    let (pod, node) = pod_and_node();
+    let connection = connect(&pod.at(), 1, Vec::new()).await.unwrap();
+    let watch = connection.watch;
+    // The tap is none of them.
+    assert_eq!(watch.look().await.unwrap().links.len(), 1);
+
+    pod.ip("address delete 10.0.0.2/24 dev eth0");
+    pod.ip("address add 10.0.0.9/24 dev eth0");
+    pod.ip("route add 10.5.0.0/16 via 10.0.0.1 dev eth0");
+    let links = changed(&watch, |links| {
+        named(links, "eth0").is_some_and(|eth0| eth0.routes.len() == 1)
+    });
+    let links = links.await;
+    let addresses = &named(&links, "eth0").unwrap().addresses;
+    assert_eq!(addresses.len(), 1, "{addresses:?}");
+    assert_eq!(addresses[0].ip, IpAddr::from([10, 0, 0, 9]));
+    pod.ip("link set eth0 down");
+    let down = |links: &[Seen]| named(links, "eth0").is_some_and(|eth0| !eth0.up);
+    let links = changed(&watch, down).await;
+    assert!(named(&links, "eth0").unwrap().routes.is_empty());
+
+    // One that comes is there before it is up, and can be taken over when it is.
+    pod.ip("link add eth1 address 02:00:00:00:00:02 mtu 1400 type veth peer name other");
+    pod.ip(&format!("link set other netns {}", node.0.id()));
+    node.ip("link set other up");
+    node.ip("address add 10.1.0.1/24 dev other");
+    pod.ip("link set eth1 up");
+    let up = |links: &[Seen]| named(links, "eth1").is_some_and(|eth1| eth1.up);
+    let links = changed(&watch, up).await;
+    let index = links.iter().map(|seen| seen.index).max().unwrap();
+    let mut link = watch
+        .connect(index, named(&links, "eth1").unwrap())
+        .await
+        .unwrap();
+    watch.set_mtu(link.tap, 1280).await.unwrap();
+    assert!(pod.ip("link show walnut1").contains("mtu 1280"));
+    let mut tap = Tap::new(link.taps.remove(0));
+    let mac = link.interface.mac;
+    let mut who_has = question(mac);
+    let length = who_has.len();
+    who_has[length - 4..].copy_from_slice(&[10, 1, 0, 1]);
+    tap.send(&who_has);
+    assert_eq!(tap.receive(is_answer)[..6], mac);
+
+    // What no guest can have is told of when it is up.
+    pod.ip("tuntap add dev point mode tun");
+    pod.ip("link set point up");
+    let odd = |links: &[Seen]| links.iter().any(|seen| seen.interface.is_err());
+    changed(&watch, odd).await;
+
+    // Whoever takes this one's place goes on from the namespace alone.
+    let namespace = std::os::fd::AsFd::as_fd(&watch).try_clone_to_owned();
+    drop(watch);
+    let watch = Watch::resume(namespace.unwrap(), 1, Vec::new())
+        .await
+        .unwrap();
+    pod.ip("link delete eth1");
+    changed(&watch, |links| named(links, "eth1").is_none()).await;
+    // What cannot be taken over any more leaves no tap.
+    let error = watch.connect(index, &link.interface).await.unwrap_err();
+    assert!(error.to_string().contains("No such device"), "{error}");
+    drop((tap, link));
+    let since = Instant::now();
+    while pod.ip("link").matches("walnut").count() > 1 {
+        assert!(since.elapsed() < WITHIN, "{}", pod.ip("link"));
+    }
+}
+
+#[tokio::test]
+async fn routes_of_no_single_link_and_rules_are_told() {
+    let (pod, _node) = pod_and_node();
+    for words in [
+        "link add eth1 address 02:00:00:00:00:02 type veth peer name other",
+        "link set other up",
+        "link set eth1 up",
+        "address add 10.1.0.2/24 dev eth1",
+        "address add fd00:1::2/64 dev eth1 nodad",
+        "address add fd00::2/64 dev eth0 nodad",
+        "route add 10.5.0.0/16 nexthop via 10.0.0.1 dev eth0 weight 3 nexthop via 10.1.0.1 dev eth1",
+        "route add fd05::/16 nexthop via fd00::1 dev eth0 nexthop via fd00:1::1 dev eth1",
+        "route add unreachable 10.8.0.0/16 table 1000 metric 5",
+        "rule add from 10.1.0.0/24 table 1000 priority 100",
+        "rule add not to 10.1.0.9 iif eth1 fwmark 5/7 ipproto tcp dport 80-81 uidrange 1-2 table 5 priority 101",
+        "rule add table main suppress_prefixlength 0 priority 102",
+        "rule add goto 102 tos 8 priority 99",
+        "-6 rule add from fd00:1::/64 prohibit priority 103",
+    ] {
+        pod.ip(words);
+    }
+    let connection = connect(&pod.at(), 1, Vec::new()).await.unwrap();
+    let ip = |text: &str| text.parse::<IpAddr>().unwrap();
+    let hop = |mac, gateway, weight| Hop {
+        mac,
+        gateway: Some(ip(gateway)),
+        onlink: false,
+        weight,
+    };
+    const OTHER: Mac = [2, 0, 0, 0, 0, 2];
+    let mut routes = connection.routing.routes;
+    routes.sort_by_key(|wide| wide.route.destination);
+    let [v4, nowhere, v6] = routes.try_into().unwrap();
+    assert_eq!((v4.kind, v4.route.destination), (1, ip("10.5.0.0")));
+    assert_eq!(
+        v4.hops,
+        [hop(MAC, "10.0.0.1", 2), hop(OTHER, "10.1.0.1", 0)]
+    );
+    assert_eq!((nowhere.kind, nowhere.hops.len()), (7, 0));
+    assert_eq!((nowhere.route.table, nowhere.route.metric), (1000, 5));
+    assert_eq!(
+        v6.hops,
+        [hop(MAC, "fd00::1", 0), hop(OTHER, "fd00:1::1", 0)]
+    );
+    let rule = |priority, table, action| Rule {
+        priority,
+        table,
+        action,
+        ..Rule::default()
+    };
+    let wanted = [
+        Rule {
+            tos: 8,
+            target: Some(102),
+            ..rule(99, 0, 2)
+        },
+        Rule {
+            source: Some((ip("10.1.0.0"), 24)),
+            ..rule(100, 1000, 1)
+        },
+        Rule {
+            invert: true,
+            destination: Some((ip("10.1.0.9"), 32)),
+            incoming: "eth1".into(),
+            mark: 5,
+            mask: 7,
+            protocol: 6,
+            destination_ports: Some((80, 81)),
+            users: Some((1, 2)),
+            ..rule(101, 5, 1)
+        },
+        Rule {
+            suppress_prefix: Some(0),
+            ..rule(102, 254, 1)
+        },
+        Rule {
+            ipv6: true,
+            source: Some((ip("fd00:1::"), 64)),
+            ..rule(103, 0, 8)
+        },
+    ];
+    assert_eq!(connection.routing.rules, wanted);
+    // Changes of rules are told as well.
+    pod.ip("rule delete priority 100");
+    let watch = connection.watch;
+    let gone = async {
+        while watch.look().await.unwrap().routing.rules.len() != 4 {
+            watch.changed().await.unwrap();
+        }
+    };
+    tokio::time::timeout(WITHIN, gone).await.unwrap();
 }

@@ -3,7 +3,7 @@
 use std::{
     collections::HashMap,
     path::PathBuf,
-    sync::{Arc, Mutex as StdMutex},
+    sync::{Arc, Mutex as StdMutex, atomic::AtomicBool},
 };
 
 use tokio::{sync::Mutex, time::timeout};
@@ -134,7 +134,7 @@ impl Sandbox {
         let started = machine(&config, parts, &mut shared, &volumes, steps).await?;
         steps.done("agent greeted");
         let mut sandbox = Self::new(config, started, shared, size, cgroup);
-        sandbox.networked = !links.is_empty();
+        sandbox.networked = AtomicBool::new(!links.is_empty());
         let volumes = (0..volumes.len()).collect();
         let built = async {
             sandbox.configure(&plan.spec).await?;
@@ -154,6 +154,7 @@ impl Sandbox {
         if let Some(inlet) = links.inlet.take() {
             sandbox.carry_ports(inlet)?;
         }
+        sandbox.watch_links(links);
         Ok(sandbox)
     }
 
@@ -178,7 +179,7 @@ impl Sandbox {
         let started = machine(&config, parts, &mut shared, &[], steps).await?;
         steps.done("agent greeted");
         let mut sandbox = Self::new(config, started, shared, size, cgroup);
-        sandbox.networked = !links.is_empty();
+        sandbox.networked = AtomicBool::new(!links.is_empty());
         sandbox.pod = Some(pod.parts());
         sandbox.configure(&spec).await?;
         sandbox.configure_network(&links).await?;
@@ -187,6 +188,7 @@ impl Sandbox {
         if let Some(inlet) = links.inlet.take() {
             sandbox.carry_ports(inlet)?;
         }
+        sandbox.watch_links(links);
         Ok(sandbox)
     }
 

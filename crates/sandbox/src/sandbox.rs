@@ -5,7 +5,7 @@ use std::{
     path::{Path, PathBuf},
     sync::{
         Arc, Mutex as StdMutex, MutexGuard,
-        atomic::{AtomicU32, Ordering},
+        atomic::{AtomicBool, AtomicU32, Ordering},
     },
     time::Duration,
 };
@@ -38,6 +38,7 @@ use crate::{
     growth::Sizes,
     guest_spec,
     log::{LogWriter, Stream},
+    network::Watching,
     plan::FIRST_DISK,
     pod,
     pod_request::PodParts,
@@ -160,7 +161,9 @@ pub struct Sandbox {
     /// Its machine's disks, in the order in which they came.
     pub(crate) disks: StdMutex<Vec<Attached>>,
     /// It has links of the host's.
-    pub(crate) networked: bool,
+    pub(crate) networked: AtomicBool,
+    /// Its links follow those of its namespace.
+    pub(crate) watching: StdMutex<Option<Watching>>,
     /// Connections to its loopback on the host are the guest's.
     pub(crate) carrying: StdMutex<Option<Carrying>>,
     /// Held exclusively while the machine is saved.
@@ -208,7 +211,8 @@ impl Sandbox {
             wanted: started.wanted,
             shape: started.shape,
             disks: StdMutex::new(started.disks),
-            networked: false,
+            networked: AtomicBool::new(false),
+            watching: StdMutex::default(),
             carrying: StdMutex::default(),
             saving: RwLock::default(),
             size: Sizes::new(size, size, started.max),
@@ -697,6 +701,8 @@ impl Sandbox {
         if let Some(shared) = &self.shared {
             shared.kill().await;
         }
+        // Nothing holds the namespace for a machine that is no more.
+        lock(&self.watching).take();
         lock(&self.cgroup).take();
     }
 

@@ -10,7 +10,7 @@ use std::{
     path::PathBuf,
     sync::{
         Arc, Mutex as StdMutex, PoisonError,
-        atomic::{AtomicU32, Ordering},
+        atomic::{AtomicBool, AtomicU32, Ordering},
     },
     time::Duration,
 };
@@ -36,6 +36,7 @@ use crate::{
     containers::{Container, Exec},
     copy,
     growth::Sizes,
+    network::{Watching, WatchingState},
     pod::Role,
     pod_request::PodParts,
     ports::{Carrying, CarryingState},
@@ -110,9 +111,9 @@ pub struct SandboxState {
     networked: bool,
     names: Option<NameFiles>,
     carrying: Option<CarryingState>,
+    watching: Option<WatchingState>,
     size: Size,
     /// Programs that only made machines larger do not say.
-    #[serde(default)]
     least: Option<Size>,
     max: Size,
     pod: Option<PodParts>,
@@ -262,9 +263,13 @@ impl Sandbox {
             template: self.template.clone(),
             shape: self.shape.clone(),
             disks: lock(&self.disks).clone(),
-            networked: self.networked,
+            networked: self.networked.load(Ordering::Relaxed),
             names: self.names.clone(),
             carrying: lock(&self.carrying).as_ref().map(|it| it.state(giver)),
+            watching: match &*lock(&self.watching) {
+                Some(watching) => Some(watching.state(giver)?),
+                None => None,
+            },
             size: self.size.now(),
             least: Some(self.size.least),
             max: self.size.max,
@@ -309,9 +314,10 @@ impl SandboxState {
             wanted: None,
             shape: self.shape,
             disks: StdMutex::new(self.disks),
-            networked: self.networked,
+            networked: AtomicBool::new(self.networked),
             names: self.names,
             carrying: StdMutex::default(),
+            watching: StdMutex::default(),
             saving: RwLock::default(),
             size: Sizes::new(self.size, self.least.unwrap_or(self.size), self.max),
             pod: self.pod,
@@ -321,6 +327,10 @@ impl SandboxState {
         if let Some(state) = self.carrying {
             let carrying = Carrying::take_over(state, &sandbox, taker).map_err(taken)?;
             *lock(&sandbox.carrying) = Some(carrying);
+        }
+        if let Some(state) = self.watching {
+            let watching = Watching::take_over(state, &sandbox, taker).await?;
+            *lock(&sandbox.watching) = Some(watching);
         }
         // Whoever was about to has gone.
         sandbox.give_back_later();

@@ -15,7 +15,7 @@ const COUNTS: &str = "i=0; while [ ! -e /stop ]; do echo $i; i=$((i+1)); done; e
 impl Place {
     /// Has a container's supervisor become `program`.
     #[track_caller]
-    fn becomes(&self, id: &str, program: &Path) {
+    pub(crate) fn becomes(&self, id: &str, program: &Path) {
         upgraded(&self.dir.join("r"), &self.dir.join("w"), id, program);
     }
 }

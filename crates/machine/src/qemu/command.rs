@@ -3,7 +3,7 @@
 
 use std::os::fd::RawFd;
 
-use super::{Accel, plug, sockets};
+use super::{Accel, nics, plug, sockets};
 use crate::{Error, MachineSpec, Nic};
 
 /// virtio-mmio transports of a microvm without ACPI. With ACPI there are 24, but
@@ -323,15 +323,15 @@ impl Args {
     /// A network interface on a tap, whose frames QEMU itself moves: there may be no vhost.
     fn nic(&mut self, n: usize, nic: &Nic, queues: &[RawFd]) {
         let numbers: Vec<_> = queues.iter().map(RawFd::to_string).collect();
+        let network = nics::network(n);
         self.add(
             "-netdev",
-            format!("tap,id=net{n},fds={},vhost=off", numbers.join(":")),
+            format!("tap,id={network},fds={},vhost=off", numbers.join(":")),
         );
-        let pairs: Vec<_> = nic.mac.iter().map(|byte| format!("{byte:02x}")).collect();
         let several = if queues.len() > 1 { ",mq=on" } else { "" };
         self.device(&format!(
-            "virtio-net-device,netdev=net{n},mac={},host_mtu={}{several}",
-            pairs.join(":"),
+            "virtio-net-device,netdev={network},mac={},host_mtu={}{several}",
+            nics::text(nic.mac),
             nic.mtu
         ));
     }

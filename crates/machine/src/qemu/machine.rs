@@ -20,7 +20,8 @@ use super::{
     registers::Registers,
 };
 use crate::{
-    Disk, Driver, Error, Exit, Heritable, Machine, MachineSpec, Pause, Snapshot, SpareDisks,
+    Disk, Driver, Error, Exit, Heritable, Machine, MachineSpec, Pause, PlugNics, Snapshot,
+    SpareDisks,
     agent::{self, CONSOLE_MAX, Door, GUEST_CID, host, or_end},
     console,
     files::{self, Devices, Files},
@@ -62,7 +63,7 @@ pub(super) struct Shared {
     vsock: Child,
     qmp: OnceLock<Qmp>,
     /// The registers of its devices. Held while the machine is saved, which must not
-    /// run before it is whole again, and while a disk comes.
+    /// run before it is whole again, and while a device comes or goes.
     pub(super) registers: tokio::sync::Mutex<Registers>,
     /// As long as it lives.
     memory: Mutex<Option<Arc<Memory>>>,
@@ -463,6 +464,10 @@ impl Machine for QemuMachine {
     }
 
     fn as_spare_disks(&self) -> Option<&dyn SpareDisks> {
+        Some(self)
+    }
+
+    fn as_plug_nics(&self) -> Option<&dyn PlugNics> {
         Some(self)
     }
 

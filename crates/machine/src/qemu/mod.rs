@@ -15,6 +15,7 @@
 mod command;
 mod machine;
 mod memory;
+mod nics;
 mod plug;
 mod qmp;
 mod registers;

@@ -22,8 +22,8 @@ use walnut_vmm_api::{
 
 use super::{Vmm, control::Control};
 use crate::{
-    Disk, Error, Exit, Heritable, HotPlug, Machine, MachineSpec, Nic, Pause, Pluggable, Resize,
-    Share, Snapshot, SnapshotFiles, SpareDisks,
+    Disk, Error, Exit, Heritable, HotPlug, Machine, MachineSpec, Nic, Pause, PlugNics, Pluggable,
+    Resize, Share, Snapshot, SnapshotFiles, SpareDisks,
     agent::{self, CONSOLE_MAX, Door, GUEST_CID, host, or_end},
     console,
     files::{self, Files},
@@ -606,6 +606,10 @@ impl Machine for VmmMachine {
     }
 
     fn as_spare_disks(&self) -> Option<&dyn SpareDisks> {
+        Some(self)
+    }
+
+    fn as_plug_nics(&self) -> Option<&dyn PlugNics> {
         Some(self)
     }
 

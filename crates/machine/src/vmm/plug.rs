@@ -9,7 +9,7 @@ use async_trait::async_trait;
 use walnut_vmm_api::{FdIndex, Request};
 
 use super::machine::{VmmMachine, block, block_name, fs, fs_name, net, net_name};
-use crate::{Disk, Error, HotPlug, Pluggable, SpareDisks, agent::host, files, spec};
+use crate::{Disk, Error, HotPlug, Nic, PlugNics, Pluggable, SpareDisks, agent::host, files, spec};
 
 /// The request's first descriptor.
 const FIRST: FdIndex = FdIndex(0);
@@ -71,5 +71,23 @@ impl HotPlug for VmmMachine {
         let name = name(device);
         let attempt = self.control().detach(&name, deadline);
         self.or_end("detach a device", attempt).await
+    }
+}
+
+#[async_trait]
+impl PlugNics for VmmMachine {
+    fn takes_more(&self) -> bool {
+        true
+    }
+
+    async fn attach_nic(&self, nic: &Nic) -> Result<(), Error> {
+        self.attach(&Pluggable::Nic(nic.clone())).await
+    }
+
+    async fn detach_nic(&self, mac: [u8; 6], deadline: Duration) -> Result<(), Error> {
+        // By its address it is known; the rest is nobody's business any more.
+        let (mtu, taps) = (0, Vec::new());
+        self.detach(&Pluggable::Nic(Nic { mac, mtu, taps }), deadline)
+            .await
     }
 }

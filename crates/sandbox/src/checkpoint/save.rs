@@ -2,7 +2,7 @@
 
 use std::{
     path::{Path, PathBuf},
-    sync::Arc,
+    sync::{Arc, atomic::Ordering},
     time::Instant,
 };
 
@@ -75,7 +75,7 @@ impl Sandbox {
         let mut alone = Some(self.saving.write().await);
         let container = self.container(id)?;
         let (record, sealed) = self.what_to_seal(id, &container, options)?;
-        if self.networked {
+        if self.networked.load(Ordering::Relaxed) {
             return Err(Error::Invalid(format!(
                 "save container {id}: its machine is on a network, and what is saved of one could not be on another; run it with --network none to save it"
             )));

@@ -14,6 +14,8 @@ const HEADER: usize = 16;
 const ASKS: u16 = 0x1 | 0x4;
 /// `NLM_F_CREATE | NLM_F_REPLACE`: what is there already becomes what is asked for.
 pub(crate) const REPLACES: u16 = 0x400 | 0x100;
+/// `NLM_F_CREATE | NLM_F_EXCL`: it is refused if it is there already.
+pub(crate) const IS_NEW: u16 = 0x400 | 0x200;
 /// `NLMSG_ERROR`, which an acknowledgement is as well.
 const ERROR: u16 = 2;
 

@@ -20,8 +20,8 @@ use walnut_protocol::agent::{
     CreateContainerRequest, CreateContainerResponse, Empty, Event, ExecProcessRequest,
     ExecProcessResponse, GuestMemoryResponse, HelloRequest, HelloResponse, ListProcessesResponse,
     OnlineCpusRequest, OnlineCpusResponse, ProcessRequest, ReclaimMemoryRequest,
-    ReclaimMemoryResponse, ResizeTerminalRequest, SetClockRequest, SignalProcessRequest, Stdio,
-    UpdateContainerRequest, WaitProcessResponse,
+    ReclaimMemoryResponse, ReleaseInterfaceRequest, ResizeTerminalRequest, SetClockRequest,
+    SignalProcessRequest, Stdio, UpdateContainerRequest, WaitProcessResponse,
 };
 use walnut_protocol::agent_ttrpc::Agent;
 
@@ -478,6 +478,15 @@ impl Agent for Service {
         request: ConfigureNetworkRequest,
     ) -> Result<Empty> {
         network::serve(&request).await?;
+        Ok(Empty::new())
+    }
+
+    async fn release_interface(
+        &self,
+        _: &TtrpcContext,
+        request: ReleaseInterfaceRequest,
+    ) -> Result<Empty> {
+        network::release(&request)?;
         Ok(Empty::new())
     }
 

@@ -1,15 +1,19 @@
 //! A sandbox's network: the links of a namespace of the host's, in the guest.
 
+mod diff;
+mod told;
+mod watching;
+
 use std::{path::PathBuf, sync::Arc};
 
 use oci_spec::runtime::{LinuxNamespaceType, Spec};
 use walnut_machine::Nic;
-use walnut_network::{Connection, Inlet, Interface, Link, Namespace, Rules};
-use walnut_protocol::agent::{
-    Address, ConfigureNetworkRequest, Interface as AgentInterface, Neighbour, Route,
-};
+use walnut_network::{Connection, Inlet, Link, Namespace, Routing, Rules, Watch};
+use walnut_protocol::agent::ConfigureNetworkRequest;
 
 use crate::{Error, Result, Sandbox, agent::soon};
+use watching::Known;
+pub(crate) use watching::{Watching, WatchingState};
 
 /// Queues of a tap at most: each is a descriptor, and two rings of the guest's.
 const QUEUES_MAX: u16 = 8;
@@ -53,9 +57,45 @@ pub(crate) fn named(spec: &Spec) -> Option<PathBuf> {
 #[derive(Debug, Default)]
 pub(crate) struct Links {
     pub(crate) nics: Vec<Nic>,
-    interfaces: Vec<Interface>,
+    known: Vec<Known>,
+    routing: Routing,
     /// Connections to the namespace's loopback.
     pub(crate) inlet: Option<Inlet>,
+    /// Tells what becomes of them.
+    pub(crate) watch: Option<Watch>,
+}
+
+/// Queues of a tap, for a machine of so many vCPUs.
+fn queues(vcpus: u32) -> u16 {
+    u16::try_from(vcpus).unwrap_or(QUEUES_MAX).min(QUEUES_MAX)
+}
+
+/// A machine's device for a link.
+fn nic(link: Link) -> Result<(Nic, Known)> {
+    let Link {
+        index,
+        tap,
+        interface,
+        taps,
+    } = link;
+    let mtu = u16::try_from(interface.mtu).map_err(|_| {
+        Error::Invalid(format!(
+            "connect the link {} to a machine: its MTU is {}, a machine's is 65535 at most",
+            interface.name, interface.mtu
+        ))
+    })?;
+    let nic = Nic {
+        mac: interface.mac,
+        mtu,
+        taps: taps.into_iter().map(Arc::new).collect(),
+    };
+    let known = Known {
+        index,
+        tap,
+        mtu_max: mtu,
+        interface,
+    };
+    Ok((nic, known))
 }
 
 impl Links {
@@ -69,90 +109,51 @@ impl Links {
         let Some(namespace) = network.namespace(spec) else {
             return Ok(Self::default());
         };
-        let queues = u16::try_from(vcpus).unwrap_or(QUEUES_MAX).min(QUEUES_MAX);
-        let Connection { links, inlet } =
-            walnut_network::connect(&namespace, queues, egress).await?;
-        let mut all = Self {
+        let connected = walnut_network::connect(&namespace, queues(vcpus), egress).await?;
+        let Connection {
+            links,
+            routing,
             inlet,
+            watch,
+        } = connected;
+        let mut all = Self {
+            routing,
+            inlet,
+            watch: Some(watch),
             ..Self::default()
         };
-        for Link { interface, taps } in links {
-            let mtu = u16::try_from(interface.mtu).map_err(|_| {
-                Error::Invalid(format!(
-                    "connect the link {} to a machine: its MTU is {}, a machine's is 65535 at most",
-                    interface.name, interface.mtu
-                ))
-            })?;
-            all.nics.push(Nic {
-                mac: interface.mac,
-                mtu,
-                taps: taps.into_iter().map(Arc::new).collect(),
-            });
-            all.interfaces.push(interface);
+        for link in links {
+            let (nic, known) = nic(link)?;
+            all.nics.push(nic);
+            all.known.push(known);
         }
         Ok(all)
     }
 
     pub(crate) fn is_empty(&self) -> bool {
-        self.interfaces.is_empty()
+        self.known.is_empty()
     }
 }
 
 impl Sandbox {
     /// Tells the guest what its links are.
     pub(crate) async fn configure_network(&self, links: &Links) -> Result<()> {
-        if links.is_empty() {
-            return Ok(());
-        }
         let request = ConfigureNetworkRequest {
-            interfaces: links.interfaces.iter().map(interface).collect(),
+            interfaces: links.known.iter().map(Known::told).collect(),
+            routes: links.routing.routes.iter().map(told::wide_route).collect(),
+            rules: links.routing.rules.iter().map(told::rule).collect(),
             ..Default::default()
         };
-        let reply = self.agent.configure_network(soon(), &request).await;
+        match links.is_empty() {
+            true => Ok(()),
+            false => self.tell_network(&request).await,
+        }
+    }
+
+    async fn tell_network(&self, request: &ConfigureNetworkRequest) -> Result<()> {
+        let reply = self.agent.configure_network(soon(), request).await;
         self.call("configure the network", reply).await?;
         Ok(())
-    }
-}
-
-fn bytes(ip: std::net::IpAddr) -> Vec<u8> {
-    match ip {
-        std::net::IpAddr::V4(ip) => ip.octets().to_vec(),
-        std::net::IpAddr::V6(ip) => ip.octets().to_vec(),
-    }
-}
-
-fn interface(interface: &Interface) -> AgentInterface {
-    let addresses = interface.addresses.iter().map(|address| Address {
-        ip: bytes(address.ip),
-        prefix: address.prefix.into(),
-        peer: address.peer.map(bytes).unwrap_or_default(),
-        broadcast: address.broadcast.map(bytes).unwrap_or_default(),
-        ..Default::default()
-    });
-    let routes = interface.routes.iter().map(|route| Route {
-        destination: bytes(route.destination),
-        prefix: route.prefix.into(),
-        gateway: route.gateway.map(bytes).unwrap_or_default(),
-        source: route.source.map(bytes).unwrap_or_default(),
-        scope: route.scope.into(),
-        metric: route.metric,
-        mtu: route.mtu,
-        onlink: route.onlink,
-        ..Default::default()
-    });
-    let neighbours = interface.neighbours.iter().map(|neighbour| Neighbour {
-        ip: bytes(neighbour.ip),
-        mac: neighbour.mac.to_vec(),
-        ..Default::default()
-    });
-    AgentInterface {
-        mac: interface.mac.to_vec(),
-        name: interface.name.clone(),
-        mtu: interface.mtu,
-        addresses: addresses.collect(),
-        routes: routes.collect(),
-        neighbours: neighbours.collect(),
-        ..Default::default()
     }
 }
 
