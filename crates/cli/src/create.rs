@@ -201,9 +201,8 @@ impl NewContainer {
         let image = self.lease.take();
         if let Some(image) = &image
             && !self.goes_on
-            // One that stands by has no links, and gets none.
-            && !self.networked
             && let Some(wanted) = pooled(args, &self.spec)?
+            && (!self.networked || wanted.takes_links(&assets, &self.layout.run)?)
         {
             let handover = Handover {
                 id: self.record.id.clone(),

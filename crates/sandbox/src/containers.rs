@@ -308,7 +308,7 @@ impl Sandbox {
         };
         let files = match plan.role {
             Role::First => Vec::new(),
-            _ => guest_spec::files(&plan.spec, id, self.pod.as_ref(), self.names.as_ref()),
+            _ => guest_spec::files(&plan.spec, id, self.pod.as_ref(), self.names.get()),
         };
         let place = guest_spec::Place {
             root: &root,

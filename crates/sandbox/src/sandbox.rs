@@ -4,7 +4,7 @@ use std::{
     collections::HashMap,
     path::{Path, PathBuf},
     sync::{
-        Arc, Mutex as StdMutex, MutexGuard,
+        Arc, Mutex as StdMutex, MutexGuard, OnceLock,
         atomic::{AtomicBool, AtomicU32, Ordering},
     },
     time::Duration,
@@ -170,7 +170,7 @@ pub struct Sandbox {
     pub(crate) saving: RwLock<()>,
     pub(crate) size: Sizes,
     /// What its container's files say of its network.
-    pub(crate) names: Option<NameFiles>,
+    pub(crate) names: OnceLock<NameFiles>,
     /// What its containers get from a pod that has no container of its own.
     pub(crate) pod: Option<PodParts>,
     /// Goes last: by then its processes have ended.
@@ -216,7 +216,7 @@ impl Sandbox {
             carrying: StdMutex::default(),
             saving: RwLock::default(),
             size: Sizes::new(size, size, started.max),
-            names: config.names,
+            names: config.names.map(OnceLock::from).unwrap_or_default(),
             pod: None,
             cgroup: StdMutex::new(cgroup),
             busy: Busy::default(),

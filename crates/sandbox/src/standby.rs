@@ -5,14 +5,15 @@ use std::{
     fs,
     os::unix::fs::DirBuilderExt,
     path::{Path, PathBuf},
-    sync::Arc,
+    sync::{Arc, atomic::Ordering},
 };
 
 use oci_spec::runtime::Spec;
 
 use crate::{
-    ANNOTATION_LOG, ContainerRequest, Error, Result, RootfsMount, Sandbox, SandboxConfig,
-    StdioTargets, Wanted, cgroup, network,
+    ANNOTATION_LOG, ContainerRequest, Error, Furnished, Result, RootfsMount, Sandbox,
+    SandboxConfig, Settings, StdioTargets, Wanted, cgroup,
+    network::{self, Links},
     plan::{FIRST_DISK, Plan},
     sizing::{self, Size},
     start::{self, Parts, Steps},
@@ -81,7 +82,8 @@ impl Sandbox {
             }],
             stdio: StdioTargets::default(),
         };
-        self.furnish(&request, FIRST_DISK + 1).await?;
+        self.furnish(&request, FIRST_DISK + 1, &Links::default())
+            .await?;
         self.start(REHEARSAL, "").await?;
         let exit = self.wait(REHEARSAL, "").await?;
         self.forget(REHEARSAL);
@@ -99,31 +101,71 @@ impl Sandbox {
         self.configure(&Spec::default()).await
     }
 
-    /// Whether a machine that stands by can be this container's.
-    pub fn fits(&self, request: &ContainerRequest) -> Result<bool> {
+    /// Whether a machine that stands by can be this container's, where `settings` hold now;
+    /// `networked`: it is to have links of its own.
+    pub fn fits(
+        &self,
+        request: &ContainerRequest,
+        settings: &Settings,
+        networked: bool,
+    ) -> Result<bool> {
         let plan = Plan::new(request, FIRST_DISK)?;
-        let asked = self.settings.asked_by(&plan.spec, request.own)?;
+        let asked = settings.asked_by(&plan.spec, request.own)?;
         let size = sizing::size(&plan.spec, &asked);
+        let plugs = || {
+            self.machine
+                .as_plug_nics()
+                .is_some_and(|it| it.takes_more())
+        };
         Ok(self.size.max.holds(size)
             && size.holds(self.size.now())
             && !plan.needs_sharing()
             && (request.own || network::named(&plan.spec).is_none())
+            // Its links keep to the rules that it was made with.
+            && (!networked || plugs() && asked.egress() == self.settings.egress())
             && asked.machine == self.settings.machine)
     }
 
-    /// Gives a machine that stands by its container.
-    pub async fn adopt(&self, request: &ContainerRequest) -> Result<()> {
+    /// Gives a machine that stands by its container, and the links of a network. It can be
+    /// used for nothing else if that fails.
+    pub async fn adopt(
+        self: &Arc<Self>,
+        request: &ContainerRequest,
+        furnished: Option<Furnished>,
+    ) -> Result<()> {
         let steps = Steps::new();
         let plan = Plan::new(request, FIRST_DISK)?;
         let asked = self.settings.asked_by(&plan.spec, request.own)?;
         let size = sizing::size(&plan.spec, &asked);
+        let mut links = Links::default();
+        if let Some(Furnished { network, names }) = furnished {
+            // It had none before.
+            let _ = self.names.set(names);
+            let egress = self.settings.egress();
+            links = Links::take(&network, &plan.spec, size.vcpus, egress).await?;
+        }
         self.grow(size.memory, size.vcpus).await?;
-        self.furnish(request, FIRST_DISK).await?;
+        for nic in std::mem::take(&mut links.nics) {
+            let plug = self.machine.as_plug_nics().ok_or_else(|| {
+                Error::Invalid(format!(
+                    "connect a machine that stands by to a network: the driver {} cannot",
+                    self.driver()
+                ))
+            })?;
+            plug.attach_nic(&nic).await?;
+        }
+        self.networked.store(!links.is_empty(), Ordering::Relaxed);
+        steps.done("links taken");
+        self.furnish(request, FIRST_DISK, &links).await?;
         steps.done("container created");
+        if let Some(inlet) = links.inlet.take() {
+            self.carry_ports(inlet)?;
+        }
+        self.watch_links(links);
         Ok(())
     }
 
-    async fn furnish(&self, request: &ContainerRequest, disk: u32) -> Result<()> {
+    async fn furnish(&self, request: &ContainerRequest, disk: u32, links: &Links) -> Result<()> {
         let plan = Plan::new(request, disk)?;
         let ends = ClientEnds::open(&request.stdio)?;
         // No machine is saved between the disk and what is known of it.
@@ -132,6 +174,7 @@ impl Sandbox {
             self.attach(&root.disk).await?;
         }
         self.configure(&plan.spec).await?;
+        self.configure_network(links).await?;
         self.build(request, plan, ends, Vec::new()).await
     }
 }

@@ -9,7 +9,7 @@ use std::{
     io,
     path::PathBuf,
     sync::{
-        Arc, Mutex as StdMutex, PoisonError,
+        Arc, Mutex as StdMutex, OnceLock, PoisonError,
         atomic::{AtomicBool, AtomicU32, Ordering},
     },
     time::Duration,
@@ -264,7 +264,7 @@ impl Sandbox {
             shape: self.shape.clone(),
             disks: lock(&self.disks).clone(),
             networked: self.networked.load(Ordering::Relaxed),
-            names: self.names.clone(),
+            names: self.names.get().cloned(),
             carrying: lock(&self.carrying).as_ref().map(|it| it.state(giver)),
             watching: match &*lock(&self.watching) {
                 Some(watching) => Some(watching.state(giver)?),
@@ -315,7 +315,7 @@ impl SandboxState {
             shape: self.shape,
             disks: StdMutex::new(self.disks),
             networked: AtomicBool::new(self.networked),
-            names: self.names,
+            names: self.names.map(OnceLock::from).unwrap_or_default(),
             carrying: StdMutex::default(),
             watching: StdMutex::default(),
             saving: RwLock::default(),

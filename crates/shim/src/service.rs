@@ -175,16 +175,16 @@ impl TaskService {
     async fn stood_by(
         &self,
         checkpoint: &str,
-        networked: bool,
+        settings: &Settings,
+        furnished: &mut Option<Furnished>,
         request: &ContainerRequest,
     ) -> Reply<Option<Arc<Sandbox>>> {
         let Some(sandbox) = self.standby.lock().await.take() else {
             return Ok(None);
         };
         let attempt = async {
-            // One that stands by has no links, and gets none.
-            if checkpoint.is_empty() && !networked && sandbox.fits(request)? {
-                sandbox.adopt(request).await?;
+            if checkpoint.is_empty() && sandbox.fits(request, settings, furnished.is_some())? {
+                sandbox.adopt(request, furnished.take()).await?;
                 return Ok(true);
             }
             Ok(false)
@@ -254,9 +254,9 @@ impl TaskService {
             return Err(fault(&Error::WrongState(early)));
         }
         let settings = settings::of(req.options.as_ref()).map_err(|e| fault(&e))?;
-        let furnished = self.front.furnish().await.map_err(|e| fault(&e))?;
+        let mut furnished = self.front.furnish().await.map_err(|e| fault(&e))?;
         let sandbox = match self
-            .stood_by(checkpoint, furnished.is_some(), request)
+            .stood_by(checkpoint, &settings, &mut furnished, request)
             .await?
         {
             Some(sandbox) => sandbox,

@@ -57,6 +57,15 @@ impl Wanted {
         )
     }
 
+    /// Whether it can have links that come later.
+    pub fn takes_links(&self, assets: &Assets, cache: &Path) -> Result<bool> {
+        let programs = Programs {
+            cache: Some(cache.to_owned()),
+            ..Programs::new(&assets.dir)
+        };
+        Ok(walnut_machine::driver(self.driver, &programs)?.plugs())
+    }
+
     /// For the machine that a container of this spec is given.
     pub fn for_container(settings: &Settings, spec: &Spec) -> Self {
         let Size { memory, vcpus } = sizing::size(spec, settings);

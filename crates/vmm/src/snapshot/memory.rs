@@ -5,7 +5,12 @@
 //! say which were never touched: it calls anonymous pages that are swapped out
 //! absent, and they would be lost.
 
-use std::{fs::File, io, ops::Range, os::unix::fs::FileExt};
+use std::{
+    fs::File,
+    io,
+    ops::Range,
+    os::{fd::AsRawFd, unix::fs::FileExt},
+};
 
 use nix::{
     errno::Errno,
@@ -83,15 +88,52 @@ pub(crate) fn map(file: &File, size: u64, backing: Backing) -> Result<Memory, cr
     let mut offset = 0;
     for region in memory.iter() {
         let start = region.start_addr();
-        copy(file, offset, region.len(), |at, bytes| {
-            let address = start.unchecked_add(at);
-            memory
-                .write_slice(bytes, address)
-                .map_err(|_| Error::Memory(address.raw_value()))
-        })?;
+        let sent = match region.file_offset() {
+            Some(to) if !backing.huge_pages => {
+                send(file, offset..offset + region.len(), to.file(), to.start())?
+            }
+            _ => false,
+        };
+        if !sent {
+            copy(file, offset, region.len(), |at, bytes| {
+                let address = start.unchecked_add(at);
+                memory
+                    .write_slice(bytes, address)
+                    .map_err(|_| Error::Memory(address.raw_value()))
+            })?;
+        }
         offset += region.len();
     }
     Ok(memory)
+}
+
+/// Has the kernel copy a piece of the file to a place in another one, which is empty there:
+/// page by page, without a fault for each, as there is for memory that is mapped. False if
+/// it cannot with these files.
+fn send(file: &File, piece: Range<u64>, to: &File, place: u64) -> Result<bool, Error> {
+    let failed = |e: io::Error| Error::Io("copy the memory file", e);
+    let number = |n: u64| i64::try_from(n).map_err(|_| failed(io::ErrorKind::InvalidInput.into()));
+    let mut at = piece.start;
+    while let Some(data) = next_data(file, at..piece.end).map_err(failed)? {
+        at = data.start;
+        let into = number(place + (at - piece.start))?;
+        lseek(to, into, Whence::SeekSet).map_err(|e| failed(e.into()))?;
+        while at < data.end {
+            let mut from = number(at)?;
+            let len = usize::try_from(data.end - at).unwrap_or(usize::MAX);
+            // SAFETY: takes descriptors that are open, and a number of ours.
+            let sent =
+                unsafe { libc::sendfile(to.as_raw_fd(), file.as_raw_fd(), &raw mut from, len) };
+            match Errno::result(sent) {
+                Ok(0) => return Err(failed(io::ErrorKind::UnexpectedEof.into())),
+                Ok(sent) => at = at.saturating_add(u64::try_from(sent).unwrap_or(0)),
+                Err(Errno::EINTR) => {}
+                Err(Errno::EINVAL | Errno::ENOSYS) => return Ok(false),
+                Err(e) => return Err(failed(e.into())),
+            }
+        }
+    }
+    Ok(true)
 }
 
 /// Reads a piece of the file, and gives `put` what is not zero with its place in the

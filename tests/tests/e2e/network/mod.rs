@@ -6,7 +6,7 @@ use std::fs;
 
 use nix::sys::signal::Signal;
 use serde_json::{Value, json};
-use walnut_tests::until;
+use walnut_tests::{driver, until};
 
 use node::{HOST, Node, OUTSIDE};
 
@@ -444,7 +444,7 @@ sys.stdin.read()
 }
 
 #[test]
-fn clones_have_links_and_who_stands_by_is_for_those_without() {
+fn clones_have_links_and_so_does_who_stands_by_where_links_can_come() {
     let node = Node::new();
     node.walnut(&["template", "create"]).exits(0);
     node.walnut(&["pool", "set", "1"]).exits(0);
@@ -454,21 +454,36 @@ fn clones_have_links_and_who_stands_by_is_for_those_without() {
         let mut all = all.as_array().unwrap().iter();
         all.find(|c| c["name"] == name).unwrap()["shim_pid"].clone()
     };
-    let member = node.json(&["pool", "ls", "--format", "json"])[0]["members"][0].clone();
-    assert_eq!(member["ready"], true, "{member:#}");
+    let ready = || {
+        let member = node.json(&["pool", "ls", "--format", "json"])[0]["members"][0].clone();
+        (member["ready"] == true).then_some(member)
+    };
+    let member = ready().unwrap();
     node.start(&[&["--name", "linked"], &idle[..]].concat());
     let all = node.json(&["ps", "--format", "json"]);
     assert_eq!(all[0]["template"], member["template"], "{all:#}");
-    assert_ne!(supervisor("linked"), member["pid"]);
+    let plugs = driver() == "vmm";
+    assert_eq!(supervisor("linked") == member["pid"], plugs);
     let script = in_shell(&fetch(&format!("{}:9000", OUTSIDE[0])));
     let said = node.walnut(&["exec", "linked", "sh", "-c", &script]);
     assert_eq!(said.exits(0).stdout.trim(), HOST[0]);
+    // Its name as well, and rules of its own, for which nobody stands by.
+    let hosts = node.walnut(&["exec", "linked", "cat", "/etc/hosts"]);
+    assert!(hosts.exits(0).stdout.contains("linked"));
+    until("one stands by", || ready().is_some());
+    let member = ready().unwrap();
+    let ruled = ["--name", "ruled", "--egress", "deny all"];
+    node.start(&[&ruled[..], &idle[..]].concat());
+    assert_ne!(supervisor("ruled"), member["pid"]);
+    until("one stands by", || ready().is_some());
+    let member = ready().unwrap();
     node.start(&[&["--name", "alone", "--network", "none"], &idle[..]].concat());
     assert_eq!(supervisor("alone"), member["pid"]);
     node.fails(&["checkpoint", "linked", "--as", "saved"], "--network none");
 
     node.walnut(&["pool", "set", "0"]).exits(0);
-    node.walnut(&["rm", "-f", "linked", "alone"]).exits(0);
+    node.walnut(&["rm", "-f", "linked", "ruled", "alone"])
+        .exits(0);
     node.assert_nothing_left();
     node.remove(&["bridge"]);
 }
