@@ -1,5 +1,6 @@
 //! Networks of `walnut run`, made by Debian's plugins.
 
+mod limits;
 mod node;
 
 use std::fs;
