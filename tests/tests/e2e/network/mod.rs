@@ -1,5 +1,6 @@
 //! Networks of `walnut run`, made by Debian's plugins.
 
+mod limits;
 mod node;
 
 use std::fs;
@@ -95,6 +96,9 @@ fn containers_are_reached_by_their_ports_and_names() {
         let done = node.on_the_host(&fetch(way)).exits(0);
         assert_eq!(done.stdout.trim(), PAGE, "{way}");
     }
+    // What `portmap` does not do: on loopback it publishes over IPv4 alone.
+    let done = node.on_the_host(&knocks("::1", 8080)).exits(0);
+    assert_eq!(done.stdout, "closed\n");
     // From another host, of both families, streams and datagrams; what is published on
     // loopback is not.
     for host in HOST {
