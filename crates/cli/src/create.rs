@@ -202,7 +202,10 @@ impl NewContainer {
         if let Some(image) = &image
             && !self.goes_on
             && let Some(wanted) = pooled(args, &self.spec)?
-            && (!self.networked || wanted.takes_links(&assets, &self.layout.run)?)
+            && (!self.networked
+                // Links of one that stands by keep to the node's rules alone.
+                || args.net.egress.is_empty()
+                    && wanted.takes_links(&assets, &self.layout.run)?)
         {
             let handover = Handover {
                 id: self.record.id.clone(),

@@ -26,7 +26,7 @@ use std::{
     },
     path::{Path, PathBuf},
     process::{Command, Stdio},
-    sync::{Arc, OnceLock},
+    sync::{Arc, Mutex, MutexGuard, PoisonError},
 };
 
 pub use cgroup::{Cgroup, Limits};
@@ -36,14 +36,19 @@ pub(crate) use tail::pipe;
 pub use tail::{Tail, TailState};
 
 /// What processes enter before anything else, see [`confine`].
-static DOORS: OnceLock<Vec<File>> = OnceLock::new();
+static DOORS: Mutex<Option<Arc<[File]>>> = Mutex::new(None);
 
-/// Every process that this one starts from here on is born into `cgroup`. Once in a
-/// process' life: a supervisor has one sandbox.
+/// Every process that this one starts from here on is born into `cgroup`, until it is said
+/// again of another: a supervisor has one sandbox at a time, and a second one where the first,
+/// which stood by, did not do.
 pub fn confine(cgroup: &Cgroup) -> io::Result<()> {
-    DOORS
-        .set(cgroup.doors()?)
-        .map_err(|_| io::Error::other("its processes have a cgroup already"))
+    *doors() = Some(cgroup.doors()?.into());
+    Ok(())
+}
+
+fn doors() -> MutexGuard<'static, Option<Arc<[File]>>> {
+    // It is whole whoever panicked.
+    DOORS.lock().unwrap_or_else(PoisonError::into_inner)
 }
 
 /// How much of a process's standard error is kept, in bytes.
@@ -204,14 +209,14 @@ impl Spawn {
             command.stdout(Stdio::null());
             Arc::new(Tail::closed())
         };
-        let doors = DOORS.get().map_or(&[][..], Vec::as_slice);
+        let doors = doors().clone();
         let inherited: Vec<RawFd> = self.fds.iter().map(AsRawFd::as_raw_fd).collect();
         let mut before_exec = self.before_exec;
         let (identity, new_network) = (self.identity, self.new_network);
         let parent = rustix::process::getpid();
         let setup = move || {
             let setup = before_exec.as_mut();
-            enter(doors)?;
+            enter(doors.as_deref().unwrap_or_default())?;
             in_child(parent, &inherited, identity, new_network, setup)
         };
         // SAFETY: in_child and the caller's setup (see before_exec) make system
