@@ -56,6 +56,19 @@ const USAGE: &str = "usage: walnut-vmm [--id NAME] --control-fd N\n       \
     inherited socket N what the machine is made of; not meant for people.\n\
     --system-calls tells what each of its threads may call once the guest runs.\n";
 
+/// Makes the kernel's table of this process's descriptors large enough for those of a machine
+/// with many devices. Once threads share it, to widen it takes a grace period of the
+/// kernel's (`expand_fdtable`), some 10 ms in which nothing is computed.
+fn widen(any: &OwnedFd) {
+    /// A table of 256 places, the size after next: 64, 128, 256.
+    const PLACE: RawFd = 255;
+    // Where the limit forbids it, there are no so many descriptors either.
+    if let Ok(fd) = nix::fcntl::fcntl(any, nix::fcntl::FcntlArg::F_DUPFD_CLOEXEC(PLACE)) {
+        // SAFETY: the kernel has just made it for us.
+        drop(unsafe { OwnedFd::from_raw_fd(fd) });
+    }
+}
+
 fn main() -> ExitCode {
     let args: Vec<String> = std::env::args().skip(1).collect();
     let args: Vec<&str> = args.iter().map(String::as_str).collect();
@@ -89,6 +102,7 @@ fn main() -> ExitCode {
     // SAFETY: the supervisor left this descriptor to us and nobody else in this
     // process knows it; if it is none, its first use fails.
     let control = unsafe { OwnedFd::from_raw_fd(fd) };
+    widen(&control);
     jail::tame_heap();
     let code = match control::serve(control.into()) {
         Ok(()) => 0,

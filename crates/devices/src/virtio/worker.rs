@@ -78,8 +78,8 @@ struct Desk {
 struct Shared {
     desk: Mutex<Desk>,
     answered: Edge,
-    /// Rung when `remap` has been seen to.
-    remapped: Edge,
+    /// Rung when `remap` has been seen to; of a device that maps memory.
+    remapped: Option<Edge>,
     /// Rung after every request.
     bell: EventFd,
     /// A reset was asked for and not yet done.
@@ -90,6 +90,12 @@ impl Shared {
     fn desk(&self) -> MutexGuard<'_, Desk> {
         // Every request is one assignment: whole whoever panicked.
         self.desk.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+
+    fn tell_remapped(&self) {
+        if let Some(remapped) = &self.remapped {
+            remapped.ring();
+        }
     }
 
     fn ask(&self, change: impl FnOnce(&mut Desk)) {
@@ -216,6 +222,9 @@ impl Port {
     /// broke at that, or is not in service, or is gone. One thread at a time may call it,
     /// whoever pauses the device meanwhile.
     pub fn remap(&self, limit: Duration) -> bool {
+        let Some(remapped) = &self.shared.remapped else {
+            return true;
+        };
         self.shared.ask(|desk| desk.remap = true);
         loop {
             let desk = self.shared.desk();
@@ -223,7 +232,7 @@ impl Port {
                 return true;
             }
             drop(desk);
-            if !self.shared.remapped.wait(limit) {
+            if !remapped.wait(limit) {
                 return false;
             }
         }
@@ -335,7 +344,10 @@ impl Worker {
         let shared = Arc::new(Shared {
             desk: Mutex::default(),
             answered: Edge::new().map_err(failed("make an eventfd"))?,
-            remapped: Edge::new().map_err(failed("make an eventfd"))?,
+            remapped: match device.maps_memory() {
+                true => Some(Edge::new().map_err(failed("make an eventfd"))?),
+                false => None,
+            },
             bell,
             resetting: AtomicBool::new(false),
         });
@@ -382,7 +394,7 @@ impl Worker {
         desk.activate = None;
         drop(desk);
         self.shared.answered.ring();
-        self.shared.remapped.ring();
+        self.shared.tell_remapped();
         result
     }
 
@@ -519,7 +531,7 @@ impl Worker {
                 self.activate(activation);
             }
             shared.desk().remap = false;
-            shared.remapped.ring();
+            shared.tell_remapped();
         }
         if config {
             self.tell(Event::Config);
