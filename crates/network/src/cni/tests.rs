@@ -1,7 +1,7 @@
 //! The specification's rules, with plugins that are shell scripts and write down what they
 //! are given.
 
-use std::{fs, os::unix::fs::PermissionsExt};
+use std::fs;
 
 use serde_json::json;
 
@@ -27,8 +27,14 @@ impl Plugins {
             calls.display()
         );
         let file = self.dir.path().join(name);
-        fs::write(&file, script).unwrap();
-        fs::set_permissions(&file, fs::Permissions::from_mode(0o755)).unwrap();
+        // Executed is a copy that this process never wrote to: a child that another test forks
+        // meanwhile has what is open for writing, and then nobody can execute it.
+        let draft = self.dir.path().join(format!("{name}.draft"));
+        fs::write(&draft, script).unwrap();
+        let mut install = std::process::Command::new("install");
+        let made = install.args(["-m", "0755"]).arg(&draft).arg(&file).status();
+        assert!(made.unwrap().success());
+        fs::remove_file(&draft).unwrap();
         self
     }
 
