@@ -193,7 +193,7 @@ impl Sandbox {
     }
 
     /// Builds another container. On failure nothing of it is left.
-    pub async fn add(&self, request: &ContainerRequest) -> Result<()> {
+    pub async fn add(self: &Arc<Self>, request: &ContainerRequest) -> Result<()> {
         let steps = Steps::new();
         if lock(&self.containers).contains_key(&request.id) {
             return Err(Error::AlreadyExists(format!(
@@ -203,9 +203,10 @@ impl Sandbox {
         }
         let plan = Plan::new(request, self.next_disk())?;
         let ends = ClientEnds::open(&request.stdio)?;
-        self.make_room(&request.id, Limits::of(&plan.spec)).await;
+        let limits = Limits::of(&plan.spec);
+        self.make_room(&request.id, limits).await;
         // No machine is saved between what it is given and what is known of it.
-        let _whole = self.saving.read().await;
+        let whole = self.saving.read().await;
         let disk = plan.image().map(|root| root.disk.clone());
         if let Some(disk) = &disk {
             self.attach(disk).await?;
@@ -221,6 +222,13 @@ impl Sandbox {
         let built = built.await;
         if let (Some(disk), Err(_)) = (&disk, &built) {
             self.release(&disk.serial).await;
+        }
+        drop(whole);
+        match built {
+            // It may have given back meanwhile what nobody was known to need.
+            Ok(()) => self.make_room(&request.id, limits).await,
+            // Nor is the room needed.
+            Err(_) => self.give_back_later(),
         }
         steps.done("container created");
         built

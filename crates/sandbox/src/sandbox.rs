@@ -613,7 +613,7 @@ impl Sandbox {
             .map_err(|e| Error::Invalid(format!("update {id}: read the resources: {e}")))?;
         let limits = lock(&container.limits).changed_by(&changed);
         self.make_room(id, limits).await;
-        let _whole = self.saving.read().await;
+        let whole = self.saving.read().await;
         let request = UpdateContainerRequest {
             container_id: container.guest_id.clone(),
             resources,
@@ -625,6 +625,9 @@ impl Sandbox {
         )
         .await?;
         *lock(&container.limits) = limits;
+        drop(whole);
+        // It may have given back meanwhile what nobody was known to need.
+        self.make_room(id, limits).await;
         self.give_back_later();
         Ok(())
     }
