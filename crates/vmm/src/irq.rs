@@ -31,14 +31,20 @@ pub(crate) struct Message {
 pub(crate) struct Routes {
     vm: Arc<VmFd>,
     table: Mutex<Table>,
-    /// KVM hears of changes later. Set in [`Self::together`] alone.
+    /// KVM hears of changes later. Held in [`Self::together`] alone.
+    gate: Gate,
+}
+
+/// Keeps what is sent while KVM does not know the routes.
+#[derive(Debug, Default)]
+struct Gate {
     held: AtomicBool,
+    /// Lines that were to send meanwhile, by number.
+    late: Mutex<Vec<u32>>,
 }
 
 #[derive(Debug, Default)]
 struct Table {
-    /// Lines that were to send while messages were held, by number.
-    late: Vec<u32>,
     /// One for each number that there is, from [`PINS`] on.
     numbers: Vec<Number>,
 }
@@ -59,6 +65,44 @@ pub(crate) struct Line {
     routes: Arc<Routes>,
     number: u32,
     event: EventFd,
+}
+
+impl Gate {
+    fn hold(&self) {
+        self.held.store(true, Ordering::Release);
+    }
+
+    fn is_held(&self) -> bool {
+        self.held.load(Ordering::Acquire)
+    }
+
+    /// Whether the line is among those that are sent for at [`Self::open`]; it may send by
+    /// itself if not.
+    fn keeps(&self, number: u32) -> bool {
+        // Outside of a restore that is all that a line ever asks.
+        if !self.is_held() {
+            return false;
+        }
+        let mut late = self.late();
+        // It may have been opened since; what is added now nobody would send.
+        let held = self.is_held();
+        if held {
+            late.push(number);
+        }
+        held
+    }
+
+    /// Keeps nothing any more; gives what was kept.
+    fn open(&self) -> Vec<u32> {
+        let mut late = self.late();
+        self.held.store(false, Ordering::Release);
+        std::mem::take(&mut late)
+    }
+
+    fn late(&self) -> MutexGuard<'_, Vec<u32>> {
+        // The list is whole whoever panicked.
+        self.late.lock().unwrap_or_else(PoisonError::into_inner)
+    }
 }
 
 impl Table {
@@ -89,7 +133,7 @@ impl Routes {
         Self {
             vm,
             table: Mutex::default(),
-            held: AtomicBool::new(false),
+            gate: Gate::default(),
         }
     }
 
@@ -142,24 +186,22 @@ impl Routes {
             return Ok(());
         };
         let sends = |number| matches!(number, Number::Sends(_));
-        let held = self.held.load(Ordering::Acquire);
-        if held || old == to || !(sends(old) || sends(to)) {
+        if self.gate.is_held() || old == to || !(sends(old) || sends(to)) {
             return Ok(());
         }
         self.tell(&table)
     }
 
     /// Does what changes messages, of which KVM hears once, at the end: at each change
-    /// it waits until nobody uses the old routes any more. What is sent meanwhile is
-    /// sent then. No other thread has lines that it uses.
+    /// it waits until nobody uses the old routes any more. What is sent meanwhile, by
+    /// whatever thread, is sent then. No other thread changes messages.
     pub(crate) fn together(&self, change: impl FnOnce() -> Result<(), Error>) -> Result<(), Error> {
-        self.held.store(true, Ordering::Release);
-        let changed = change();
-        self.held.store(false, Ordering::Release);
-        changed?;
-        let mut table = self.table();
-        self.tell(&table)?;
-        let late = std::mem::take(&mut table.late);
+        self.gate.hold();
+        // The gate opens when KVM has the routes: without one it drops what it is sent, and
+        // a driver that was to be told once is never told.
+        let told = change().and_then(|()| self.tell(&self.table()));
+        let late = self.gate.open();
+        told?;
         late.into_iter()
             .try_for_each(|number| self.vm.set_irq_line(number, true))
             .map_err(|e| Error::Kvm("send an interrupt message", e))
@@ -194,8 +236,7 @@ impl Line {
 
     /// Sends it.
     pub(crate) fn send(&self) {
-        if self.routes.held.load(Ordering::Acquire) {
-            self.routes.table().late.push(self.number);
+        if self.routes.gate.keeps(self.number) {
             return;
         }
         // Fails only when the counter is full: then it has been raised.
@@ -257,6 +298,37 @@ fn routed(number: u32, message: Message) -> kvm_irq_routing_entry {
 #[cfg(test)]
 mod tests {
     use super::*;
+
+    #[test]
+    fn nothing_is_sent_while_held_and_nothing_kept_is_forgotten() {
+        for _ in 0..200 {
+            let (gate, known) = (Gate::default(), AtomicBool::new(false));
+            let begun = std::sync::Barrier::new(2);
+            gate.hold();
+            std::thread::scope(|scope| {
+                let line = scope.spawn(|| {
+                    begun.wait();
+                    let mut kept = 0;
+                    while gate.keeps(kept) {
+                        kept += 1;
+                    }
+                    assert!(
+                        known.load(Ordering::Acquire),
+                        "sent where there is no route"
+                    );
+                    kept
+                });
+                begun.wait();
+                // It is in the midst of it.
+                while gate.late().len() < 100 {}
+                known.store(true, Ordering::Release);
+                let late = gate.open();
+                let kept = line.join().unwrap();
+                assert!(late.into_iter().eq(0..kept));
+            });
+            assert!(gate.open().is_empty());
+        }
+    }
 
     #[test]
     fn numbers_that_come_back_are_given_out_again() {
