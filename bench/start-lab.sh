@@ -25,10 +25,19 @@ tests/lab/lab --icount --timeout 3000 bash -c '
     mkdir /sys/fs/cgroup/burner
     echo 1 >/sys/fs/cgroup/burner/cpu.idle
     (echo "$BASHPID" >/sys/fs/cgroup/burner/cgroup.procs; while :; do :; done) &
+    # QEMU counts instructions in slices; where one ends soon after the lab'\''s KVM has given
+    # its guest an interrupt, the guest gets that interrupt twice, whether it takes any or not,
+    # and now and then loses something over it. Such a start stands for seconds: it is taken
+    # again, and that is said.
     first() {
         local start end
-        start=$(date +%s%N)
-        end=$(walnut run --rm --pull never "$@" "$image" echo x | { read -r _; date +%s%N; })
+        while :; do
+            start=$(date +%s%N)
+            end=$(timeout 4 walnut run --rm --pull never "$@" "$image" echo x |
+                { read -r _ && date +%s%N; }) && break
+            echo "start-lab: a guest lost an interrupt of the emulated host; once more" >&2
+            walnut ps -aq | xargs -r walnut rm -f >/dev/null 2>&1
+        done
         echo $((end - start))
     }
     pooled() {

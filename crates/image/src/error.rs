@@ -75,6 +75,22 @@ pub enum Error {
         /// The chain of causes.
         reason: String,
     },
+    /// Settings of a registry that cannot be used.
+    #[error("what is said of a registry in {} cannot be used: {reason}", path.display())]
+    Hosts {
+        /// `hosts.toml`, or a file that it names.
+        path: PathBuf,
+        /// What is wrong.
+        reason: String,
+    },
+    /// No login could be had from where logins are kept.
+    #[error("no login can be had from {what}: {reason}")]
+    Credentials {
+        /// A file, or a credential helper.
+        what: String,
+        /// What is wrong.
+        reason: String,
+    },
     /// A manifest, index or configuration that cannot be used.
     #[error("the {what} of {reference} cannot be used: {reason}")]
     Manifest {

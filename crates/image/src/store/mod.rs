@@ -100,8 +100,13 @@ pub struct PullOptions {
     pub platform: Platform,
     /// Registries (`host` or `host:port`) spoken to in plain HTTP, besides loopback.
     pub insecure: Vec<String>,
-    /// User and password; anonymous if none.
+    /// User and password of the registry itself; those in `credentials` if none.
     pub login: Option<(String, String)>,
+    /// Files with logins, as Docker's `config.json` and podman's `auth.json`.
+    pub credentials: Vec<PathBuf>,
+    /// Directories that say where registries' images may be had, as containerd's
+    /// `certs.d`: `HOST/hosts.toml`. The first that knows the registry counts.
+    pub hosts: Vec<PathBuf>,
     /// Bound on the bytes of all layers, compressed and decompressed alike.
     pub max_image_size: u64,
     /// Bound on the entries of all layers.
@@ -109,6 +114,13 @@ pub struct PullOptions {
     /// Layers fetched at once.
     pub concurrency: usize,
 }
+
+/// Where it is looked for what is said of registries: ours, then what a node has already.
+const HOSTS: [&str; 3] = [
+    "/etc/walnut/certs.d",
+    "/etc/containerd/certs.d",
+    "/etc/docker/certs.d",
+];
 
 /// What removing did.
 #[derive(Debug, Clone, PartialEq, Eq, Default)]
@@ -290,6 +302,8 @@ impl Default for PullOptions {
             platform: Platform::default(),
             insecure: Vec::new(),
             login: None,
+            credentials: crate::registry::credential_files(),
+            hosts: HOSTS.iter().map(PathBuf::from).collect(),
             max_image_size: 64 << 30,
             max_entries: 2_000_000,
             concurrency: 3,

@@ -12,6 +12,7 @@ use std::{
 use futures::{StreamExt as _, TryStreamExt as _};
 use rustix::fs::{FlockOperation, flock};
 use sha2::{Digest as _, Sha256};
+use tempfile::NamedTempFile;
 
 use crate::{
     Digest, Error, Event, Image, Progress, PullOptions, PullPolicy, Reference, convert,
@@ -42,6 +43,24 @@ struct Pull<'a> {
     adding: Arc<File>,
 }
 
+/// What there is of a blob.
+struct Partial {
+    temp: NamedTempFile,
+    hasher: Sha256,
+    done: u64,
+}
+
+/// What a try that broke off has left to the next.
+type Begun = tokio::sync::Mutex<Option<Partial>>;
+
+/// A failure for which no other try is made.
+fn fatal(error: Error) -> Failure {
+    Failure {
+        error,
+        transient: false,
+    }
+}
+
 pub(crate) async fn pull(
     layout: &Layout,
     reference: &Reference,
@@ -60,7 +79,7 @@ pub(crate) async fn pull(
         reference,
         options,
         progress,
-        registry: Registry::new(reference, options)?,
+        registry: Registry::new(reference, options).await?,
         adding: Arc::new(begin_adding(layout).await?),
     };
     let record = pull.run().await?;
@@ -239,8 +258,11 @@ impl Pull<'_> {
         let path = self.layout.blob(&blob.digest);
         let _making = lock_making(self.layout, &blob.digest.hex()).await?;
         if !has_size(&path, blob.size) {
-            self.retry(Some(&blob.digest), || self.transfer(blob, &path, is_layer))
-                .await?;
+            let begun = Begun::default();
+            self.retry(Some(&blob.digest), || {
+                self.transfer(blob, &path, is_layer, &begun)
+            })
+            .await?;
         }
         if is_layer {
             self.progress.event(Event::LayerDone {
@@ -251,12 +273,15 @@ impl Pull<'_> {
         Ok(())
     }
 
-    /// One try at a blob: to a temporary file, hashed and counted on the way.
-    async fn transfer(&self, blob: &Blob, to: &Path, is_layer: bool) -> Result<(), Failure> {
-        let fatal = |error| Failure {
-            error,
-            transient: false,
-        };
+    /// One try at a blob, which goes on where the last one broke off: to a temporary file,
+    /// hashed and counted on the way.
+    async fn transfer(
+        &self,
+        blob: &Blob,
+        to: &Path,
+        is_layer: bool,
+        begun: &Begun,
+    ) -> Result<(), Failure> {
         let mismatch = |reason: String| Failure {
             error: Error::Mismatch {
                 what: "blob",
@@ -265,36 +290,64 @@ impl Pull<'_> {
             },
             transient: true,
         };
-        let mut stream = self.registry.blob(blob).await?;
-        let mut temp = self.layout.temp().map_err(fatal)?;
-        let (mut hasher, mut done) = (Sha256::new(), 0u64);
+        // What is not put back has been of no use.
+        let before = begun.lock().await.take();
+        let from = before.as_ref().map_or(0, |partial| partial.done);
+        let answer = self.registry.blob(blob, from).await;
+        let (at, mut stream) = match answer {
+            Ok(answer) => answer,
+            Err(failure) => {
+                *begun.lock().await = before;
+                return Err(failure);
+            }
+        };
+        let mut partial = match before {
+            Some(before) if at > 0 => before,
+            _ => Partial {
+                temp: self.layout.temp().map_err(fatal)?,
+                hasher: Sha256::new(),
+                done: 0,
+            },
+        };
         while let Some(chunk) = stream.next().await {
-            let chunk = chunk.map_err(|reason| self.registry.broken(blob, reason))?;
-            done += chunk.len() as u64;
-            if done > blob.size {
+            let chunk = match chunk {
+                Ok(chunk) => chunk,
+                Err(reason) => {
+                    *begun.lock().await = Some(partial);
+                    return Err(self.registry.broken(blob, reason));
+                }
+            };
+            partial.done += chunk.len() as u64;
+            if partial.done > blob.size {
                 let reason = format!("the registry gives more than its {} bytes", blob.size);
                 return Err(mismatch(reason));
             }
-            hasher.update(&chunk);
+            partial.hasher.update(&chunk);
+            let temp = &mut partial.temp;
             temp.write_all(&chunk)
                 .at("write", temp.path())
                 .map_err(fatal)?;
             if is_layer {
                 self.progress.event(Event::LayerBytes {
                     digest: &blob.digest,
-                    done,
+                    done: partial.done,
                     total: blob.size,
                 });
             }
         }
-        let digest = Digest::from_hasher(hasher);
-        if done != blob.size || digest != blob.digest {
-            let reason = format!("the registry gave {done} of {} bytes, {digest}", blob.size);
+        if partial.done < blob.size {
+            let reason = format!("it ends after {} of {} bytes", partial.done, blob.size);
+            *begun.lock().await = Some(partial);
+            return Err(self.registry.broken(blob, reason));
+        }
+        let digest = Digest::from_hasher(partial.hasher);
+        if digest != blob.digest {
+            let reason = format!("the registry gave {} bytes, {digest}", blob.size);
             return Err(mismatch(reason));
         }
         // Syncing may take long; the other transfers go on meanwhile.
         let to = to.to_owned();
-        tokio::task::spawn_blocking(move || files::keep(temp, &to))
+        tokio::task::spawn_blocking(move || files::keep(partial.temp, &to))
             .await
             .map_err(|e| fatal(Error::Internal(e.to_string())))?
             .map_err(fatal)

@@ -39,14 +39,25 @@ pub(crate) struct Registry {
 impl Registry {
     pub(crate) fn start() -> Self {
         let dir = tempfile::tempdir().unwrap();
+        let data = dir.path().join("data");
+        Self::serve_in(dir, &data, "")
+    }
+
+    /// One more door to the data of another; `more` is added to its configuration, below
+    /// `http`.
+    pub(crate) fn serve(data: &Path, more: &str) -> Self {
+        Self::serve_in(tempfile::tempdir().unwrap(), data, more)
+    }
+
+    fn serve_in(dir: TempDir, data: &Path, more: &str) -> Self {
         let port = TcpListener::bind("127.0.0.1:0")
             .unwrap()
             .local_addr()
             .unwrap()
             .port();
         let config = format!(
-            "version: 0.1\nlog: {{level: error}}\nstorage:\n  filesystem: {{rootdirectory: {}}}\nhttp: {{addr: '127.0.0.1:{port}'}}\n",
-            dir.path().join("data").display()
+            "version: 0.1\nlog: {{level: error}}\nstorage:\n  filesystem: {{rootdirectory: {}}}\nhttp:\n  addr: '127.0.0.1:{port}'\n{more}",
+            data.display()
         );
         std::fs::write(dir.path().join("config.yml"), config).unwrap();
         let child = Command::new("docker-registry")
