@@ -1,10 +1,11 @@
-//! Speaks to one registry for one repository (OCI distribution-spec, pull).
+//! Speaks to one registry for one repository (OCI distribution-spec).
 //!
 //! Token exchange and blobs are oci-client's. Manifests are fetched here,
 //! because a body of any size may answer and must not be taken whole.
 
 use std::time::Duration;
 
+use bytes::Bytes;
 use futures::{StreamExt as _, stream::BoxStream};
 use oci_client::{
     Client, Reference as OciReference, RegistryOperation,
@@ -236,6 +237,51 @@ impl Registry {
             .stream
             .map(|chunk| chunk.map(|bytes| bytes.to_vec()).map_err(|e| chain(&e)))
             .boxed())
+    }
+
+    /// Asks for leave to push.
+    pub(crate) async fn allow_push(&self) -> Result<(), Failure> {
+        let what = format!("leave to push {}", self.reference.familiar());
+        let asked = self
+            .client
+            .auth(&self.oci, &self.auth, RegistryOperation::Push)
+            .await;
+        asked.map(drop).map_err(|e| self.judge(&what, &e))
+    }
+
+    /// Whether the registry has a blob.
+    pub(crate) async fn has(&self, digest: &Digest) -> Result<bool, Failure> {
+        let what = format!("whether it has blob {digest}");
+        let found = self
+            .client
+            .blob_exists(&self.oci, &digest.to_string())
+            .await;
+        found.map_err(|e| self.judge(&what, &e))
+    }
+
+    /// Sends a blob.
+    pub(crate) async fn put_blob(
+        &self,
+        blob: &Blob,
+        bytes: BoxStream<'static, std::io::Result<Bytes>>,
+    ) -> Result<(), Failure> {
+        let what = format!("the end of the push of blob {}", blob.digest);
+        let bytes = bytes.map(|chunk| chunk.map_err(OciDistributionError::IoError));
+        let digest = blob.digest.to_string();
+        let sent = self
+            .client
+            .push_blob_stream(&self.oci, bytes, &digest, Some(blob.size))
+            .await;
+        sent.map(drop).map_err(|e| self.judge(&what, &e))
+    }
+
+    /// Sends the manifest that the name is to stand for.
+    pub(crate) async fn put_manifest(&self, bytes: Vec<u8>, kind: &str) -> Result<(), Failure> {
+        let what = format!("the end of the push of {}", self.reference.familiar());
+        let kind = header::HeaderValue::from_str(kind)
+            .map_err(|e| self.failed(&what, e.to_string(), false))?;
+        let sent = self.client.push_manifest_raw(&self.oci, bytes, kind).await;
+        sent.map(drop).map_err(|e| self.judge(&what, &e))
     }
 
     /// A transfer of `blob` broke off for `reason`.
