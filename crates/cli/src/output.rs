@@ -99,6 +99,12 @@ pub(crate) fn ago(then: i64, now: i64) -> String {
     format!("{count} {unit}{}", if count == 1 { "" } else { "s" })
 }
 
+/// A moment for people, of nanoseconds since the epoch: in UTC, to the second.
+pub(crate) fn time(ns: i64) -> String {
+    let time = chrono::DateTime::from_timestamp_nanos(ns);
+    time.to_rfc3339_opts(chrono::SecondsFormat::Secs, true)
+}
+
 #[cfg(test)]
 mod tests {
     use super::*;
@@ -114,10 +120,4 @@ mod tests {
         assert_eq!(ago(0, 61_000_000_000), "1 minute");
         assert_eq!(ago(10, 0), "0 seconds");
     }
-}
-
-/// A moment for people, of nanoseconds since the epoch: in UTC, to the second.
-pub(crate) fn time(ns: i64) -> String {
-    let time = chrono::DateTime::from_timestamp_nanos(ns);
-    time.to_rfc3339_opts(chrono::SecondsFormat::Secs, true)
 }

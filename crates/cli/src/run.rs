@@ -240,7 +240,7 @@ async fn drive(
     };
     // The machine holds what it needs of it.
     drop(draft);
-    let hold = opens && !front.stdin || front.detach && opens;
+    let hold = opens && (front.detach || !front.stdin);
     if hold && let Some(fifos) = &fifos {
         // Whoever attaches writes to it; it ends with the container.
         supervisor.hold_stdin("", &fifos.path("stdin")).await?;

@@ -409,11 +409,7 @@ fn what_restart_policies_want_is_done() {
     walnut(&["stop", "-t", "0", &name]).exits(0);
     let count = starts().len();
     assert!(state().starts_with("exited"));
-    assert_nothing_left(
-        &walnut(&["inspect", "-f", "{{.Id}}", &name])
-            .text()
-            .to_owned(),
-    );
+    assert_nothing_left(walnut(&["inspect", "-f", "{{.Id}}", &name]).text());
     assert_eq!(starts().len(), count);
     walnut(&["rm", &name]).exits(0);
     walnut(&["volume", "rm", &name]).exits(0);

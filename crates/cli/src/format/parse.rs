@@ -221,7 +221,7 @@ fn string(text: &str) -> Result<(Token, usize), String> {
 #[derive(Debug, PartialEq)]
 enum End {
     Text,
-    End,
+    Mark,
     Else,
     ElseIf(Vec<Token>),
 }
@@ -230,7 +230,7 @@ impl End {
     fn word(&self) -> &'static str {
         match self {
             Self::Text => "",
-            Self::End => "end",
+            Self::Mark => "end",
             Self::Else | Self::ElseIf(_) => "else",
         }
     }
@@ -265,7 +265,7 @@ impl Parser {
             };
             let rest = tokens.get(1..).unwrap_or_default();
             match word {
-                "end" => break End::End,
+                "end" => break End::Mark,
                 "else" if rest.first() == Some(&Token::Word("if".into())) => {
                     break End::ElseIf(rest[1..].to_vec());
                 }
@@ -294,7 +294,7 @@ impl Parser {
         let pipe = whole(tokens)?;
         let (body, end) = self.nodes()?;
         let otherwise = match end {
-            End::End => Vec::new(),
+            End::Mark => Vec::new(),
             End::Else => self.last("if")?,
             End::ElseIf(tokens) => {
                 self.depth += 1;
@@ -313,7 +313,7 @@ impl Parser {
     fn body(&mut self, word: &str) -> Result<(Vec<Node>, Vec<Node>), String> {
         let (body, end) = self.nodes()?;
         match end {
-            End::End => Ok((body, Vec::new())),
+            End::Mark => Ok((body, Vec::new())),
             End::Else => Ok((body, self.last(word)?)),
             _ => Err(format!("{{{{{word}}}}} has no {{{{end}}}}")),
         }
@@ -321,7 +321,7 @@ impl Parser {
 
     fn last(&mut self, word: &str) -> Result<Vec<Node>, String> {
         match self.nodes()? {
-            (nodes, End::End) => Ok(nodes),
+            (nodes, End::Mark) => Ok(nodes),
             _ => Err(format!(
                 "the {{{{else}}}} of {{{{{word}}}}} has no {{{{end}}}}"
             )),

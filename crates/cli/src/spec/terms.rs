@@ -253,7 +253,7 @@ mod tests {
         let path = dir.path().join("env");
         std::fs::write(&path, "# words\n\nA=1\n  B=x y \nC=\n").unwrap();
         let given = ["A=2".parse().unwrap()];
-        let all = variables(&[path.clone()], &given).unwrap();
+        let all = variables(std::slice::from_ref(&path), &given).unwrap();
         let shown: Vec<_> = all
             .iter()
             .map(|v| format!("{}={}", v.name, v.value.as_deref().unwrap_or("-")))
@@ -261,7 +261,10 @@ mod tests {
         assert_eq!(shown, ["A=1", "B=x y ", "C=", "A=2"]);
         for bad in ["a b=1", "=1"] {
             std::fs::write(&path, bad).unwrap();
-            assert!(variables(&[path.clone()], &[]).is_err(), "{bad}");
+            assert!(
+                variables(std::slice::from_ref(&path), &[]).is_err(),
+                "{bad}"
+            );
         }
         let none = variables(&[dir.path().join("none")], &[]).unwrap_err();
         assert!(format!("{none:#}").contains("--env-file"), "{none:#}");

@@ -93,9 +93,8 @@ fn become_program(program: Vec<OsString>, mask: &SigSet) -> Result<Infallible, E
     let args = program.into_iter().map(|arg| CString::new(arg.into_vec()));
     let args: Vec<_> = args.collect::<Result<_, _>>().map_err(|_| Errno::EINVAL)?;
     let name = args.first().ok_or(Errno::ENOENT)?;
-    let failed = execvp(name, &args).map_err(|errno| {
+    let failed = execvp(name, &args).inspect_err(|errno| {
         eprintln!("{}: {}", name.to_string_lossy(), errno.desc());
-        errno
     })?;
     match failed {}
 }
