@@ -8,10 +8,11 @@ use walnut_image::{Reference, Store};
 use walnut_sandbox::{Checkpoint, CheckpointOptions, Drafts, Layout, Record};
 
 use crate::{
-    args::{CheckpointArgs, ForkArgs, RunArgs},
+    args::{CheckpointArgs, ContainerArgs, ForkArgs},
     client::{self, Supervisor},
     create::{NewContainer, find_live},
-    run::{self, Source},
+    detach::DetachKeys,
+    run::{self, Front, Source},
     saved,
 };
 
@@ -47,15 +48,14 @@ pub(crate) async fn fork(args: ForkArgs) -> Result<u8> {
     let draft = Drafts::new(&layout.state).begin()?;
     save(&layout, &record, draft.path(), CheckpointOptions::default()).await?;
     let saved = Checkpoint::load(draft.path())?;
-    let run = RunArgs {
-        detach: args.detach,
+    let run = ContainerArgs {
         interactive: args.interactive,
         tty: saved.container.terminal,
         rm: args.rm,
         name: args.name,
         hostname: args.hostname,
         cidfile: args.cidfile,
-        ..RunArgs::default()
+        ..ContainerArgs::default()
     };
     saved::check(&run, &saved)?;
     let lease = store.lease(saved.rootfs()).context("use the image")?;
@@ -65,7 +65,16 @@ pub(crate) async fn fork(args: ForkArgs) -> Result<u8> {
         draft: Some(draft),
     };
     let container = NewContainer::go_on(&layout, &run, &saved, lease, record.image)?;
-    run::start(&layout, &run, container, source).await
+    let front = Front {
+        detach: args.detach,
+        output: true,
+        stdin: run.interactive,
+        keys: DetachKeys::default(),
+        stays: false,
+    };
+    front.check(run.tty)?;
+    run::write_cidfile(&run, &container.record.id)?;
+    run::start(&layout, front, container, source).await
 }
 
 /// Has the supervisor save its container.

@@ -18,6 +18,7 @@ use ttrpc::{
     asynchronous::{Client, transport::Socket},
     context::{self, Context},
 };
+use walnut_protocol::{supervisor::AttachRequest, supervisor_ttrpc::SupervisorClient};
 use walnut_sandbox::{
     ANNOTATION_RECLAIM, CheckpointOptions, Error, GuestMemoryResponse, Layout, Lock,
     METRICS_GUEST_MEMORY, Record,
@@ -33,6 +34,7 @@ const SAVING: Duration = Duration::from_secs(1800);
 pub(crate) struct Supervisor {
     pub(crate) task: TaskClient,
     pub(crate) id: String,
+    client: Client,
 }
 
 impl Supervisor {
@@ -40,10 +42,14 @@ impl Supervisor {
     pub(crate) async fn connect(layout: &Layout, record: &Record) -> anyhow::Result<Self> {
         let socket = layout.task_socket(&record.id);
         match Socket::connect_unix(socket.to_string_lossy()).await {
-            Ok(socket) => Ok(Self {
-                task: TaskClient::new(Client::new(socket)),
-                id: record.id.clone(),
-            }),
+            Ok(socket) => {
+                let client = Client::new(socket);
+                Ok(Self {
+                    task: TaskClient::new(client.clone()),
+                    id: record.id.clone(),
+                    client,
+                })
+            }
             Err(_) => Err(Error::WrongState(format!(
                 "container {} is not running (`walnut ps -a` shows how it ended)",
                 record.name
@@ -57,10 +63,33 @@ impl Supervisor {
         let connected = Socket::connect_unix(socket.to_string_lossy()).await;
         let connected = connected
             .with_context(|| format!("connect to the supervisor at {}", socket.display()))?;
+        let client = Client::new(connected);
         Ok(Self {
-            task: TaskClient::new(Client::new(connected)),
+            task: TaskClient::new(client.clone()),
             id: id.to_owned(),
+            client,
         })
+    }
+
+    /// Has a process's input come from a FIFO that stays open when its writers go.
+    pub(crate) async fn hold_stdin(&self, exec_id: &str, fifo: &str) -> anyhow::Result<()> {
+        if fifo.is_empty() {
+            return Ok(());
+        }
+        let request = AttachRequest {
+            exec_id: exec_id.into(),
+            stdin: fifo.into(),
+            ..Default::default()
+        };
+        self.attach(request).await
+    }
+
+    /// Has a process's streams lead to FIFOs as well.
+    pub(crate) async fn attach(&self, mut request: AttachRequest) -> anyhow::Result<()> {
+        request.id.clone_from(&self.id);
+        let own = SupervisorClient::new(self.client.clone());
+        own.attach(soon(), &request).await.map_err(fault)?;
+        Ok(())
     }
 
     pub(crate) async fn start(&self, exec_id: &str) -> anyhow::Result<()> {

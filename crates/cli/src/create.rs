@@ -1,6 +1,7 @@
 //! A new container on disk, and the supervisor that takes it over.
 
 use std::{
+    collections::BTreeMap,
     fs::{self, File},
     io,
     os::{
@@ -12,17 +13,22 @@ use std::{
 };
 
 use anyhow::{Context, Result, bail};
+use nix::{
+    sched::{CpuSet, sched_getaffinity, sched_setaffinity},
+    unistd::Pid,
+};
 use oci_spec::{image::Config, runtime::Spec};
-use walnut_image::{Image, Lease};
+use walnut_image::{Image, Lease, Store};
 use walnut_sandbox::{
-    ANNOTATION_LOG, Assets, Attachments, Checkpoint, Error, Handover, ImageRef, Layout, Lock,
-    Pools, Record, Settings, Status, Wanted, find, list, networks::Networks, now_ns,
+    ANNOTATION_EGRESS, ANNOTATION_LOG, ANNOTATION_TEMPLATE, Assets, Attachments, Checkpoint, Error,
+    Handover, ImageRef, Layout, Lock, LogTerms, NamedVolumes, Pools, Record, Settings, Status,
+    Terms, Wanted, find, list, networks::Networks, now_ns,
 };
 
-use crate::{args::RunArgs, saved, spec, supervisor};
+use crate::{args::ContainerArgs, saved, spec, supervisor, values::Cpuset};
 
 /// A container that exists on disk and has no supervisor yet. Dropping it
-/// removes it.
+/// removes it, unless it was there before.
 #[derive(Debug)]
 pub(crate) struct NewContainer {
     pub(crate) record: Record,
@@ -34,6 +40,8 @@ pub(crate) struct NewContainer {
     layout: Layout,
     lock: Option<Lock>,
     lease: Option<Lease>,
+    /// What it was, if it was there before.
+    before: Option<Record>,
 }
 
 /// What a new container is made of.
@@ -42,6 +50,7 @@ struct New {
     image: ImageRef,
     command: Vec<String>,
     spec: Spec,
+    terms: Terms,
     goes_on: bool,
     attachments: Option<Attachments>,
 }
@@ -52,7 +61,7 @@ fn random() -> Result<[u8; 16]> {
     Ok(bytes)
 }
 
-fn new_id() -> Result<String> {
+pub(crate) fn new_id() -> Result<String> {
     Ok(random()?.iter().map(|b| format!("{b:02x}")).collect())
 }
 
@@ -70,7 +79,7 @@ impl NewContainer {
     /// Makes the directories, the bundle and the record.
     pub(crate) fn create(
         layout: &Layout,
-        args: &RunArgs,
+        args: &ContainerArgs,
         image: &Image,
         mut attachments: Option<Attachments>,
     ) -> Result<Self> {
@@ -86,12 +95,17 @@ impl NewContainer {
         if let Some(attachments) = &mut attachments {
             attachments.names.hostname.clone_from(&hostname);
         }
+        let mut terms = spec::terms(args, config.labels().as_ref(), image.health.as_ref())?;
+        let log = dir.join("container.log");
         let own = spec::Own {
             id: &id,
             hostname: &hostname,
-            log: &dir.join("container.log"),
+            log: terms.log.kept.then_some(&log),
+            volumes: &NamedVolumes::new(layout),
         };
-        let spec = spec::build(args, config, &own)?;
+        let (spec, volumes) = spec::build(args, config, &own)?;
+        terms.volumes.clone_from(&volumes);
+        terms.rootfs = Some(image.rootfs.clone());
         let image = ImageRef {
             name: args.image.clone(),
             id: image.id.to_string(),
@@ -102,16 +116,19 @@ impl NewContainer {
             image,
             command,
             spec,
+            terms,
             goes_on: false,
             attachments,
         };
-        Self::place(layout, args, lease, new)
+        Self::place(layout, args, lease, new).inspect_err(|_| {
+            NamedVolumes::new(layout).remove_anonymous(layout, &volumes);
+        })
     }
 
     /// The same for one that goes on where another was saved.
     pub(crate) fn go_on(
         layout: &Layout,
-        args: &RunArgs,
+        args: &ContainerArgs,
         saved: &Checkpoint,
         lease: Lease,
         image: ImageRef,
@@ -132,18 +149,20 @@ impl NewContainer {
             image,
             command,
             spec,
+            terms: spec::terms(args, None, None)?,
             goes_on: true,
             attachments: None,
         };
         Self::place(layout, args, lease, new)
     }
 
-    fn place(layout: &Layout, args: &RunArgs, lease: Lease, new: New) -> Result<Self> {
+    fn place(layout: &Layout, args: &ContainerArgs, lease: Lease, new: New) -> Result<Self> {
         let New {
             id,
             image,
             command,
             spec,
+            terms,
             goes_on,
             mut attachments,
         } = new;
@@ -167,6 +186,10 @@ impl NewContainer {
             vcpus: None,
             template: None,
             shim_pid: None,
+            terms,
+            restarts: 0,
+            stopped: false,
+            health: None,
             id,
         };
         check_name(&record.name)?;
@@ -183,12 +206,78 @@ impl NewContainer {
             layout: layout.clone(),
             lock: Some(lock),
             lease: Some(lease),
+            before: None,
         })
     }
 
+    /// One that was made before and is to be started now.
+    pub(crate) fn again(layout: &Layout, store: &Store, record: &Record) -> Result<Self> {
+        let dir = layout.container(&record.id);
+        let Some(lock) = Lock::try_take(&dir.join("lock"))? else {
+            bail!(Error::WrongState(format!(
+                "container {} is being started or stopped; try again",
+                record.name
+            )));
+        };
+        let path = dir.join("config.json");
+        let bytes = fs::read(&path).with_context(|| format!("read {}", path.display()))?;
+        let spec: Spec =
+            serde_json::from_slice(&bytes).with_context(|| format!("read {}", path.display()))?;
+        let Some(rootfs) = &record.terms.rootfs else {
+            bail!(
+                "start {}: it goes on from a checkpoint, or an older Walnut made it; run its image again ({})",
+                record.name,
+                record.image.name
+            );
+        };
+        let lease = store.lease(rootfs).with_context(|| {
+            format!(
+                "start {}: its image {} is gone",
+                record.name, record.image.name
+            )
+        })?;
+        let networked = Attachments::again(&dir)?;
+        // What a killed supervisor has left.
+        let run_dir = layout.sandbox(&record.id);
+        let _ = fs::remove_dir_all(&run_dir);
+        make_run_dir(run_dir)?;
+        let before = Record::load(&dir)?;
+        let record = Record::change(&dir, |record| {
+            record.status = Status::Creating;
+            record.terms.kept = true;
+            (record.started_at, record.finished_at) = (None, None);
+            (record.exit_code, record.error, record.oom_killed) = (None, None, false);
+            (record.stopped, record.restarts, record.health) = (false, 0, None);
+        })?;
+        Ok(Self {
+            record,
+            spec,
+            goes_on: false,
+            networked,
+            layout: layout.clone(),
+            lock: Some(lock),
+            lease: Some(lease),
+            before: Some(before),
+        })
+    }
+
+    /// Leaves it as it is, for somebody to start it.
+    pub(crate) fn rest(mut self) -> Result<Record> {
+        let dir = self.layout.container(&self.record.id);
+        let record = Record::change(&dir, |record| {
+            record.status = Status::Created;
+            record.terms.kept = true;
+        })?;
+        // It is supervised by nobody, and has nothing of what runs.
+        let _ = fs::remove_dir_all(self.layout.sandbox(&record.id));
+        self.lock = None;
+        Ok(record)
+    }
+
     /// Starts the supervisor, with the Task API's socket listening already.
-    pub(crate) fn supervise(mut self, args: &RunArgs) -> Result<Supervised> {
+    pub(crate) fn supervise(mut self) -> Result<Supervised> {
         let assets = Assets::find()?;
+        let cpus = processors(&self.record.terms)?;
         let run_dir = self.layout.sandbox(&self.record.id);
         let socket = self.layout.task_socket(&self.record.id);
         let listener = UnixListener::bind(&socket)
@@ -201,10 +290,10 @@ impl NewContainer {
         let image = self.lease.take();
         if let Some(image) = &image
             && !self.goes_on
-            && let Some(wanted) = pooled(args, &self.spec)?
+            && let Some(wanted) = pooled(&self.record.terms, &self.spec)?
             && (!self.networked
                 // Links of one that stands by keep to the node's rules alone.
-                || args.net.egress.is_empty()
+                || annotation(&self.spec, ANNOTATION_EGRESS).is_none()
                     && wanted.takes_links(&assets, &self.layout.run)?)
         {
             let handover = Handover {
@@ -240,7 +329,7 @@ impl NewContainer {
             .args(["--lock-fd", &lock.as_fd().as_raw_fd().to_string()])
             .args(["--lease-fd", &lease.as_raw_fd().to_string()])
             .stderr(log);
-        if let Some(driver) = &args.driver {
+        if let Some(driver) = &self.record.terms.driver {
             command.env("WALNUT_DRIVER", driver);
         }
         let mut inherit = vec![
@@ -258,7 +347,11 @@ impl NewContainer {
                         return Err(io::Error::last_os_error());
                     }
                 }
-                Ok(())
+                // All that it starts runs there too.
+                match &cpus {
+                    Some(cpus) => Ok(sched_setaffinity(Pid::from_raw(0), cpus)?),
+                    None => Ok(()),
+                }
             });
         }
         supervisor::session(&mut command);
@@ -273,24 +366,58 @@ impl NewContainer {
     }
 }
 
+fn annotation<'a>(spec: &'a Spec, name: &str) -> Option<&'a String> {
+    spec.annotations().as_ref()?.get(name)
+}
+
 /// The machine that could stand by for the container, if one may.
-fn pooled(args: &RunArgs, spec: &Spec) -> Result<Option<Wanted>> {
-    let shares = !args.volume.is_empty();
+fn pooled(terms: &Terms, spec: &Spec) -> Result<Option<Wanted>> {
+    let mut mounts = spec.mounts().iter().flatten();
+    let shares = mounts.any(|mount| mount.typ().as_deref() == Some("bind"));
+    let boots = annotation(spec, ANNOTATION_TEMPLATE).is_some();
     let mut settings = Settings::load()?;
-    if shares || args.no_template || !settings.machine.templates {
+    if shares || boots || terms.cpuset.is_some() || !settings.machine.templates {
         return Ok(None);
     }
-    if let Some(driver) = &args.driver {
+    if let Some(driver) = &terms.driver {
         settings.machine.driver = driver.parse()?;
     }
     Ok(Some(Wanted::for_container(&settings, spec)))
 }
 
+/// The processors that its machine is to run on, if that is said.
+fn processors(terms: &Terms) -> Result<Option<CpuSet>> {
+    let Some(text) = &terms.cpuset else {
+        return Ok(None);
+    };
+    let wanted: Cpuset = text.parse().map_err(anyhow::Error::msg)?;
+    let here = sched_getaffinity(Pid::from_raw(0)).context("ask for this host's processors")?;
+    let mut set = CpuSet::new();
+    for number in wanted.numbers() {
+        if !here.is_set(number).unwrap_or(false) {
+            bail!("--cpuset-cpus {text}: there is no processor {number} to run on here");
+        }
+        set.set(number)
+            .with_context(|| format!("--cpuset-cpus {text}"))?;
+    }
+    Ok(Some(set))
+}
+
 impl Drop for NewContainer {
     fn drop(&mut self) {
         // Without the lock it is the supervisor's.
-        if let Some(lock) = &self.lock {
-            let _ = walnut_sandbox::remove(&self.layout, &self.record.id, lock);
+        let Some(lock) = &self.lock else { return };
+        match &self.before {
+            Some(before) => {
+                let dir = self.layout.container(&self.record.id);
+                let _ = Record::change(&dir, |record| *record = before.clone());
+                let _ = fs::remove_dir_all(self.layout.sandbox(&self.record.id));
+            }
+            None => {
+                let _ = walnut_sandbox::remove(&self.layout, &self.record.id, lock);
+                let volumes = NamedVolumes::new(&self.layout);
+                volumes.remove_anonymous(&self.layout, &self.record.terms.volumes);
+            }
         }
     }
 }
@@ -325,14 +452,7 @@ fn place(
     attachments: Option<&Attachments>,
 ) -> Result<Lock> {
     let _names = Lock::take(&layout.state.join("names.lock"))?;
-    if let Some(other) = list(layout)?.iter().find(|r| r.name == record.name) {
-        bail!(
-            "the name {:?} is in use by container {}; remove it (walnut rm {}) or choose another",
-            record.name,
-            other.short_id(),
-            record.name
-        );
-    }
+    check_free(layout, &record.name)?;
     let networks = Networks::new(&layout.networks());
     for link in attachments.iter().flat_map(|a| &a.links) {
         // Until here somebody may have removed it.
@@ -344,7 +464,15 @@ fn place(
         fs::write(new.join("config.json"), spec)?;
         record.store(&new)?;
         if let Some(attachments) = attachments {
-            attachments.store(&new)?;
+            attachments.wish(&new)?;
+        }
+        if record.terms.log != LogTerms::default() {
+            record.terms.log.store(&new.join("container.log"))?;
+        }
+        let volumes = NamedVolumes::new(layout);
+        for volume in &record.terms.volumes {
+            // Until here somebody may have removed it.
+            volumes.ensure(&volume.name, BTreeMap::new(), volume.anonymous)?;
         }
         let lock = Lock::try_take(&new.join("lock"))?.context("somebody holds the new lock")?;
         make_run_dir(layout.sandbox(&record.id))?;
@@ -365,7 +493,7 @@ fn make_run_dir(path: PathBuf) -> Result<()> {
     Ok(())
 }
 
-fn check_name(name: &str) -> Result<()> {
+pub(crate) fn check_name(name: &str) -> Result<()> {
     let fine = |c: char| c.is_ascii_alphanumeric() || matches!(c, '_' | '.' | '-');
     let starts = name.starts_with(|c: char| c.is_ascii_alphanumeric());
     if !starts || name.len() < 2 || name.len() > 128 || !name.chars().all(fine) {
@@ -408,10 +536,21 @@ fn random_name() -> Result<String> {
     ))
 }
 
+/// Refuses a name that a container has. The caller holds the lock of names.
+pub(crate) fn check_free(layout: &Layout, name: &str) -> Result<()> {
+    if let Some(other) = list(layout)?.iter().find(|r| r.name == name) {
+        bail!(
+            "the name {name:?} is in use by container {}; remove it (walnut rm {name}) or choose another",
+            other.short_id(),
+        );
+    }
+    Ok(())
+}
+
 /// The container with this name or ID, which must have a supervisor.
 pub(crate) fn find_live(layout: &Layout, name: &str) -> Result<Record> {
     let record = find(layout, name)?;
-    if record.status == Status::Exited {
+    if record.status == Status::Exited || record.at_rest() {
         return Err(Error::WrongState(format!("container {} is not running", record.name)).into());
     }
     Ok(record)

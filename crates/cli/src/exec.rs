@@ -8,7 +8,7 @@ use containerd_shim_protos::{
     protobuf::{MessageField, well_known_types::any::Any},
 };
 use serde_json::{Value, json};
-use walnut_sandbox::{Layout, Record};
+use walnut_sandbox::{Error, Layout, Record, Status};
 
 use crate::{
     args::ExecArgs,
@@ -26,6 +26,12 @@ pub(crate) async fn exec(args: ExecArgs) -> Result<u8> {
     }
     let layout = Layout::from_env()?;
     let record = find_live(&layout, &args.container)?;
+    if record.status == Status::Paused {
+        bail!(Error::WrongState(format!(
+            "container {} is paused; unpause it first",
+            record.name
+        )));
+    }
     let supervisor = Supervisor::connect(&layout, &record).await?;
     let mut id = [0; 8];
     getrandom::fill(&mut id).context("make an ID")?;
@@ -46,14 +52,18 @@ async fn in_container(
     dir: &std::path::Path,
 ) -> Result<u8> {
     let process = process(layout, args, record)?;
-    let fifos = Fifos::create(dir, args.interactive, args.tty)?;
+    let fifos = match args.detach {
+        true => None,
+        false => Some(Fifos::create(dir, args.interactive, args.tty)?),
+    };
+    let path = |name: &str| fifos.as_ref().map(|f| f.path(name)).unwrap_or_default();
     let request = ExecProcessRequest {
         id: record.id.clone(),
         exec_id: exec_id.into(),
         terminal: args.tty,
-        stdin: fifos.path("stdin"),
-        stdout: fifos.path("stdout"),
-        stderr: fifos.path("stderr"),
+        stdin: path("stdin"),
+        stdout: path("stdout"),
+        stderr: path("stderr"),
         spec: MessageField::some(Any {
             type_url: "types.containerd.io/opencontainers/runtime-spec/1/Process".into(),
             value: serde_json::to_vec(&process)?,
@@ -62,21 +72,30 @@ async fn in_container(
         ..Default::default()
     };
     supervisor.exec(request).await?;
+    let Some(fifos) = fifos else {
+        supervisor.start(exec_id).await?;
+        return Ok(0);
+    };
     let raw = if args.tty { Raw::enter()? } else { None };
     let signals = Signals::new()?;
     supervisor.start(exec_id).await?;
     if args.tty {
         resize(&supervisor.task, &supervisor.id, exec_id).await;
     }
-    let code = attend(
-        supervisor,
-        exec_id,
-        args.tty,
-        signals,
-        fifos.attach(),
-        ready(Ok(())),
-    )
-    .await;
+    let stdin = fifos.path("stdin");
+    let keys = raw.as_ref().map(|_| args.keys.detach_keys.clone());
+    let (output, keys) = fifos.attach_with(true, keys);
+    let left = async {
+        keys.await;
+        // It goes on with its input open, though nobody types any more.
+        supervisor.hold_stdin(exec_id, &stdin).await?;
+        Ok(0)
+    };
+    let done = ready(Ok(()));
+    let code = tokio::select! {
+        code = attend(supervisor, exec_id, args.tty, signals, output, done) => code,
+        code = left => code,
+    };
     drop(raw);
     code
 }
@@ -93,7 +112,8 @@ fn process(layout: &Layout, args: &ExecArgs, record: &Record) -> Result<Value> {
     if args.tty {
         base.push("TERM=xterm".to_owned());
     }
-    process["env"] = json!(spec::merge_env(&base, env.iter(), &args.env));
+    let given = spec::variables(&args.env_file, &args.env)?;
+    process["env"] = json!(spec::merge_env(&base, env.iter(), &given));
     process["args"] = json!(args.command);
     process["terminal"] = json!(args.tty);
     if let Some(dir) = &args.workdir {

@@ -6,11 +6,14 @@ use std::{
     io::{self, Read, Write},
     os::fd::AsFd,
     path::{Path, PathBuf},
+    sync::Arc,
 };
 
 use anyhow::Context;
 use nix::{sys::stat::Mode, unistd::mkfifo};
-use tokio::{io::AsyncReadExt, net::unix::pipe};
+use tokio::{io::AsyncReadExt, net::unix::pipe, sync::Notify};
+
+use crate::detach::{DetachKeys, Seen, Watch};
 
 const CHUNK: usize = 64 << 10;
 
@@ -77,18 +80,27 @@ impl Fifos {
     /// Starts copying, once the supervisor has opened its side. The returned
     /// future ends when all output has been shown.
     pub(crate) fn attach(self) -> impl Future<Output = ()> {
+        self.attach_with(true, None).0
+    }
+
+    /// The same; input is copied if it is wanted, and a second future ends when `keys` come
+    /// in it.
+    pub(crate) fn attach_with(
+        self,
+        input: bool,
+        keys: Option<DetachKeys>,
+    ) -> (impl Future<Output = ()>, impl Future<Output = ()>) {
         let Self {
             dir,
             stdin,
             stdout,
             stderr,
         } = self;
-        if let Some(fifo) = stdin {
-            // A thread, for a read of a terminal or a file cannot be awaited. It
-            // ends with the program.
-            std::thread::spawn(move || copy_stdin(fifo));
+        let left = Typed::default();
+        if let Some(fifo) = stdin.filter(|_| input) {
+            left.copy(fifo, keys);
         }
-        async move {
+        let shown = async move {
             let err = async {
                 if let Some(stderr) = stderr {
                     copy(stderr, io::stderr().as_fd().try_clone_to_owned()).await;
@@ -97,21 +109,51 @@ impl Fifos {
             tokio::join!(copy(stdout, io::stdout().as_fd().try_clone_to_owned()), err);
             // Gone already when the sandbox is.
             let _ = std::fs::remove_dir_all(dir);
-        }
+        };
+        (shown, left.detached())
     }
 }
 
-fn copy_stdin(mut fifo: File) {
+/// The user's input, on its way to a FIFO.
+#[derive(Debug, Default)]
+pub(crate) struct Typed(Arc<Notify>);
+
+impl Typed {
+    /// Starts copying it, until `keys` come.
+    pub(crate) fn copy(&self, fifo: File, keys: Option<DetachKeys>) {
+        let left = self.0.clone();
+        let mut watch = Watch::new(keys.unwrap_or_default());
+        // A thread, for a read of a terminal or a file cannot be awaited. It
+        // ends with the program.
+        std::thread::spawn(move || copy_stdin(fifo, &mut watch, &left));
+    }
+
+    /// Returns when the keys have come.
+    pub(crate) async fn detached(self) {
+        self.0.notified().await;
+    }
+}
+
+fn copy_stdin(mut fifo: File, watch: &mut Watch, left: &Notify) {
     let mut buffer = vec![0; CHUNK];
     let mut stdin = io::stdin().lock();
     loop {
         match stdin.read(&mut buffer) {
             Ok(0) => break,
-            Ok(read) => {
-                if fifo.write_all(&buffer[..read]).is_err() {
-                    break;
+            Ok(read) => match watch.take(&buffer[..read]) {
+                Seen::Input(bytes) => {
+                    if fifo.write_all(&bytes).is_err() {
+                        break;
+                    }
                 }
-            }
+                Seen::Detached(bytes) => {
+                    let _ = fifo.write_all(&bytes);
+                    left.notify_one();
+                    // Whoever was told makes the FIFO outlive this end of it.
+                    std::mem::forget(fifo);
+                    return;
+                }
+            },
             Err(e) if e.kind() == io::ErrorKind::Interrupted => {}
             Err(_) => break,
         }

@@ -5,35 +5,50 @@
 //! another command line, that of an OCI runtime ([`oci`]).
 
 mod args;
+mod attach;
 mod breakdown;
 mod check;
 mod checkpoint;
 mod client;
+mod completion;
 mod config;
+mod copy;
 mod create;
+mod detach;
+mod events;
 mod exec;
 mod fail;
+mod filter;
+mod format;
 mod images;
+mod inspect;
 mod install;
 mod io;
 mod list;
+mod load;
+mod login;
 mod logs;
 mod network;
 mod oci;
 mod output;
 mod pool;
+mod prune;
 mod pull;
 mod reclaim;
 mod run;
 mod saved;
 mod signal;
 mod spec;
+mod start;
 mod stats;
 mod supervisor;
 mod template;
 mod terminal;
+mod top;
+mod update;
 mod upgrade;
 mod values;
+mod volume;
 
 use std::process::ExitCode;
 
@@ -79,6 +94,9 @@ fn main() -> ExitCode {
 async fn dispatch(command: Command) -> anyhow::Result<u8> {
     match command {
         Command::Run(args) => run::run(*args).await,
+        Command::Create(args) => run::create(*args).await,
+        Command::Start(args) => start::start(args).await,
+        Command::Attach(args) => attach::attach(args).await,
         Command::Exec(args) => exec::exec(args).await,
         Command::Ps(args) => list::ps(&args),
         Command::Logs(args) => logs::logs(&args).await,
@@ -87,7 +105,27 @@ async fn dispatch(command: Command) -> anyhow::Result<u8> {
         Command::Kill(args) => signal::kill(args).await,
         Command::Stop(args) => signal::stop(args).await,
         Command::Rm(args) => signal::rm(args).await,
+        Command::Restart(args) => signal::restart(args).await,
+        Command::Pause(args) => signal::pause(args).await,
+        Command::Unpause(args) => signal::unpause(args).await,
+        Command::Wait(args) => signal::wait(args).await,
+        Command::Inspect(args) => inspect::inspect(&args),
+        Command::Top(args) => top::top(args).await,
+        Command::Port(args) => top::port(&args),
+        Command::Rename(args) => update::rename(&args),
+        Command::Update(args) => update::update(args).await,
+        Command::Cp(args) => copy::cp(args).await,
+        Command::Events(args) => events::events(args).await,
+        Command::Tag(args) => images::tag(&args),
+        Command::Load(args) => load::load(args).await,
+        Command::Save(args) => load::save(&args),
+        Command::Volume(command) => volume::volume(command),
+        Command::Container(command) => prune::container(command).await,
+        Command::Image(command) => prune::image(command),
+        Command::System(command) => prune::system(command).await,
+        Command::Completion(args) => completion::completion(&args),
         Command::Pull(args) => pull::pull(args).await,
+        Command::Push(args) => pull::push(args).await,
         Command::Images(args) => images::images(&args),
         Command::Rmi(args) => images::rmi(&args),
         Command::Checkpoint(args) => checkpoint::checkpoint(args).await,

@@ -15,28 +15,37 @@ pub(crate) fn write_table<const N: usize>(
     head: [&str; N],
     rows: &[[String; N]],
 ) -> io::Result<()> {
+    let rows: Vec<_> = rows.iter().map(|row| row.to_vec()).collect();
+    write_columns(out, &head, &rows)
+}
+
+/// Writes rows in aligned columns, however many there are; the last one is not padded.
+pub(crate) fn write_columns(
+    out: &mut impl Write,
+    head: &[&str],
+    rows: &[Vec<String>],
+) -> io::Result<()> {
+    let columns = rows.iter().map(Vec::len).chain([head.len()]).max();
+    let columns = columns.unwrap_or(0);
+    let cell = |row: &[String], column: usize| row.get(column).map_or(0, |c| c.chars().count());
     let width = |column: usize| {
-        rows.iter()
-            .map(|row| row[column].chars().count())
-            .chain([head[column].len()])
-            .max()
-            .unwrap_or(0)
+        let head = head.get(column).map_or(0, |h| h.chars().count());
+        let cells = rows.iter().map(|row| cell(row, column));
+        cells.chain([head]).max().unwrap_or(0)
     };
-    let widths: Vec<_> = (0..N).map(width).collect();
-    let mut line = |cells: [&str; N]| {
+    let widths: Vec<_> = (0..columns).map(width).collect();
+    let mut line = |cells: &[&str]| {
         for (column, cell) in cells.iter().enumerate() {
-            if column + 1 == N {
-                writeln!(out, "{cell}")?;
-            } else {
-                let width = widths[column];
-                write!(out, "{cell:width$}   ")?;
+            match widths.get(column) {
+                Some(width) if column + 1 < cells.len() => write!(out, "{cell:width$}   ")?,
+                _ => write!(out, "{cell}")?,
             }
         }
-        Ok::<_, io::Error>(())
+        writeln!(out)
     };
     line(head)?;
     for row in rows {
-        line(row.each_ref().map(String::as_str))?;
+        line(&row.iter().map(String::as_str).collect::<Vec<_>>())?;
     }
     Ok(())
 }
@@ -88,6 +97,12 @@ pub(crate) fn ago(then: i64, now: i64) -> String {
         _ => (seconds / 86_400, "day"),
     };
     format!("{count} {unit}{}", if count == 1 { "" } else { "s" })
+}
+
+/// A moment for people, of nanoseconds since the epoch: in UTC, to the second.
+pub(crate) fn time(ns: i64) -> String {
+    let time = chrono::DateTime::from_timestamp_nanos(ns);
+    time.to_rfc3339_opts(chrono::SecondsFormat::Secs, true)
 }
 
 #[cfg(test)]

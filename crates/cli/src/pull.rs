@@ -2,12 +2,44 @@
 
 use std::{collections::HashMap, io::IsTerminal, sync::Mutex};
 
-use anyhow::Result;
+use anyhow::{Result, bail};
+use clap::Args;
 use indicatif::{MultiProgress, ProgressBar, ProgressDrawTarget, ProgressStyle};
-use walnut_image::{Event, Image, Progress, PullOptions, Reference, Store};
-use walnut_sandbox::Layout;
+use walnut_image::{Event, Image, Platform, Progress, PullOptions, Reference, Store};
+use walnut_sandbox::{Journal, Layout};
 
-use crate::{args::PullArgs, output};
+use crate::{images, login, output};
+
+#[derive(Debug, Args)]
+pub(crate) struct PullArgs {
+    /// Show nothing but the digest
+    #[arg(short, long)]
+    pub(crate) quiet: bool,
+    /// Platform of the image, as linux/amd64 [default: this host's]
+    #[arg(long, value_name = "OS/ARCH")]
+    pub(crate) platform: Option<String>,
+    /// Image name
+    pub(crate) image: String,
+}
+
+/// Refuses a platform that no guest here is of.
+pub(crate) fn check_platform(platform: &str) -> Result<()> {
+    let here = Platform::default();
+    let mut parts = platform.split('/');
+    let os = parts.next().unwrap_or_default();
+    let architecture = parts.next().unwrap_or(&here.architecture);
+    let architecture = match architecture {
+        "x86_64" | "x86-64" => "amd64",
+        "aarch64" => "arm64",
+        other => other,
+    };
+    if os != here.os || architecture != here.architecture {
+        bail!(
+            "--platform {platform}: the container's kernel and processor are {here}; leave it out, or give {here}"
+        );
+    }
+    Ok(())
+}
 
 /// What a pull shows while it works, on standard error.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
@@ -21,12 +53,16 @@ pub(crate) enum Show {
 pub(crate) async fn pull(args: PullArgs) -> Result<u8> {
     let layout = Layout::from_env()?;
     let store = Store::open(layout.images())?;
+    if let Some(platform) = &args.platform {
+        check_platform(platform)?;
+    }
     let show = if args.quiet {
         Show::Nothing
     } else {
         Show::Stderr
     };
     let image = fetch(&store, &args.image, show).await?;
+    Journal::new(&layout.state).other("image", &args.image, "pull");
     if args.quiet {
         println!("{}", image.digest);
     } else {
@@ -44,19 +80,65 @@ pub(crate) async fn pull(args: PullArgs) -> Result<u8> {
 pub(crate) async fn fetch(store: &Store, name: &str, show: Show) -> Result<Image> {
     let reference: Reference = name.parse()?;
     let bars = Bars::new(show);
-    let image = store.pull(&reference, &PullOptions::default(), &bars).await;
+    let image = store.pull(&reference, &options(&reference)?, &bars).await;
     bars.clear();
     Ok(image?)
 }
 
-struct Bars {
+/// How a registry is spoken to: with the login that `docker login` or `podman login` left.
+fn options(reference: &Reference) -> Result<PullOptions> {
+    Ok(PullOptions {
+        login: login::of(reference.registry())?,
+        ..PullOptions::default()
+    })
+}
+
+#[derive(Debug, Args)]
+#[command(after_help = "Examples:
+  walnut tag debian localhost:5000/base:1 && walnut push localhost:5000/base:1
+
+Logins are those in ~/.docker/config.json (or DOCKER_CONFIG), as `docker login` and `podman login
+--compat-auth-file` write them.")]
+pub(crate) struct PushArgs {
+    /// Show nothing but the digest
+    #[arg(short, long)]
+    quiet: bool,
+    /// Image, by the name that it is to have in its registry
+    image: String,
+}
+
+pub(crate) async fn push(args: PushArgs) -> Result<u8> {
+    let layout = Layout::from_env()?;
+    let store = Store::open(layout.images())?;
+    let reference: Reference = args.image.parse()?;
+    images::find(&store, &args.image)?;
+    let bars = Bars::new(match args.quiet {
+        true => Show::Nothing,
+        false => Show::Stderr,
+    });
+    let pushed = store.push(&reference, &options(&reference)?, &bars).await;
+    bars.clear();
+    let digest = pushed?;
+    Journal::new(&layout.state).other("image", &args.image, "push");
+    println!(
+        "{}",
+        if args.quiet {
+            digest.to_string()
+        } else {
+            format!("{}: {digest}", args.image)
+        }
+    );
+    Ok(0)
+}
+
+pub(crate) struct Bars {
     draw: MultiProgress,
     lines: bool,
     bars: Mutex<HashMap<String, ProgressBar>>,
 }
 
 impl Bars {
-    fn new(show: Show) -> Self {
+    pub(crate) fn new(show: Show) -> Self {
         let terminal = std::io::stderr().is_terminal();
         let target = if show == Show::Stderr && terminal {
             ProgressDrawTarget::stderr()
@@ -97,7 +179,7 @@ impl Bars {
         }
     }
 
-    fn clear(&self) {
+    pub(crate) fn clear(&self) {
         // The bars give way to the result.
         let _ = self.draw.clear();
     }

@@ -13,15 +13,17 @@ use containerd_shim_protos::{
     shim_async::TaskClient,
 };
 use tokio::signal::unix::{Signal, SignalKind, signal};
-use walnut_image::Store;
+use walnut_image::{Image, Store};
 use walnut_sandbox::{
-    Checkpoint, Draft, Error, ImageRef, Layout, Lock, Record, Settings, reconcile,
+    Checkpoint, Draft, Error, ImageRef, Journal, Layout, Lock, NamedVolumes, Record, RestartPolicy,
+    Settings, reconcile,
 };
 
 use crate::{
-    args::{PullWhen, RunArgs},
+    args::{ContainerArgs, CreateArgs, PullWhen, RunArgs},
     client::{self, Supervisor, fault, soon},
     create::{NewContainer, Supervised},
+    detach::DetachKeys,
     io::Fifos,
     network, pull, saved,
     terminal::{self, Raw},
@@ -29,37 +31,108 @@ use crate::{
 
 pub(crate) async fn run(args: RunArgs) -> Result<u8> {
     let layout = Layout::from_env()?;
+    let container = &args.container;
+    let front = Front {
+        detach: args.detach,
+        output: true,
+        stdin: container.interactive,
+        keys: args.keys.detach_keys,
+        // What is started again does not end when somebody stops looking.
+        stays: container.restart != RestartPolicy::No,
+    };
+    front.check(container.tty)?;
     let store = Store::open(layout.images())?;
-    let image = match (store.resolve(&args.image), args.pull) {
-        (Ok(image), PullWhen::Missing | PullWhen::Never) => image,
-        (Err(e), PullWhen::Never) => return Err(e.into()),
-        (_, PullWhen::Missing | PullWhen::Always) => {
-            pull::fetch(&store, &args.image, pull::Show::Stderr).await?
-        }
-    };
-    let container = match &image.checkpoint {
-        None => {
-            let settings = Settings::load()?;
-            let attachments = network::plan(&layout, &args.net, &settings).await?;
-            NewContainer::create(&layout, &args, &image, attachments)?
-        }
-        Some(dir) => {
-            let saved = Checkpoint::load(dir)?;
-            saved::check(&args, &saved)?;
-            let lease = image.lease().context("use the image")?;
-            let image = ImageRef {
-                name: args.image.clone(),
-                id: image.id.to_string(),
-            };
-            NewContainer::go_on(&layout, &args, &saved, lease, image)?
-        }
-    };
+    let image = image(&store, container).await?;
+    let made = make(&layout, container, &image).await?;
     let source = Source {
         rootfs: image.rootfs,
         checkpoint: image.checkpoint,
         draft: None,
     };
-    start(&layout, &args, container, source).await
+    write_cidfile(container, &made.record.id)?;
+    start(&layout, front, made, source).await
+}
+
+/// `walnut create`.
+pub(crate) async fn create(args: CreateArgs) -> Result<u8> {
+    let layout = Layout::from_env()?;
+    let store = Store::open(layout.images())?;
+    let image = image(&store, &args.container).await?;
+    if image.checkpoint.is_some() {
+        bail!(
+            "create {}: a checkpoint goes on at once; use `walnut run -d`",
+            args.container.image
+        );
+    }
+    let made = make(&layout, &args.container, &image).await?;
+    write_cidfile(&args.container, &made.record.id)?;
+    let record = made.rest()?;
+    Journal::new(&layout.state).container(&record, "create", &[]);
+    println!("{}", record.id);
+    Ok(0)
+}
+
+/// The image that is asked for, fetched if need be.
+async fn image(store: &Store, args: &ContainerArgs) -> Result<Image> {
+    let show = match args.quiet {
+        true => pull::Show::Nothing,
+        false => pull::Show::Stderr,
+    };
+    let platform = args.platform.as_deref();
+    if let Some(platform) = platform {
+        pull::check_platform(platform)?;
+    }
+    match (store.resolve(&args.image), args.pull) {
+        (Ok(image), PullWhen::Missing | PullWhen::Never) => Ok(image),
+        (Err(e), PullWhen::Never) => Err(e.into()),
+        (_, PullWhen::Missing | PullWhen::Always) => pull::fetch(store, &args.image, show).await,
+    }
+}
+
+/// A container of an image, on disk.
+async fn make(layout: &Layout, args: &ContainerArgs, image: &Image) -> Result<NewContainer> {
+    match &image.checkpoint {
+        None => {
+            let settings = Settings::load()?;
+            let attachments = network::plan(layout, &args.net, &settings).await?;
+            NewContainer::create(layout, args, image, attachments)
+        }
+        Some(dir) => {
+            let saved = Checkpoint::load(dir)?;
+            saved::check(args, &saved)?;
+            let lease = image.lease().context("use the image")?;
+            let image = ImageRef {
+                name: args.image.clone(),
+                id: image.id.to_string(),
+            };
+            NewContainer::go_on(layout, args, &saved, lease, image)
+        }
+    }
+}
+
+/// What of a container is in front.
+#[derive(Debug, Clone)]
+pub(crate) struct Front {
+    /// Nothing: its ID is printed.
+    pub(crate) detach: bool,
+    /// Its output.
+    pub(crate) output: bool,
+    /// Its input.
+    pub(crate) stdin: bool,
+    /// Keys that leave it behind.
+    pub(crate) keys: DetachKeys,
+    /// It does not end with this command.
+    pub(crate) stays: bool,
+}
+
+impl Front {
+    /// Refuses a terminal that there is not.
+    pub(crate) fn check(&self, tty: bool) -> Result<()> {
+        if tty && !self.detach && self.stdin && !std::io::stdin().is_terminal() {
+            bail!("the input is not a terminal; leave -t out, or use -i alone");
+        }
+        Ok(())
+    }
 }
 
 /// Where a container's machine comes from.
@@ -73,53 +146,75 @@ pub(crate) struct Source {
     pub(crate) draft: Option<Draft>,
 }
 
+/// How far a container has been seen through.
+pub(crate) enum Outcome {
+    /// To its end.
+    Ended(u8),
+    /// It goes on behind.
+    Behind,
+}
+
 /// Sees a container through that is on disk: to its end, or to its start if that is all
 /// that is wanted.
 pub(crate) async fn start(
     layout: &Layout,
-    args: &RunArgs,
+    front: Front,
     container: NewContainer,
     source: Source,
 ) -> Result<u8> {
-    if args.tty && !args.detach && args.interactive && !std::io::stdin().is_terminal() {
-        bail!("the input is not a terminal; leave -t out, or use -i alone");
-    }
-    if let Some(path) = &args.cidfile {
-        write_new(path, &container.record.id)
-            .with_context(|| format!("write --cidfile {}", path.display()))?;
-    }
-    let mut supervised = container.supervise(args)?;
+    let mut supervised = container.supervise()?;
     let record = supervised.record.clone();
-    let result = drive(layout, args, &mut supervised, source).await;
-    finish(layout, args, &record, &mut supervised, result).await
+    let result = drive(layout, &front, &mut supervised, source).await;
+    if front.detach && result.is_ok() {
+        println!("{}", record.id);
+        return Ok(0);
+    }
+    if let Ok(Outcome::Behind) = result {
+        return Ok(0);
+    }
+    let result = result.map(|outcome| match outcome {
+        Outcome::Ended(code) => code,
+        Outcome::Behind => 0,
+    });
+    finish(layout, &front, &record, &mut supervised, result).await
 }
 
-fn write_new(path: &std::path::Path, text: &str) -> std::io::Result<()> {
-    let mut file = std::fs::File::create_new(path)?;
-    file.write_all(text.as_bytes())
+pub(crate) fn write_cidfile(args: &ContainerArgs, id: &str) -> Result<()> {
+    let Some(path) = &args.cidfile else {
+        return Ok(());
+    };
+    let write = || {
+        let mut file = std::fs::File::create_new(path)?;
+        file.write_all(id.as_bytes())
+    };
+    write().with_context(|| format!("write --cidfile {}", path.display()))
 }
 
 /// Creates and starts the container; in front, sees it to its end.
 async fn drive(
     layout: &Layout,
-    args: &RunArgs,
+    front: &Front,
     supervised: &mut Supervised,
     source: Source,
-) -> Result<u8> {
+) -> Result<Outcome> {
     let Source {
         rootfs,
         checkpoint,
         draft,
     } = source;
-    let record = &supervised.record;
-    let supervisor = Supervisor::connect(layout, record).await?;
-    let fifos = if args.detach {
-        None
-    } else {
-        let dir = layout.sandbox(&record.id).join("io");
-        Some(Fifos::create(&dir, args.interactive, args.tty)?)
+    let record = supervised.record.clone();
+    let (terminal, opens) = (record.terminal, record.terms.stdin);
+    let supervisor = Supervisor::connect(layout, &record).await?;
+    let dir = layout.sandbox(&record.id).join("io");
+    let output = front.output && !front.detach;
+    let fifos = match output || opens {
+        true => Some(Fifos::create(&dir, opens, terminal)?),
+        false => None,
     };
-    let path = |name: &str| fifos.as_ref().map(|f| f.path(name)).unwrap_or_default();
+    let path = |name: &str| {
+        let fifos = fifos.as_ref().filter(|_| output || name == "stdin");
+        fifos.map(|f| f.path(name)).unwrap_or_default()
+    };
     let request = CreateTaskRequest {
         id: record.id.clone(),
         bundle: layout.container(&record.id).display().to_string(),
@@ -129,7 +224,7 @@ async fn drive(
             options: vec!["ro".into()],
             ..Default::default()
         }],
-        terminal: args.tty,
+        terminal,
         stdin: path("stdin"),
         stdout: path("stdout"),
         stderr: path("stderr"),
@@ -141,25 +236,53 @@ async fn drive(
     // The user may change their mind while the machine boots.
     tokio::select! {
         reply = supervisor.task.create(soon(), &request) => reply.map_err(fault)?,
-        code = interrupted() => return Ok(code),
+        code = interrupted() => return Ok(Outcome::Ended(code)),
     };
     // The machine holds what it needs of it.
     drop(draft);
-    let Some(fifos) = fifos else {
+    let hold = opens && (front.detach || !front.stdin);
+    if hold && let Some(fifos) = &fifos {
+        // Whoever attaches writes to it; it ends with the container.
+        supervisor.hold_stdin("", &fifos.path("stdin")).await?;
+    }
+    let Some(fifos) = fifos.filter(|_| output) else {
         supervisor.start("").await?;
         supervised.release()?;
-        return Ok(0);
+        return Ok(Outcome::Behind);
     };
-    let raw = if args.tty { Raw::enter()? } else { None };
-    if args.tty {
+    let raw = if terminal && front.stdin {
+        Raw::enter()?
+    } else {
+        None
+    };
+    if terminal {
         resize(&supervisor.task, &supervisor.id, "").await;
     }
-    let output = fifos.attach();
+    let stdin = fifos.path("stdin");
+    let keys = (terminal && raw.is_some()).then(|| front.keys.clone());
+    let (output, keys) = fifos.attach_with(front.stdin && !hold, keys);
     let signals = Signals::new()?;
-    let start = supervisor.start("");
-    let code = attend(&supervisor, "", args.tty, signals, output, start).await;
+    let start = async {
+        supervisor.start("").await?;
+        if front.stays {
+            supervised.release()?;
+        }
+        Ok(())
+    };
+    let left = async {
+        keys.await;
+        supervisor.hold_stdin("", &stdin).await
+    };
+    let ended = attend(&supervisor, "", terminal, signals, output, start);
+    let outcome = tokio::select! {
+        code = ended => code.map(Outcome::Ended),
+        held = left => held.map(|()| Outcome::Behind),
+    };
     drop(raw);
-    code
+    if let Ok(Outcome::Behind) = outcome {
+        supervised.release()?;
+    }
+    outcome
 }
 
 /// Signals that are passed on to a process. What comes from [`Self::new`] on is kept until
@@ -237,9 +360,18 @@ pub(crate) async fn attend(
 }
 
 pub(crate) async fn resize(task: &TaskClient, id: &str, exec_id: &str) {
-    let Some((width, height)) = terminal::size() else {
-        return;
-    };
+    if let Some(size) = terminal::size() {
+        resize_to(task, id, exec_id, size).await;
+    }
+}
+
+/// Gives a process's terminal a size: columns and rows.
+pub(crate) async fn resize_to(
+    task: &TaskClient,
+    id: &str,
+    exec_id: &str,
+    (width, height): (u32, u32),
+) {
     let request = ResizePtyRequest {
         id: id.into(),
         exec_id: exec_id.into(),
@@ -268,20 +400,20 @@ async fn interrupted() -> u8 {
 /// Sees to it that what failed, or was in front, leaves what it should.
 async fn finish(
     layout: &Layout,
-    args: &RunArgs,
+    front: &Front,
     record: &Record,
     supervised: &mut Supervised,
     result: Result<u8>,
 ) -> Result<u8> {
-    if args.detach && result.is_ok() {
-        println!("{}", record.id);
-        return result;
-    }
     if let Err(e) = &result
         && let Ok(supervisor) = Supervisor::connect(layout, record).await
     {
         tracing::debug!("end the sandbox after: {e:#}");
         let _ = supervisor.shutdown().await;
+    }
+    if front.stays && result.is_ok() {
+        // It may be started again meanwhile.
+        return result;
     }
     // Whatever became of that, nobody is left to wait for.
     supervised.abandon();
@@ -289,10 +421,12 @@ async fn finish(
     let killed = supervised.shim_end();
     reconcile(layout)?;
     let never_ran = result.is_err()
-        && walnut_sandbox::find(layout, &record.id).is_ok_and(|r| r.started_at.is_none());
+        && walnut_sandbox::find(layout, &record.id)
+            .is_ok_and(|r| r.started_at.is_none() && !r.terms.kept);
     let lock = layout.container(&record.id).join("lock");
     if never_ran && let Some(lock) = Lock::try_take(&lock)? {
         walnut_sandbox::remove(layout, &record.id, &lock)?;
+        NamedVolumes::new(layout).remove_anonymous(layout, &record.terms.volumes);
     }
     match (result, killed) {
         (Err(_), Some(status)) => Err(Error::Machine(format!(

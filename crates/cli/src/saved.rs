@@ -2,22 +2,37 @@
 
 use anyhow::{Result, bail};
 use oci_spec::runtime::Spec;
-use walnut_sandbox::Checkpoint;
+use walnut_sandbox::{Checkpoint, RestartPolicy};
 
 use crate::{
-    args::{RunArgs, Systemd},
+    args::{ContainerArgs, Systemd},
     values::Cpus,
 };
 
 /// Refuses what a saved container's processes cannot be given any more.
-pub(crate) fn check(args: &RunArgs, saved: &Checkpoint) -> Result<()> {
+pub(crate) fn check(args: &ContainerArgs, saved: &Checkpoint) -> Result<()> {
     let late = [
         ("a command", !args.command.is_empty()),
         ("--entrypoint", args.entrypoint.is_some()),
         ("--env", !args.env.is_empty()),
         ("--workdir", args.workdir.is_some()),
         ("--user", args.user.is_some()),
+        ("--env-file", !args.env_file.is_empty()),
+        ("--group-add", !args.group_add.is_empty()),
         ("--volume", !args.volume.is_empty()),
+        ("--mount", !args.mount.is_empty()),
+        ("--tmpfs", !args.tmpfs.is_empty()),
+        ("--init", args.init),
+        ("--pids-limit", args.limits.pids_limit.is_some()),
+        ("--ulimit", !args.limits.ulimit.is_empty()),
+        ("--shm-size", args.limits.shm_size.is_some()),
+        ("--sysctl", !args.limits.sysctl.is_empty()),
+        ("--memory-swap", args.limits.memory_swap.is_some()),
+        ("--cap-add", !args.security.cap_add.is_empty()),
+        ("--cap-drop", !args.security.cap_drop.is_empty()),
+        ("--security-opt", !args.security.security_opt.is_empty()),
+        ("--device", !args.security.device.is_empty()),
+        ("--restart", args.restart != RestartPolicy::No),
         ("--read-only", args.read_only),
         ("--no-template", args.no_template),
         ("--network", args.net.network.iter().any(|n| n != "none")),
@@ -28,6 +43,9 @@ pub(crate) fn check(args: &RunArgs, saved: &Checkpoint) -> Result<()> {
             "{} is a checkpoint: its processes run already, so {what} cannot be applied",
             args.image
         );
+    }
+    if let Some((option, why)) = args.refused.given() {
+        bail!("{option}: {why}");
     }
     if let Some(option) = args.net.needs_network() {
         bail!(
@@ -45,13 +63,13 @@ pub(crate) fn check(args: &RunArgs, saved: &Checkpoint) -> Result<()> {
         bail!("its standard input was not open when it was saved; leave -i out");
     }
     let (memory, cpus) = limits(&container.spec);
-    if let Some(wanted) = args.memory
+    if let Some(wanted) = args.limits.memory
         && Some(wanted.0) != memory
     {
         let has = memory.map_or("no limit".into(), |bytes| format!("{bytes} bytes"));
         bail!("-m: it was saved with {has} of memory, and goes on with that");
     }
-    if let Some(wanted) = args.cpus
+    if let Some(wanted) = args.limits.cpus
         && Some(wanted) != cpus
     {
         bail!(
@@ -77,7 +95,7 @@ fn limits(spec: &Spec) -> (Option<i64>, Option<Cpus>) {
 }
 
 /// The host name in the container `id`: the one that was asked for, now or then.
-pub(crate) fn hostname(args: &RunArgs, saved: &Checkpoint, id: &str) -> String {
+pub(crate) fn hostname(args: &ContainerArgs, saved: &Checkpoint, id: &str) -> String {
     let short = |id: &str| id.get(..12).unwrap_or(id).to_owned();
     let then = saved.container.spec.hostname().clone();
     match (&args.hostname, then) {

@@ -1,16 +1,26 @@
 //! From an image's configuration and the command line to an OCI runtime spec.
 
+mod limits;
+mod mounts;
+mod security;
 mod systemd;
+mod terms;
 
 use std::{collections::BTreeMap, path::Path};
 
 use anyhow::{Result, bail};
 use oci_spec::{image::Config, runtime::Spec};
 use serde_json::{Value, json};
+use walnut_sandbox::{NamedVolume, NamedVolumes};
+
+pub(crate) use limits::{DeviceArg, SysctlArg, UlimitArg, check_swap, resources};
+pub(crate) use mounts::{MountArg, TmpfsArg, VolumeArg};
+pub(crate) use security::SecurityOpt;
+pub(crate) use terms::{HealthArgs, LabelArg, LogOpt, terms, variables};
 
 use crate::{
-    args::RunArgs,
-    values::{self, Cpus, EnvVar, Size, VolumeArg},
+    args::ContainerArgs,
+    values::{self, EnvVar},
 };
 
 /// Where a bundle says what its image said (OCI image-spec, "Conversion to OCI Runtime
@@ -18,24 +28,6 @@ use crate::{
 const STOP_SIGNAL: &str = "org.opencontainers.image.stopSignal";
 
 const PATH: &str = "PATH=/usr/local/sbin:/usr/local/bin:/usr/sbin:/usr/bin:/sbin:/bin";
-
-/// Docker's default set: what an ordinary image's entry point may need.
-const CAPABILITIES: [&str; 14] = [
-    "CAP_AUDIT_WRITE",
-    "CAP_CHOWN",
-    "CAP_DAC_OVERRIDE",
-    "CAP_FOWNER",
-    "CAP_FSETID",
-    "CAP_KILL",
-    "CAP_MKNOD",
-    "CAP_NET_BIND_SERVICE",
-    "CAP_NET_RAW",
-    "CAP_SETFCAP",
-    "CAP_SETGID",
-    "CAP_SETPCAP",
-    "CAP_SETUID",
-    "CAP_SYS_CHROOT",
-];
 
 const MASKED: [&str; 10] = [
     "/proc/acpi",
@@ -60,7 +52,7 @@ const READ_ONLY: [&str; 5] = [
 
 /// Program and arguments, by Docker's rules: `--entrypoint` drops the image's
 /// command, arguments replace it.
-pub(crate) fn command(args: &RunArgs, image: &Config) -> Result<Vec<String>> {
+pub(crate) fn command(args: &ContainerArgs, image: &Config) -> Result<Vec<String>> {
     let image_entry = image.entrypoint().clone().unwrap_or_default();
     let image_cmd = image.cmd().clone().unwrap_or_default();
     let (mut command, rest) = match &args.entrypoint {
@@ -83,11 +75,28 @@ pub(crate) fn command(args: &RunArgs, image: &Config) -> Result<Vec<String>> {
 pub(crate) struct Own<'a> {
     pub(crate) id: &'a str,
     pub(crate) hostname: &'a str,
-    pub(crate) log: &'a Path,
+    /// Where its output is kept, if it is.
+    pub(crate) log: Option<&'a Path>,
+    pub(crate) volumes: &'a NamedVolumes,
 }
 
-/// The spec of a new container.
-pub(crate) fn build(args: &RunArgs, image: &Config, own: &Own<'_>) -> Result<Spec> {
+/// All that a container is to see beside its image.
+fn extra(args: &ContainerArgs) -> impl Iterator<Item = &mounts::Mount> {
+    let volumes = args.volume.iter().map(|VolumeArg(mount)| mount);
+    let mounts = args.mount.iter().map(|MountArg(mount)| mount);
+    let tmpfs = args.tmpfs.iter().map(|TmpfsArg(mount)| mount);
+    volumes.chain(mounts).chain(tmpfs)
+}
+
+/// The spec of a new container, and the volumes that it names.
+pub(crate) fn build(
+    args: &ContainerArgs,
+    image: &Config,
+    own: &Own<'_>,
+) -> Result<(Spec, Vec<NamedVolume>)> {
+    if let Some((option, why)) = args.refused.given() {
+        bail!("{option}: {why}");
+    }
     let hostname = own.hostname;
     let cwd = args
         .workdir
@@ -107,17 +116,20 @@ pub(crate) fn build(args: &RunArgs, image: &Config, own: &Own<'_>) -> Result<Spe
     if systemd {
         env.extend(systemd::environment(own.id));
     }
-    let env = merge_env(&env, image.env().iter().flatten(), &args.env);
+    let given = variables(&args.env_file, &args.env)?;
+    let env = merge_env(&env, image.env().iter().flatten(), &given);
     let stop = match (args.stop_signal, image.stop_signal()) {
         (Some(number), _) => Some(number.to_string()),
         (None, Some(name)) if !name.is_empty() => Some(name.clone()),
         _ => systemd.then(|| systemd::STOP_SIGNAL.to_owned()),
     };
-    let mut mounts = mounts(&args.volume);
+    let (extra, volumes) = mounts::resolve(extra(args), own.volumes)?;
+    let mut mounts = mounts();
+    mounts.extend(extra);
     if systemd {
         systemd::mounts(&mut mounts);
     }
-    let spec = json!({
+    let mut spec = json!({
         "ociVersion": "1.0.2",
         "hostname": hostname,
         "root": { "path": "rootfs", "readonly": args.read_only },
@@ -127,9 +139,6 @@ pub(crate) fn build(args: &RunArgs, image: &Config, own: &Own<'_>) -> Result<Spe
             "args": command,
             "env": env,
             "cwd": cwd,
-            "capabilities": {
-                "bounding": CAPABILITIES, "effective": CAPABILITIES, "permitted": CAPABILITIES,
-            },
             "noNewPrivileges": false,
             "oomScoreAdj": 0,
         },
@@ -140,16 +149,26 @@ pub(crate) fn build(args: &RunArgs, image: &Config, own: &Own<'_>) -> Result<Spe
                 { "type": "pid" }, { "type": "ipc" }, { "type": "uts" },
                 { "type": "mount" }, { "type": "cgroup" },
             ],
-            "resources": resources(args.memory, args.cpus),
             "maskedPaths": MASKED,
             "readonlyPaths": READ_ONLY,
         },
     });
-    Ok(serde_json::from_value(spec)?)
+    if !args.group_add.is_empty() {
+        spec["process"]["user"]["additionalGids"] = json!(args.group_add);
+    }
+    security::apply(args, &mut spec)?;
+    limits::apply(args, &mut spec)?;
+    Ok((serde_json::from_value(spec)?, volumes))
 }
 
-fn annotations(args: &RunArgs, log: &Path, stop_signal: Option<String>) -> Value {
-    let mut annotations = json!({ walnut_sandbox::ANNOTATION_LOG: log });
+fn annotations(args: &ContainerArgs, log: Option<&Path>, stop_signal: Option<String>) -> Value {
+    let mut annotations = json!({});
+    if let Some(log) = log {
+        annotations[walnut_sandbox::ANNOTATION_LOG] = json!(log);
+    }
+    if args.init {
+        annotations[walnut_sandbox::ANNOTATION_INIT] = json!("true");
+    }
     if let Some(signal) = stop_signal {
         annotations[STOP_SIGNAL] = json!(signal);
     }
@@ -216,20 +235,8 @@ pub(crate) fn merge_env<'a>(
         .collect()
 }
 
-/// Limits as the spec has them.
-pub(crate) fn resources(memory: Option<Size>, cpus: Option<Cpus>) -> Value {
-    let mut resources = json!({});
-    if let Some(memory) = memory {
-        resources["memory"] = json!({ "limit": memory.0, "swap": memory.0 });
-    }
-    if let Some(cpus) = cpus {
-        resources["cpu"] = json!({ "quota": cpus.0, "period": 100_000 });
-    }
-    resources
-}
-
-fn mounts(volumes: &[VolumeArg]) -> Vec<Value> {
-    let mut mounts = vec![
+fn mounts() -> Vec<Value> {
+    vec![
         mount("/proc", "proc", &["nosuid", "noexec", "nodev"]),
         mount(
             "/dev",
@@ -260,16 +267,7 @@ fn mounts(volumes: &[VolumeArg]) -> Vec<Value> {
             "cgroup",
             &["nosuid", "noexec", "nodev", "relatime", "ro"],
         ),
-    ];
-    for volume in volumes {
-        mounts.push(json!({
-            "destination": volume.target,
-            "type": "bind",
-            "source": volume.source,
-            "options": ["rbind", "rprivate", if volume.read_only { "ro" } else { "rw" }],
-        }));
-    }
-    mounts
+    ]
 }
 
 fn mount(destination: &str, kind: &str, options: &[&str]) -> Value {
@@ -282,20 +280,25 @@ mod tests {
     use clap::Parser;
     use oci_spec::image::ConfigBuilder;
 
-    fn run(line: &str) -> RunArgs {
+    fn run(line: &str) -> ContainerArgs {
         let words = ["walnut", "run"].into_iter().chain(line.split_whitespace());
         match crate::args::Cli::parse_from(words).command {
-            crate::args::Command::Run(args) => *args,
+            crate::args::Command::Run(args) => args.container,
             _ => unreachable!(),
         }
     }
 
-    fn own() -> Own<'static> {
-        Own {
+    fn build(args: &ContainerArgs, image: &Config) -> Result<Spec> {
+        let dir = tempfile::tempdir().unwrap();
+        let layout =
+            walnut_sandbox::Layout::new(dir.path().join("s"), dir.path().join("r")).unwrap();
+        let own = Own {
             id: "0123",
             hostname: "h",
-            log: Path::new("/log"),
-        }
+            log: Some(Path::new("/log")),
+            volumes: &NamedVolumes::new(&layout),
+        };
+        super::build(args, image, &own).map(|(spec, _)| spec)
     }
 
     fn image() -> Config {
@@ -320,7 +323,7 @@ mod tests {
     #[test]
     fn the_last_setting_wins() {
         let args = run("-e A=2 -e B=x=y img");
-        let spec = build(&args, &image(), &own()).unwrap();
+        let spec = build(&args, &image()).unwrap();
         let process = spec.process().clone().unwrap();
         let env = process.env().clone().unwrap();
         assert_eq!(env, ["PATH=/image", "HOSTNAME=h", "A=2", "B=x=y"]);
@@ -330,7 +333,7 @@ mod tests {
     fn the_stop_signal_is_ones_own_the_images_or_the_init_systems() {
         let signal = |line: &str, image: &str| {
             let image = ConfigBuilder::default().stop_signal(image).build().unwrap();
-            stop_signal(&build(&run(line), &image, &own()).unwrap())
+            stop_signal(&build(&run(line), &image).unwrap())
         };
         assert_eq!(signal("img true", "").unwrap(), None);
         assert_eq!(signal("img true", "SIGQUIT").unwrap(), Some(3));
@@ -347,10 +350,54 @@ mod tests {
     #[test]
     fn limits_reach_the_spec() {
         let args = run("-m 64m --cpus 0.5 -u app:1 -v /srv:/data:ro img");
-        let spec = build(&args, &image(), &own()).unwrap();
+        let spec = build(&args, &image()).unwrap();
         let text = serde_json::to_string(&spec).unwrap();
         for part in ["67108864", "50000", "\"app:1\"", "\"/data\""] {
             assert!(text.contains(part), "{part} in {text}");
+        }
+    }
+
+    #[test]
+    fn all_that_is_asked_for_reaches_the_spec() {
+        let args = run(
+            "--group-add 7 --tmpfs /t:size=1m --mount type=tmpfs,target=/m --pids-limit 9 \
+             --ulimit nofile=5:6 --shm-size 1m --cap-drop ALL --cap-add CHOWN --sysctl a.b=c \
+             --security-opt no-new-privileges --device /dev/null:/dev/nil:r --cpuset-cpus 0,1 \
+             --init img true",
+        );
+        let spec = serde_json::to_value(build(&args, &image()).unwrap()).unwrap();
+        let process = &spec["process"];
+        assert_eq!(process["user"]["additionalGids"], json!([7]));
+        assert_eq!(process["capabilities"]["bounding"], json!(["CAP_CHOWN"]));
+        assert_eq!(process["noNewPrivileges"], true);
+        assert_eq!(process["rlimits"][0]["type"], "RLIMIT_NOFILE");
+        let linux = &spec["linux"];
+        assert_eq!(linux["sysctl"]["a.b"], "c");
+        assert_eq!(linux["resources"]["pids"]["limit"], 9);
+        assert_eq!(linux["resources"]["cpu"]["quota"], 200_000);
+        assert_eq!(linux["devices"][0]["path"], "/dev/nil");
+        let mounts = spec["mounts"].as_array().unwrap();
+        let at = |path: &str| mounts.iter().find(|m| m["destination"] == path).unwrap();
+        assert!(
+            at("/dev/shm")["options"]
+                .to_string()
+                .contains("size=1048576")
+        );
+        assert!(at("/t")["type"] == "tmpfs" && at("/m")["type"] == "tmpfs");
+    }
+
+    #[test]
+    fn what_cannot_be_had_is_refused_with_the_reason() {
+        for (line, why) in [
+            ("--privileged img", "--cap-add ALL"),
+            ("--pid host img", "does not know the processes"),
+            ("--gpus all img", "no driver"),
+            ("-m 64m --memory-swap 128m img", "no swap"),
+            ("--device /dev/none img", "No such file"),
+            ("--cap-add NOTHING img", "is not known"),
+        ] {
+            let said = format!("{:#}", build(&run(line), &image()).unwrap_err());
+            assert!(said.contains(why), "{line}: {said}");
         }
     }
 }

@@ -103,7 +103,7 @@ pub(crate) fn wanted(args: &MachineArgs) -> Result<Wanted> {
     if let Some(driver) = &args.driver {
         settings.machine.driver = driver.parse()?;
     }
-    let limits = spec::resources(args.memory, args.cpus);
+    let limits = spec::resources(args.memory, args.cpus, None);
     let container = json!({ "ociVersion": "1.0.2", "linux": { "resources": limits } });
     let container = serde_json::from_value(container).context("describe the machine")?;
     Ok(Wanted::for_container(&settings, &container))

@@ -1,6 +1,6 @@
 //! Values on the command line that are more than words.
 
-use std::{path::PathBuf, str::FromStr};
+use std::str::FromStr;
 
 use walnut_sandbox::Bytes;
 
@@ -27,6 +27,13 @@ impl FromStr for Size {
 /// A number of CPUs, in microseconds of each 100 ms.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub(crate) struct Cpus(pub(crate) i64);
+
+impl Cpus {
+    /// So many whole ones.
+    pub(crate) fn whole(count: usize) -> Self {
+        Self(i64::try_from(count).unwrap_or(32).clamp(1, 32) * 100_000)
+    }
+}
 
 impl FromStr for Cpus {
     type Err = String;
@@ -66,44 +73,130 @@ impl FromStr for EnvVar {
     }
 }
 
-/// `HOST:CONTAINER[:ro|rw]`.
+/// Processors of the host, as `0-3,6`.
 #[derive(Debug, Clone, PartialEq, Eq)]
-pub(crate) struct VolumeArg {
-    pub(crate) source: PathBuf,
-    pub(crate) target: PathBuf,
-    pub(crate) read_only: bool,
+pub(crate) struct Cpuset(Vec<u16>);
+
+/// Most processors that a set may name.
+const CPUS_MAX: u16 = 1024;
+
+impl Cpuset {
+    /// How many.
+    pub(crate) fn len(&self) -> usize {
+        self.0.len()
+    }
+
+    /// Which.
+    pub(crate) fn numbers(&self) -> impl Iterator<Item = usize> {
+        self.0.iter().map(|number| usize::from(*number))
+    }
 }
 
-impl FromStr for VolumeArg {
+impl FromStr for Cpuset {
     type Err = String;
 
     fn from_str(text: &str) -> Result<Self, String> {
-        let mut parts = text.split(':');
-        let (Some(source), Some(target), options, None) =
-            (parts.next(), parts.next(), parts.next(), parts.next())
-        else {
-            return Err("write it as HOST:CONTAINER or HOST:CONTAINER:ro".into());
+        let bad = || format!("{text:?}: write it as 0-3,6, with numbers below {CPUS_MAX}");
+        let number = |text: &str| text.parse().ok().filter(|n| *n < CPUS_MAX).ok_or_else(bad);
+        let mut all = std::collections::BTreeSet::new();
+        for part in text.split(',') {
+            let (first, last) = part.split_once('-').unwrap_or((part, part));
+            let (first, last): (u16, u16) = (number(first)?, number(last)?);
+            if first > last {
+                return Err(bad());
+            }
+            all.extend(first..=last);
+        }
+        Ok(Self(all.into_iter().collect()))
+    }
+}
+
+impl std::fmt::Display for Cpuset {
+    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
+        let all: Vec<_> = self.0.iter().map(u16::to_string).collect();
+        f.write_str(&all.join(","))
+    }
+}
+
+/// A span of time in milliseconds, as Go writes it: `1m30s`, `500ms`.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub(crate) struct Duration(pub(crate) u64);
+
+/// Longest span: a year.
+const SPAN_MAX: f64 = 365.0 * 86_400_000.0;
+
+impl FromStr for Duration {
+    type Err = String;
+
+    fn from_str(text: &str) -> Result<Self, String> {
+        let bad = || format!("{text:?} is no time; write it as 30s, 1m30s or 500ms");
+        let mut total = 0.0;
+        let mut rest = text;
+        while !rest.is_empty() {
+            let end = rest.find(|c: char| !(c.is_ascii_digit() || c == '.'));
+            let (number, tail) = rest.split_at(end.ok_or_else(bad)?);
+            let end = tail.find(|c: char| !c.is_ascii_alphabetic());
+            let (unit, tail) = tail.split_at(end.unwrap_or(tail.len()));
+            let number: f64 = number.parse().map_err(|_| bad())?;
+            total += number
+                * match unit {
+                    "ms" => 1.0,
+                    "s" => 1000.0,
+                    "m" => 60_000.0,
+                    "h" => 3_600_000.0,
+                    "d" => 86_400_000.0,
+                    _ => return Err(bad()),
+                };
+            rest = tail;
+        }
+        match text.is_empty() || !(0.0..=SPAN_MAX).contains(&total) {
+            true => Err(bad()),
+            false => format!("{total:.0}").parse().map(Self).map_err(|_| bad()),
+        }
+    }
+}
+
+/// A moment in nanoseconds since the epoch: RFC 3339 or a part of it, seconds since the
+/// epoch, or how long ago, as `10m`.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub(crate) struct Moment(pub(crate) i64);
+
+impl FromStr for Moment {
+    type Err = String;
+
+    fn from_str(text: &str) -> Result<Self, String> {
+        let bad = || {
+            format!(
+                "{text:?} is no time; write it as 2026-01-31T12:00:00Z, as seconds since 1970, or as 10m for ten minutes ago"
+            )
         };
-        let read_only = match options {
-            None | Some("rw") => false,
-            Some("ro") => true,
-            Some(other) => return Err(format!("unknown option {other:?}; use ro or rw")),
-        };
-        if !source.starts_with(['/', '.', '~']) {
-            return Err(format!(
-                "{source:?} is not a path; named volumes are not supported yet, write ./{source} for a directory"
+        if let Ok(Duration(ms)) = text.parse() {
+            let ago = i64::try_from(ms)
+                .map_err(|_| bad())?
+                .saturating_mul(1_000_000);
+            return Ok(Self(walnut_sandbox::now_ns().saturating_sub(ago)));
+        }
+        if let Some((seconds, fraction)) = text.split_once('.').or(Some((text, "0")))
+            && let Ok(seconds) = seconds.parse::<i64>()
+            && fraction.len() <= 9
+            && let Ok(nanos) = format!("{fraction:0<9}").parse::<i64>()
+        {
+            return Ok(Self(
+                seconds.saturating_mul(1_000_000_000).saturating_add(nanos),
             ));
         }
-        let source = std::path::absolute(source).map_err(|e| format!("{source}: {e}"))?;
-        let target = PathBuf::from(target);
-        if !target.is_absolute() || target.parent().is_none() {
-            return Err("the path in the container must be absolute and not /".into());
-        }
-        Ok(Self {
-            source,
-            target,
-            read_only,
-        })
+        // What is left out is the beginning of it, in UTC.
+        let whole = match text.len() {
+            10 => format!("{text}T00:00:00Z"),
+            16 => format!("{text}:00Z"),
+            19 => format!("{text}Z"),
+            _ => text.to_owned(),
+        };
+        chrono::DateTime::parse_from_rfc3339(&whole)
+            .ok()
+            .and_then(|time| time.timestamp_nanos_opt())
+            .map(Self)
+            .ok_or_else(bad)
     }
 }
 
@@ -175,11 +268,43 @@ mod tests {
     }
 
     #[test]
-    fn volumes() {
-        let v: VolumeArg = "/srv/a:/data:ro".parse().unwrap();
-        assert!(v.read_only && v.source.ends_with("srv/a"));
-        for text in ["/a", "a:/b", "/a:b", "/a:/", "/a:/b:z", "/a:/b:ro:x"] {
-            assert!(text.parse::<VolumeArg>().is_err(), "{text}");
+    fn processors() {
+        let set: Cpuset = "0-2,6,1".parse().unwrap();
+        assert_eq!((set.to_string().as_str(), set.len()), ("0,1,2,6", 4));
+        for text in ["", "x", "3-1", "0-9999", "-1"] {
+            assert!(text.parse::<Cpuset>().is_err(), "{text}");
+        }
+    }
+
+    #[test]
+    fn times() {
+        for (text, ms) in [
+            ("30s", 30_000),
+            ("1m30s", 90_000),
+            ("500ms", 500),
+            ("1.5h", 5_400_000),
+            ("2d", 172_800_000),
+        ] {
+            assert_eq!(text.parse(), Ok(Duration(ms)), "{text}");
+        }
+        for text in ["", "5", "s", "5x", "-1s", "9999999999h"] {
+            assert!(text.parse::<Duration>().is_err(), "{text}");
+        }
+        for (text, seconds) in [
+            ("1970-01-02T00:00:00Z", 86_400),
+            ("1970-01-02T01:00:00+01:00", 86_400),
+            ("1970-01-02", 86_400),
+            ("1970-01-02T00:01", 86_460),
+            ("1970-01-02T00:01:02", 86_462),
+            ("86400", 86_400),
+        ] {
+            assert_eq!(text.parse(), Ok(Moment(seconds * 1_000_000_000)), "{text}");
+        }
+        assert_eq!("1.5".parse(), Ok(Moment(1_500_000_000)));
+        let Moment(ago) = "10m".parse().unwrap();
+        assert!(walnut_sandbox::now_ns() - ago >= 600_000_000_000);
+        for text in ["", "yesterday", "2026-13-01"] {
+            assert!(text.parse::<Moment>().is_err(), "{text}");
         }
     }
 

@@ -9,6 +9,8 @@ use std::{
 
 use sha2::{Digest as _, Sha256};
 
+use walnut_archive::TarReader;
+
 use crate::{
     Digest, Error,
     erofs::{data::DataWriter, image},
@@ -16,7 +18,6 @@ use crate::{
     layer::{
         apply::{ApplyError, EntryBudget, apply_layer},
         decode::{Decoded, with_layer},
-        tar::TarReader,
         tree::{LayerIndex, Tree},
     },
 };

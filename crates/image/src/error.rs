@@ -139,6 +139,14 @@ pub enum Error {
         /// What is wrong, and in which entry.
         reason: String,
     },
+    /// An archive that cannot be taken in, or made.
+    #[error("the archive cannot be {action}: {reason}")]
+    Archive {
+        /// "read" or "written".
+        action: &'static str,
+        /// Why.
+        reason: String,
+    },
     /// No image of that name or ID in the store.
     #[error("no image \"{0}\" here; `walnut pull` it first, or see `walnut images`")]
     NoSuchImage(String),

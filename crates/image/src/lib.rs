@@ -26,4 +26,4 @@ pub use digest::Digest;
 pub use error::Error;
 pub use progress::{Event, NoProgress, Progress};
 pub use reference::Reference;
-pub use store::{Image, Lease, Platform, PullOptions, PullPolicy, Removed, Store};
+pub use store::{HealthConfig, Image, Lease, Platform, PullOptions, PullPolicy, Removed, Store};

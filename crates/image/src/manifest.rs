@@ -12,7 +12,7 @@ pub(crate) const MAX_CONFIG: u64 = 8 << 20;
 /// Most layers of an image.
 pub(crate) const MAX_LAYERS: usize = 512;
 
-const OCI_MANIFEST: &str = "application/vnd.oci.image.manifest.v1+json";
+pub(crate) const OCI_MANIFEST: &str = "application/vnd.oci.image.manifest.v1+json";
 const OCI_INDEX: &str = "application/vnd.oci.image.index.v1+json";
 const DOCKER_MANIFEST: &str = "application/vnd.docker.distribution.manifest.v2+json";
 const DOCKER_LIST: &str = "application/vnd.docker.distribution.manifest.list.v2+json";
@@ -20,7 +20,7 @@ const DOCKER_LIST: &str = "application/vnd.docker.distribution.manifest.list.v2+
 /// What a registry is asked for.
 pub(crate) const ACCEPT: [&str; 4] = [OCI_MANIFEST, OCI_INDEX, DOCKER_MANIFEST, DOCKER_LIST];
 
-const LAYERS: [&str; 6] = [
+pub(crate) const LAYERS: [&str; 6] = [
     "application/vnd.oci.image.layer.v1.tar",
     "application/vnd.oci.image.layer.v1.tar+gzip",
     "application/vnd.oci.image.layer.v1.tar+zstd",
@@ -93,6 +93,13 @@ pub(crate) fn parse(bytes: &[u8], reference: &str, platform: &Platform) -> Resul
     }
     let manifest: ImageManifest = serde_json::from_slice(bytes).map_err(|e| bad(e.to_string()))?;
     image(&manifest, &bad).map(Document::Image)
+}
+
+/// The type that a manifest says it is of; OCI's, if it does not.
+pub(crate) fn media_type(manifest: &[u8]) -> String {
+    let probe = serde_json::from_slice::<Probe>(manifest).ok();
+    let kind = probe.and_then(|probe| probe.media_type);
+    kind.unwrap_or_else(|| OCI_MANIFEST.to_owned())
 }
 
 fn image(manifest: &ImageManifest, bad: &dyn Fn(String) -> Error) -> Result<Manifest, Error> {

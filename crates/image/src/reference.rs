@@ -6,8 +6,6 @@
 
 use std::{fmt, net::IpAddr, str::FromStr};
 
-use oci_client::Reference as OciReference;
-
 use crate::{Digest, Error};
 
 /// A normalised image reference: registry, repository, and a tag or a digest
@@ -21,6 +19,8 @@ pub struct Reference {
 }
 
 const HUB: &str = "docker.io";
+/// The name by which it is spoken to, and under which logins are kept for it.
+const HUB_ADDRESS: &str = "index.docker.io";
 /// Longest input looked at; the grammar allows 255 + 128 + a digest.
 const MAX_LEN: usize = 1024;
 /// Of registry and repository together, of a tag, and the fewest digits of a digest.
@@ -93,19 +93,11 @@ impl Reference {
         name
     }
 
-    /// The same for the registry client; a digest wins over the tag there.
-    pub(crate) fn to_oci(&self) -> OciReference {
-        match (&self.tag, &self.digest) {
-            (_, Some(digest)) => OciReference::with_digest(
-                self.registry.clone(),
-                self.repository.clone(),
-                digest.to_string(),
-            ),
-            (tag, None) => OciReference::with_tag(
-                self.registry.clone(),
-                self.repository.clone(),
-                tag.clone().unwrap_or_else(|| "latest".to_owned()),
-            ),
+    /// Where the registry answers.
+    pub(crate) fn address(&self) -> &str {
+        match self.registry.as_str() {
+            HUB => HUB_ADDRESS,
+            other => other,
         }
     }
 }
@@ -181,8 +173,8 @@ fn parse(input: &str) -> Option<Result<Reference, Error>> {
         return None;
     }
     let (registry, path) = match registry {
-        HUB | "index.docker.io" if !path.contains('/') => (HUB, format!("library/{path}")),
-        "index.docker.io" => (HUB, path.to_owned()),
+        HUB | HUB_ADDRESS if !path.contains('/') => (HUB, format!("library/{path}")),
+        HUB_ADDRESS => (HUB, path.to_owned()),
         other => (other, path.to_owned()),
     };
     let digest = match digest.map(str::parse).transpose() {
@@ -283,6 +275,8 @@ impl fmt::Debug for Reference {
 
 #[cfg(test)]
 mod tests {
+    use oci_client::Reference as OciReference;
+
     use super::*;
 
     const D: &str = "sha256:ffffffffffffffffffffffffffffffffffffffffffffffffffffffffffffffff";
@@ -328,7 +322,6 @@ mod tests {
         let both: Reference = format!("nginx:1.25@{D}").parse().unwrap();
         assert_eq!(both.tag(), Some("1.25"));
         assert_eq!(both.familiar(), format!("nginx:1.25@{D}"));
-        assert_eq!(both.to_oci().tag(), None);
     }
 
     #[test]

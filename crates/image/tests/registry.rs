@@ -202,15 +202,22 @@ impl Node {
 
     /// Pulls `demo:1` into an empty store.
     async fn pull(&self, registry: &str) -> Result<Image, Error> {
-        let store = tempfile::tempdir_in(self.dir.path()).unwrap();
+        let dir = tempfile::tempdir_in(self.dir.path()).unwrap();
+        let store = Store::open(dir.path()).unwrap();
+        self.pull_to(&store, registry).await
+    }
+
+    async fn pull_to(&self, store: &Store, registry: &str) -> Result<Image, Error> {
         let reference: Reference = format!("{registry}/demo:1").parse().unwrap();
-        let options = PullOptions {
+        store.pull(&reference, &self.options(), &NoProgress).await
+    }
+
+    fn options(&self) -> PullOptions {
+        PullOptions {
             credentials: vec![self.path("config.json")],
             hosts: vec![self.path("certs.d")],
             ..PullOptions::default()
-        };
-        let store = Store::open(store.path()).unwrap();
-        store.pull(&reference, &options, &NoProgress).await
+        }
     }
 }
 
@@ -383,7 +390,33 @@ async fn a_registry_behind_tls_with_a_password() {
     assert!(matches!(error, Error::Unauthorized { .. }), "{error}");
     node.hosts(&name, &format!("{server}skip_verify = true\n"));
     node.login(&name, "me:secret");
-    node.pull(&name).await.unwrap();
+    let store = tempfile::tempdir_in(node.dir.path()).unwrap();
+    let store = Store::open(store.path()).unwrap();
+    node.pull_to(&store, &name).await.unwrap();
+
+    // Pushed under another name, and pulled by it.
+    let pushed: Reference = format!("{name}/team/pushed:2").parse().unwrap();
+    store.tag(&format!("{name}/demo:1"), &pushed).unwrap();
+    let digest = store.push(&pushed, &node.options(), &NoProgress).await;
+    let digest = digest.unwrap();
+    let other = tempfile::tempdir_in(node.dir.path()).unwrap();
+    let other = Store::open(other.path()).unwrap();
+    let image = other.pull(&pushed, &node.options(), &NoProgress).await;
+    assert_eq!(image.unwrap().digest, digest);
+    node.hosts(
+        &name,
+        &format!("{server}capabilities = [\"pull\", \"resolve\"]\nskip_verify = true\n"),
+    );
+    let error = store.push(&pushed, &node.options(), &NoProgress).await;
+    let error = error.unwrap_err().to_string();
+    assert!(error.contains("push"), "{error}");
+    node.hosts(&name, &format!("{server}skip_verify = true\n"));
+    node.login(&name, "me:other");
+    let error = store.push(&pushed, &node.options(), &NoProgress).await;
+    assert!(
+        matches!(error, Err(Error::Unauthorized { .. })),
+        "{error:?}"
+    );
 }
 
 /// Runs this test again where `PATH` has the helper: a process has one environment.

@@ -35,6 +35,8 @@ use crate::{
 pub(crate) const CHUNK: usize = 32 << 10;
 /// Pieces copied before all else that has come has its turn.
 const TURNS: u64 = 8;
+/// Most clients that one output has beside its first.
+const CLIENTS_MAX: usize = 16;
 /// Longest a client may leave the output of a process that has ended where it is.
 const STALL: Duration = Duration::from_secs(10);
 
@@ -122,6 +124,8 @@ pub(crate) struct OutputCopy {
     guest: UnixStream,
     /// As long as it takes something.
     client: Mutex<Option<Arc<Sink>>>,
+    /// Those who have come later. The next program does not know them: they come again.
+    others: Mutex<Vec<Arc<Sink>>>,
     pending: Pending,
     log: Option<SharedLog>,
     stream: Stream,
@@ -138,6 +142,7 @@ pub(crate) fn output(
     let copy = OutputCopy {
         guest,
         client: Mutex::new(client.map(Arc::new)),
+        others: Mutex::default(),
         pending: Pending::default(),
         log,
         stream,
@@ -167,6 +172,11 @@ impl OutputCopy {
 
     async fn copied(&self, mut ended: watch::Receiver<bool>) -> io::Result<()> {
         for turn in 1u64.. {
+            let others = lock(&self.others).clone();
+            let bytes = match others.is_empty() {
+                true => Vec::new(),
+                false => self.pending.all(),
+            };
             let client = lock(&self.client).clone();
             if let Some(client) = client
                 && let Err(e) = client.write_all(&self.pending, &mut ended, STALL).await
@@ -175,6 +185,13 @@ impl OutputCopy {
                 lock(&self.client).take();
             }
             self.pending.clear();
+            for other in others {
+                let bytes = Pending::from(bytes.as_slice());
+                if let Err(e) = other.write_all(&bytes, &mut ended, STALL).await {
+                    debug!("{:?} has one reader less: {e}", self.stream);
+                    lock(&self.others).retain(|sink| !Arc::ptr_eq(sink, &other));
+                }
+            }
             if !self.filled().await? {
                 return Ok(());
             }
@@ -185,6 +202,21 @@ impl OutputCopy {
             }
         }
         Ok(())
+    }
+
+    /// Has it lead to one more client; false, if there are as many as there may be.
+    pub(crate) fn add(&self, client: Sink) -> bool {
+        let mut others = lock(&self.others);
+        let room = others.len() < CLIENTS_MAX;
+        if room {
+            others.push(Arc::new(client));
+        }
+        room
+    }
+
+    /// Which of the process's.
+    pub(crate) fn stream(&self) -> Stream {
+        self.stream
     }
 
     /// False at the stream's end.
@@ -243,6 +275,7 @@ impl OutputState {
         let copy = OutputCopy {
             guest: stream(self.guest, taker)?,
             client: Mutex::new(client.map(Arc::new)),
+            others: Mutex::default(),
             pending: self.pending.into(),
             log,
             stream: self.stream,
@@ -263,7 +296,9 @@ pub(crate) fn stream(fd: Fd, taker: &mut Taker) -> io::Result<UnixStream> {
 #[derive(Debug)]
 pub(crate) struct InputCopy {
     guest: UnixStream,
-    client: Source,
+    client: Mutex<Arc<Source>>,
+    /// There is another client.
+    replaced: Notify,
     pending: Pending,
     close: Arc<Closing>,
     /// The client has nothing more.
@@ -274,7 +309,8 @@ pub(crate) struct InputCopy {
 pub(crate) fn input(guest: UnixStream, client: Source, close: Arc<Closing>) -> Copying<InputCopy> {
     let copy = InputCopy {
         guest,
-        client,
+        client: Mutex::new(Arc::new(client)),
+        replaced: Notify::new(),
         pending: Pending::default(),
         close,
         ended: AtomicBool::new(false),
@@ -307,9 +343,10 @@ impl InputCopy {
                 shutdown(&self.guest, Shutdown::Write)?;
                 return Ok(());
             }
+            let client = lock(&self.client).clone();
             let read = if self.close.is_asked() {
                 // What lies there, and no more.
-                match self.client.read_now(&mut buffer) {
+                match client.read_now(&mut buffer) {
                     Err(e) if e.kind() == io::ErrorKind::WouldBlock => 0,
                     Err(e) if e.kind() == io::ErrorKind::Interrupted => continue,
                     read => read?,
@@ -317,7 +354,8 @@ impl InputCopy {
             } else {
                 tokio::select! {
                     biased;
-                    read = self.client.read(&mut buffer) => read?,
+                    () = self.replaced.notified() => continue,
+                    read = client.read(&mut buffer) => read?,
                     () = self.close.notify.notified() => continue,
                     // Nothing comes from this side: readable means that it is closed.
                     ready = self.guest.ready(Interest::READABLE) => {
@@ -338,6 +376,16 @@ impl InputCopy {
         }
     }
 
+    /// Has it come from another client; false, if it has come to its end.
+    pub(crate) fn replace(&self, client: Source) -> bool {
+        let open = !self.ended.load(Ordering::Relaxed);
+        if open {
+            *lock(&self.client) = Arc::new(client);
+            self.replaced.notify_one();
+        }
+        open
+    }
+
     /// Returns when the guest has all that was read.
     async fn delivered(&self) -> io::Result<()> {
         while !self.pending.is_empty() {
@@ -354,7 +402,7 @@ impl InputCopy {
     pub(crate) fn state(&self, giver: &mut Giver) -> InputState {
         InputState {
             guest: giver.give(&self.guest),
-            client: self.client.state(giver),
+            client: lock(&self.client).state(giver),
             pending: self.pending.all(),
             ended: self.ended.load(Ordering::Relaxed),
         }
@@ -381,7 +429,8 @@ impl InputState {
     ) -> io::Result<Copying<InputCopy>> {
         let copy = InputCopy {
             guest: stream(self.guest, taker)?,
-            client: self.client.take_over(taker)?,
+            client: Mutex::new(Arc::new(self.client.take_over(taker)?)),
+            replaced: Notify::new(),
             pending: self.pending.into(),
             close,
             ended: AtomicBool::new(self.ended),

@@ -10,7 +10,7 @@ use oci_spec::runtime::{Hooks, Linux, LinuxNamespaceType, Mount, Spec};
 use walnut_protocol::{GUEST_ROOT, agent::GuestFile};
 
 use crate::{
-    Error, Result,
+    ANNOTATION_INIT, Error, Result,
     pod::{self, First, Role},
     pod_request::PodParts,
     sandbox::NameFiles,
@@ -18,6 +18,11 @@ use crate::{
 
 /// Largest `config.json` that is read, bytes; the agent's own limit.
 const SPEC_MAX: u64 = 4 << 20;
+
+/// Where a container has the first process of ours.
+const INIT: &str = "/dev/init";
+/// The agent's helper in the guest.
+const GUEST_HELPER: &str = "/walnut-container";
 
 /// A host directory or file that the container sees.
 #[derive(Debug, Clone, PartialEq, Eq)]
@@ -122,6 +127,13 @@ pub(crate) fn translate(mut spec: Spec, container: &str, place: &Place<'_>) -> R
         };
         mount.set_source(Some(path.clone()));
     }
+    let wants_init = spec
+        .annotations()
+        .as_ref()
+        .and_then(|a| a.get(ANNOTATION_INIT));
+    if wants_init.is_some_and(|value| value == "true") {
+        mounts.push(init(&mut spec));
+    }
     for mount in &mut mounts {
         forget_copy_up(mount);
         if place.guests_shm {
@@ -157,6 +169,23 @@ pub(crate) fn translate(mut spec: Spec, container: &str, place: &Place<'_>) -> R
     }
     serde_json::to_vec(&spec)
         .map_err(|e| Error::Invalid(format!("write the guest's spec of {container}: {e}")))
+}
+
+/// Has the program be the child of a first process of ours, which is the guest's helper by
+/// another name, and lies where every container has a file system of its own.
+fn init(spec: &mut Spec) -> Mount {
+    if let Some(process) = spec.process_mut() {
+        let args = process.args().clone().unwrap_or_default();
+        let first = [INIT.to_owned(), "--".to_owned()];
+        process.set_args(Some(first.into_iter().chain(args).collect()));
+    }
+    let mut mount = Mount::default();
+    mount
+        .set_destination(INIT.into())
+        .set_typ(Some("bind".into()))
+        .set_source(Some(GUEST_HELPER.into()))
+        .set_options(Some(["bind", "ro", "nosuid"].map(Into::into).into()));
+    mount
 }
 
 /// runc's extension, that a tmpfs begins with what it covers: the guest's kernel would take

@@ -25,6 +25,7 @@ mod file;
 mod growth;
 mod guest_spec;
 mod host_kernel;
+mod journal;
 mod layout;
 mod link;
 mod lock;
@@ -46,6 +47,8 @@ mod start;
 mod stdio;
 mod takeover;
 mod template;
+mod terms;
+mod volumes;
 
 pub use attachments::{
     Attachments, ContainerLinks, Furnished, HostEntry, LinksState, NameServers, Names, NetworkLink,
@@ -59,16 +62,17 @@ pub use daemon::{DaemonDirs, SandboxDir, supervisors};
 pub use descriptor::Inherited;
 pub use error::{Error, Result};
 pub use host_kernel::foreign_device;
+pub use journal::{Happening, Journal, JournalReader};
 pub use layout::{Assets, Layout};
 pub use lock::Lock;
-pub use log::{LogLine, LogReader};
+pub use log::{LineReader, LogLine, LogReader};
 pub use network::Network;
 pub use pod_request::PodRequest;
 pub use pool::{
     Given, Handover, Member, Place, Pool, PoolSize, Pools, Post, Visit, Visitor, host_memory, leave,
 };
 pub use process::{ExitInfo, ProcessState};
-pub use record::{ImageRef, Record, Status, find, list, now_ns, reconcile, remove};
+pub use record::{ImageRef, Record, Status, find, list, now_ns, reconcile, remove, similar};
 pub use sandbox::{
     ContainerRequest, ContainerState, ExecRequest, NameFiles, RootfsMount, Sandbox, SandboxConfig,
 };
@@ -77,18 +81,28 @@ pub use sizing::PodLimits;
 pub use stdio::{Input, Output, StdioTargets};
 pub use takeover::{Busy, Doing, SandboxState, Way};
 pub use template::{Listed, Shape, Template, Templates, Wanted};
+pub use terms::{
+    Health, HealthCheck, HealthResult, HealthStatus, LogTerms, NamedVolume, RestartPolicy, Terms,
+};
+pub use volumes::{NamedVolumes, VolumeRecord};
 pub use walnut_machine as machine;
 pub use walnut_network as networks;
 /// The host–guest protocol this build speaks.
 pub use walnut_protocol::{
     PROTOCOL,
-    agent::{ContainerStatsResponse as ContainerStats, GuestMemoryResponse},
+    agent::{
+        ContainerStatsResponse as ContainerStats, GuestMemoryResponse, Process as GuestProcess,
+    },
 };
 pub use walnut_storage::find_virtiofsd;
 
 /// Annotation in a bundle's `config.json`: file that receives the container's
 /// output as JSON lines.
 pub const ANNOTATION_LOG: &str = "dev.walnut.log";
+
+/// Annotation in a bundle's `config.json`: `true` if its program is to be the child of a
+/// first process of ours, which passes signals on and reaps orphans.
+pub const ANNOTATION_INIT: &str = "dev.walnut.init";
 
 /// Annotation in a bundle's `config.json`: `off` if the sandbox shall boot even where a
 /// template could spare it that.
@@ -104,3 +118,6 @@ pub const ANNOTATION_RECLAIM: &str = "dev.walnut.reclaim";
 /// Number of the field in containerd's cgroup metrics that carries what the guest says of
 /// its memory. containerd knows no such field, and passes over it.
 pub const METRICS_GUEST_MEMORY: u32 = 1000;
+
+/// Type of what `Pids` says of a process of `walnut`'s own containers.
+pub const GUEST_PROCESS: &str = "walnut.agent.v1.Process";

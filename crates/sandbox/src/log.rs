@@ -1,25 +1,31 @@
 //! A container's log: one JSON object a line, as Docker's `json-file` driver
 //! writes them (`{"log":"…\n","stream":"stdout","time":"…"}`).
 //!
-//! A guest may print for ever, so a log is rotated once: at 16 MiB the file
-//! becomes `<file>.1`, and the one before it goes.
+//! A guest may print for ever, so a log is rotated: at 16 MiB the file becomes
+//! `<file>.1`, and the one before it goes. [`LogTerms`] in `<file>.json` say otherwise.
 
 use std::{
     collections::VecDeque,
     fs::{self, File, OpenOptions},
-    io::{self, BufRead, BufReader, Read, Seek, SeekFrom, Write},
+    io::{self, BufRead, BufReader, Read, Write},
+    marker::PhantomData,
     os::unix::fs::{MetadataExt, OpenOptionsExt},
     path::{Path, PathBuf},
 };
 
 use chrono::{SecondsFormat, Utc};
-use serde::{Deserialize, Serialize};
+use serde::{Deserialize, Serialize, de::DeserializeOwned};
 use walnut_machine::takeover::hex;
 
-use crate::{Error, Result};
+use crate::{
+    Error, LogTerms, Result,
+    file::{read_json, write_json},
+};
 
-/// Size at which a log is rotated, bytes.
-const ROTATE_AT: u64 = 16 << 20;
+/// Largest file of terms.
+const TERMS_MAX: u64 = 4 << 10;
+/// Most files of a log that are looked for.
+const FILES_MAX: u32 = 100;
 /// Longest piece of output in one line; a longer one is split, as Docker does.
 const PIECE_MAX: usize = 16 << 10;
 /// Longest line that is read back: a piece, every byte of it escaped.
@@ -42,6 +48,7 @@ pub(crate) struct LogWriter {
     path: PathBuf,
     file: File,
     size: u64,
+    terms: LogTerms,
     partial: [Vec<u8>; 2],
 }
 
@@ -77,6 +84,7 @@ impl LogWriter {
             path: path.to_path_buf(),
             file,
             size,
+            terms: read_json(&terms(path), TERMS_MAX).unwrap_or_default(),
             partial: [Vec::new(), Vec::new()],
         })
     }
@@ -118,8 +126,15 @@ impl LogWriter {
             partial.extend_from_slice(piece);
             bytes = rest;
             if whole {
+                let before = out.len();
                 line.encode(&mut out, partial)?;
                 partial.clear();
+                // What is too much for this file is for the next one.
+                if before > 0 && self.size + out.len() as u64 > self.terms.max_size {
+                    let last = out.split_off(before);
+                    self.append(&out)?;
+                    out = last;
+                }
             }
         }
         self.append(&out)
@@ -141,14 +156,45 @@ impl LogWriter {
             return Ok(());
         }
         let len = bytes.len() as u64;
-        if self.size + len > ROTATE_AT && self.size > 0 {
-            fs::rename(&self.path, rotated(&self.path))?;
-            self.file = append(&self.path)?;
-            self.size = 0;
+        if self.size + len > self.terms.max_size && self.size > 0 {
+            self.rotate()?;
         }
         self.size += len;
         self.file.write_all(bytes)
     }
+
+    fn rotate(&mut self) -> io::Result<()> {
+        let files = self.terms.max_file.clamp(1, FILES_MAX);
+        for number in (1..files).rev() {
+            match fs::rename(rotated(&self.path, number - 1), rotated(&self.path, number)) {
+                Err(e) if e.kind() != io::ErrorKind::NotFound => return Err(e),
+                _ => {}
+            }
+        }
+        if files == 1 {
+            fs::remove_file(&self.path)?;
+        }
+        self.file = append(&self.path)?;
+        self.size = 0;
+        Ok(())
+    }
+}
+
+impl LogTerms {
+    /// Has them hold for the log at `path`, from when it is opened.
+    pub fn store(&self, path: &Path) -> Result<()> {
+        write_json(&terms(path), self)
+    }
+}
+
+fn terms(path: &Path) -> PathBuf {
+    suffixed(path, ".json")
+}
+
+fn suffixed(path: &Path, suffix: &str) -> PathBuf {
+    let mut name = path.as_os_str().to_owned();
+    name.push(suffix);
+    name.into()
 }
 
 fn append(path: &Path) -> io::Result<File> {
@@ -160,10 +206,12 @@ fn append(path: &Path) -> io::Result<File> {
         .open(path)
 }
 
-fn rotated(path: &Path) -> PathBuf {
-    let mut name = path.as_os_str().to_owned();
-    name.push(".1");
-    name.into()
+/// The file that was written so many rotations ago.
+pub(crate) fn rotated(path: &Path, number: u32) -> PathBuf {
+    match number {
+        0 => path.to_owned(),
+        _ => suffixed(path, &format!(".{number}")),
+    }
 }
 
 /// What a [`LogLine`] has beside its output. Short lines come in great numbers: what they
@@ -189,58 +237,51 @@ impl Line {
     }
 }
 
-/// Reads a log from its oldest line on, across a rotation, and goes on when
-/// asked again after more was written.
+/// Reads a log.
+pub type LogReader = LineReader<LogLine>;
+
+/// Reads a file of JSON lines from the oldest line on, across its rotations, and goes on
+/// when asked again after more was written.
 #[derive(Debug)]
-pub struct LogReader {
+pub struct LineReader<T> {
     path: PathBuf,
     file: Option<BufReader<File>>,
-    old_read: bool,
-    /// What else there was when it was made, with the bytes that each had; it is all that
-    /// there is, if it is present.
+    /// What else there was when it was looked for, oldest first, with the bytes that are
+    /// to be read of each.
     rest: Option<VecDeque<(File, u64)>>,
+    /// What comes later is read as well.
+    live: bool,
     /// Bytes of the file that are still to be read.
     left: u64,
+    lines: PhantomData<T>,
 }
 
-impl LogReader {
-    /// A reader at the start of the log; the file need not exist yet.
+impl<T: DeserializeOwned> LineReader<T> {
+    /// A reader at the start; the file need not exist yet.
     pub fn new(path: &Path) -> Self {
         Self {
             path: path.to_path_buf(),
             file: None,
-            old_read: false,
             rest: None,
+            live: true,
             left: u64::MAX,
+            lines: PhantomData,
         }
     }
 
     /// A reader of what has been written by now: it comes to an end, however fast more is
     /// written.
     pub fn up_to_now(path: &Path) -> Result<Self> {
-        let mut rest: VecDeque<(File, u64)> = VecDeque::new();
-        let mut known = None;
-        for path in [path.to_owned(), rotated(path)] {
-            let file = match File::open(&path) {
-                Ok(file) => file,
-                Err(e) if e.kind() == io::ErrorKind::NotFound => continue,
-                Err(e) => return Err(Error::io("open log", path)(e)),
-            };
-            let meta = file.metadata().map_err(Error::io("examine log", &path))?;
-            // Rotated between the two, it is the same file under both names.
-            if known.replace((meta.dev(), meta.ino())) != Some((meta.dev(), meta.ino())) {
-                rest.push_front((file, meta.len()));
-            }
-        }
         Ok(Self {
-            rest: Some(rest),
+            rest: Some(files(path)?),
+            live: false,
             ..Self::new(path)
         })
     }
 
     /// The next line, or `None` if there is none for now. A line that is still
     /// being written, or is damaged, is not returned.
-    pub fn next_line(&mut self) -> Result<Option<LogLine>> {
+    pub fn next_line(&mut self) -> Result<Option<T>> {
         loop {
             if self.file.is_none() && !self.open_next()? {
                 return Ok(None);
@@ -254,7 +295,7 @@ impl LogReader {
                 .take(LINE_MAX.min(self.left))
                 .read_until(b'\n', &mut line)
                 .map_err(Error::io("read log", &self.path))?;
-            if self.rest.is_some() {
+            if !self.live {
                 self.left = self.left.saturating_sub(read as u64);
             }
             if line.ends_with(b"\n") {
@@ -263,7 +304,7 @@ impl LogReader {
                 }
                 continue;
             }
-            if self.rest.is_some() {
+            if !self.live {
                 self.file = None;
                 continue;
             }
@@ -278,31 +319,22 @@ impl LogReader {
     }
 
     fn open_next(&mut self) -> Result<bool> {
-        if let Some(rest) = &mut self.rest {
-            let next = rest.pop_front();
-            let there = next.is_some();
-            if let Some((file, len)) = next {
-                (self.file, self.left) = (Some(BufReader::new(file)), len);
-            }
-            return Ok(there);
-        }
-        let path = if self.old_read {
-            self.path.clone()
-        } else {
-            self.old_read = true;
-            let old = rotated(&self.path);
-            if old.exists() { old } else { self.path.clone() }
+        let rest = match &mut self.rest {
+            Some(rest) => rest,
+            None => self.rest.insert(files(&self.path)?),
         };
-        match File::open(&path) {
-            Ok(mut file) => {
-                file.seek(SeekFrom::Start(0))
-                    .map_err(Error::io("read log", &path))?;
-                self.file = Some(BufReader::new(file));
-                Ok(true)
-            }
-            Err(e) if e.kind() == io::ErrorKind::NotFound => Ok(false),
-            Err(e) => Err(Error::io("open log", path)(e)),
-        }
+        let (file, len) = match rest.pop_front() {
+            Some(next) => next,
+            None if !self.live => return Ok(false),
+            None => match File::open(&self.path) {
+                Ok(file) => (file, u64::MAX),
+                Err(e) if e.kind() == io::ErrorKind::NotFound => return Ok(false),
+                Err(e) => return Err(Error::io("open log", &self.path)(e)),
+            },
+        };
+        self.file = Some(BufReader::new(file));
+        self.left = if self.live { u64::MAX } else { len };
+        Ok(true)
     }
 
     /// The file being read is no longer the one that is written.
@@ -314,6 +346,29 @@ impl LogReader {
             .metadata()
             .is_ok_and(|then| (then.dev(), then.ino()) != (now.dev(), now.ino()))
     }
+}
+
+/// The files of a log, oldest first, with their sizes.
+fn files(path: &Path) -> Result<VecDeque<(File, u64)>> {
+    let mut files: VecDeque<(File, u64)> = VecDeque::new();
+    let mut known = None;
+    // The newest first: what is rotated meanwhile is met a second time, and not missed.
+    for number in 0..FILES_MAX {
+        let path = rotated(path, number);
+        let file = match File::open(&path) {
+            Ok(file) => file,
+            // The newest may be on its way.
+            Err(e) if e.kind() == io::ErrorKind::NotFound && number == 0 => continue,
+            Err(e) if e.kind() == io::ErrorKind::NotFound => break,
+            Err(e) => return Err(Error::io("open log", path)(e)),
+        };
+        let meta = file.metadata().map_err(Error::io("examine log", &path))?;
+        let is = (meta.dev(), meta.ino());
+        if known.replace(is) != Some(is) {
+            files.push_front((file, meta.len()));
+        }
+    }
+    Ok(files)
 }
 
 #[cfg(test)]
@@ -376,7 +431,7 @@ mod tests {
             .unwrap()
             .map(|e| e.unwrap().metadata().unwrap().len())
             .sum();
-        assert!(total <= 2 * ROTATE_AT, "{total}");
+        assert!(total <= 2 * crate::terms::LOG_SIZE, "{total}");
         assert!(!all(&mut reader).is_empty());
     }
 
@@ -386,7 +441,7 @@ mod tests {
         let path = dir.path().join("log");
         let mut log = LogWriter::open(&path).unwrap();
         let line = [b"x".repeat(8 << 10).as_slice(), b"\n"].concat();
-        while !rotated(&path).exists() {
+        while !rotated(&path, 1).exists() {
             log.write(Stream::Stdout, &line).unwrap();
         }
         let before = all(&mut LogReader::new(&path));
@@ -406,6 +461,42 @@ mod tests {
                 .unwrap()
                 .is_none()
         );
+    }
+
+    #[test]
+    fn terms_bound_a_log() {
+        let dir = tempfile::tempdir().unwrap();
+        let path = dir.path().join("log");
+        for max_file in [1, 3] {
+            let terms = LogTerms {
+                max_size: 4 << 10,
+                max_file,
+                ..LogTerms::default()
+            };
+            terms.store(&path).unwrap();
+            let mut log = LogWriter::open(&path).unwrap();
+            // However much comes at once.
+            let number = |number: u32| format!("{number}\n");
+            log.write(
+                Stream::Stdout,
+                (0..500).map(number).collect::<String>().as_bytes(),
+            )
+            .unwrap();
+            for number in (500..1000).map(number) {
+                log.write(Stream::Stdout, number.as_bytes()).unwrap();
+            }
+            let count = u32::try_from(files(&path).unwrap().len()).unwrap();
+            assert_eq!(count, max_file);
+            let largest = files(&path).unwrap().iter().map(|(_, len)| *len).max();
+            assert!(largest <= Some(4 << 10), "{largest:?}");
+            let lines = all(&mut LogReader::new(&path));
+            let first: usize = lines[0].log.trim().parse().unwrap();
+            let whole = lines
+                .iter()
+                .enumerate()
+                .all(|(at, line)| line.log == format!("{}\n", first + at));
+            assert!(whole && first + lines.len() == 1000 && first > 0);
+        }
     }
 
     #[test]

@@ -8,10 +8,10 @@ use tokio::{sync::watch, task::JoinHandle};
 use walnut_machine::takeover::{Giver, Taker};
 
 use crate::{
-    Result, StdioTargets,
+    Error, Result, StdioTargets,
     copy::{Closing, Copying, InputCopy, InputState, OutputCopy, OutputState, SharedLog},
-    log::{LogState, LogWriter},
-    stdio::TargetsState,
+    log::{LogState, LogWriter, Stream},
+    stdio::{Sink, Source, TargetsState},
     takeover::taken,
 };
 
@@ -41,6 +41,14 @@ pub enum ProcessState {
     Paused,
     /// Ended, its output delivered.
     Stopped(ExitInfo),
+}
+
+/// Ends of streams that somebody brings who has come later.
+#[derive(Debug, Default)]
+pub(crate) struct Clients {
+    pub(crate) stdin: Option<Source>,
+    pub(crate) stdout: Option<Sink>,
+    pub(crate) stderr: Option<Sink>,
 }
 
 /// One process, first or exec.
@@ -118,6 +126,35 @@ impl Process {
             *state = next;
             true
         });
+    }
+
+    /// Has its streams lead elsewhere as well.
+    pub(crate) fn connect(&self, clients: Clients) -> Result<()> {
+        let inner = self.inner();
+        for (stream, sink) in [
+            (Stream::Stdout, clients.stdout),
+            (Stream::Stderr, clients.stderr),
+        ] {
+            let Some(sink) = sink else { continue };
+            let copies = inner.outputs.iter().filter_map(|o| o.copy.upgrade());
+            // What has no such stream says nothing on it: its reader sees the end.
+            if let Some(copy) = copies.into_iter().find(|copy| copy.stream() == stream)
+                && !copy.add(sink)
+            {
+                let full = "attach: too many are attached already; let one go";
+                return Err(Error::Invalid(full.into()));
+            }
+        }
+        let Some(source) = clients.stdin else {
+            return Ok(());
+        };
+        let copy = inner.input.as_ref().and_then(|i| i.copy.upgrade());
+        match copy.is_some_and(|copy| copy.replace(source)) {
+            true => Ok(()),
+            false => Err(Error::WrongState(
+                "attach: its standard input is not open".into(),
+            )),
+        }
     }
 
     /// Takes the tasks that copy its output; they end when its streams do.

@@ -12,7 +12,8 @@ use serde::{Deserialize, Serialize};
 use tracing::warn;
 
 use crate::{
-    DaemonDirs, Drafts, Error, Layout, Lock, Pools, Result, Templates, attachments, cgroup, daemon,
+    DaemonDirs, Drafts, Error, Health, Layout, Lock, Pools, Result, Templates, Terms, attachments,
+    cgroup, daemon,
     file::{read_json, write_json},
     pool, template,
 };
@@ -20,6 +21,10 @@ use crate::{
 /// Largest record that is read.
 const RECORD_MAX: u64 = 1 << 20;
 const RECORD_FILE: &str = "container.json";
+/// Longest word that is compared with others.
+const SIMILAR_MAX: usize = 128;
+/// Held while a record is changed.
+const CHANGE_LOCK: &str = "container.lock";
 
 /// Life of a container, as `walnut ps` shows it.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, Deserialize)]
@@ -33,6 +38,8 @@ pub enum Status {
     Running,
     /// Its processes are frozen.
     Paused,
+    /// It has ended, and is about to be started again.
+    Restarting,
     /// Its program has ended, or its sandbox has.
     Exited,
 }
@@ -45,6 +52,7 @@ impl Status {
             Self::Created => "created",
             Self::Running => "running",
             Self::Paused => "paused",
+            Self::Restarting => "restarting",
             Self::Exited => "exited",
         }
     }
@@ -113,6 +121,18 @@ pub struct Record {
     /// PID of the supervisor, while it lives.
     #[serde(default)]
     pub shim_pid: Option<u32>,
+    /// What else it was made with.
+    #[serde(default)]
+    pub terms: Terms,
+    /// How often its restart policy has started it again, since somebody did.
+    #[serde(default)]
+    pub restarts: u32,
+    /// Somebody has asked it to end: it is not started again.
+    #[serde(default)]
+    pub stopped: bool,
+    /// How it is, if that is looked after.
+    #[serde(default)]
+    pub health: Option<Health>,
 }
 
 impl Record {
@@ -129,6 +149,21 @@ impl Record {
     pub fn store(&self, dir: &Path) -> Result<()> {
         let path = dir.join(RECORD_FILE);
         write_json(&path, self)
+    }
+
+    /// Changes the record of the container in `dir`, however many do so at once, and gives
+    /// what it has become.
+    pub fn change(dir: &Path, change: impl FnOnce(&mut Self)) -> Result<Self> {
+        let _one = Lock::take(&dir.join(CHANGE_LOCK))?;
+        let mut record = Self::load(dir)?;
+        change(&mut record);
+        record.store(dir)?;
+        Ok(record)
+    }
+
+    /// Made, and waiting for somebody to start it: nobody supervises it.
+    pub fn at_rest(&self) -> bool {
+        self.status == Status::Created && self.shim_pid.is_none() && self.terms.kept
     }
 
     /// First twelve digits of the id.
@@ -164,9 +199,45 @@ pub fn find(layout: &Layout, name: &str) -> Result<Record> {
             "find container {name:?}: several ids start so; give more digits"
         ))),
         _ => Err(Error::NotFound(format!(
-            "no such container: {name} (`walnut ps -a` lists them)"
+            "no such container: {name} ({})",
+            match similar(name, records.iter().map(|r| r.name.as_str())) {
+                Some(other) => format!("did you mean {other}?"),
+                None => "`walnut ps -a` lists them".into(),
+            }
         ))),
     }
+}
+
+/// The word among `words` that `name` may have been meant for.
+pub fn similar<'a>(name: &str, words: impl Iterator<Item = &'a str>) -> Option<&'a str> {
+    // Nobody mistypes half of a word; and what is long is nobody's typing.
+    let most = (name.chars().count() / 3).min(3);
+    words
+        .filter(|word| name.len() <= SIMILAR_MAX && word.len() <= SIMILAR_MAX)
+        .map(|word| (distance(name, word), word))
+        .filter(|(distance, _)| (1..=most).contains(distance))
+        .min()
+        .map(|(_, word)| word)
+}
+
+/// Letters that have to be put in, left out, replaced or exchanged with the next one.
+fn distance(a: &str, b: &str) -> usize {
+    let (a, b): (Vec<_>, Vec<_>) = (a.chars().collect(), b.chars().collect());
+    let mut rows = vec![(0..=b.len()).collect::<Vec<_>>()];
+    for i in 1..=a.len() {
+        let mut row = vec![i];
+        for j in 1..=b.len() {
+            let last = &rows[i - 1];
+            let mut best = (last[j] + 1).min(row[j - 1] + 1);
+            best = best.min(last[j - 1] + usize::from(a[i - 1] != b[j - 1]));
+            if i > 1 && j > 1 && a[i - 1] == b[j - 2] && a[i - 2] == b[j - 1] {
+                best = best.min(rows[i - 2][j - 2] + 1);
+            }
+            row.push(best);
+        }
+        rows.push(row);
+    }
+    rows[a.len()][b.len()]
 }
 
 /// Removes an ended container's directory, with what of its networks a killed supervisor
@@ -246,7 +317,7 @@ fn reconcile_one(layout: &Layout, id: &str, lock: &Lock) -> Result<()> {
     if record.auto_remove && removable {
         return remove_dir(&dir);
     }
-    if record.status == Status::Exited {
+    if record.status == Status::Exited || record.at_rest() {
         return Ok(());
     }
     record.status = Status::Exited;
@@ -332,6 +403,10 @@ mod tests {
             vcpus: None,
             template: None,
             shim_pid: Some(1),
+            terms: Terms::default(),
+            restarts: 0,
+            stopped: false,
+            health: None,
         }
     }
 
@@ -384,6 +459,31 @@ mod tests {
         assert!(matches!(find(&layout, "c"), Err(Error::NotFound(_))));
         assert!(matches!(find(&layout, ""), Err(Error::NotFound(_))));
         drop(locks);
+    }
+
+    #[test]
+    fn a_container_that_was_never_started_waits() {
+        let (_dir, layout) = layout();
+        let mut r = record('e', "three");
+        (r.status, r.shim_pid, r.terms.kept) = (Status::Created, None, true);
+        drop(make(&layout, &r));
+        assert_eq!(find(&layout, "three").unwrap().status, Status::Created);
+        // But for one whose supervisor was killed.
+        let dir = layout.container(&r.id);
+        Record::change(&dir, |r| r.shim_pid = Some(1)).unwrap();
+        assert_eq!(find(&layout, "three").unwrap().status, Status::Exited);
+    }
+
+    #[test]
+    fn slips_are_understood() {
+        let words = ["web", "database", "cache"];
+        let found = |name| similar(name, words.into_iter());
+        assert_eq!(found("wbe"), Some("web"));
+        assert_eq!(found("databse"), Some("database"));
+        assert_eq!(found("cahce"), Some("cache"));
+        for name in ["", "w", "xyz", "proxy", &"x".repeat(1000)] {
+            assert_eq!(found(name), None, "{name}");
+        }
     }
 
     #[test]

@@ -29,8 +29,8 @@ use walnut_protocol::{
 use walnut_storage::VirtioFs;
 
 use crate::{
-    ANNOTATION_LOG, Assets, Error, ExitInfo, Network, ProcessState, Result, Settings, Shape,
-    StdioTargets, Templates, Wanted,
+    ANNOTATION_LOG, Assets, Error, ExitInfo, GuestProcess, Network, ProcessState, Result, Settings,
+    Shape, StdioTargets, Templates, Wanted,
     agent::{self, fault, patient, soon},
     checkpoint::Attached,
     containers::{Container, Exec},
@@ -43,11 +43,11 @@ use crate::{
     pod,
     pod_request::PodParts,
     ports::Carrying,
-    process::Process,
+    process::{Clients, Process},
     record::now_ns,
     sizing,
     start::Started,
-    stdio::ClientEnds,
+    stdio::{ClientEnds, Input, Sink, Source},
     takeover::Busy,
 };
 
@@ -498,6 +498,27 @@ impl Sandbox {
         Ok(())
     }
 
+    /// Has a process's streams lead to FIFOs, whose other ends are open, beside where they
+    /// lead already. Input comes from there alone, and does not end when its writers go.
+    pub fn attach_streams(
+        &self,
+        id: &str,
+        exec_id: &str,
+        [stdin, stdout, stderr]: [Option<&Path>; 3],
+    ) -> Result<()> {
+        let process = self.process(id, exec_id)?;
+        if matches!(process.state(), ProcessState::Stopped(_)) {
+            let ended = format!("attach to {id}: its process has ended");
+            return Err(Error::WrongState(ended));
+        }
+        let source = |path: &Path| Source::open(&Input::Path(path.into()), true);
+        process.connect(Clients {
+            stdin: stdin.map(source).transpose()?,
+            stdout: stdout.map(Sink::read_fifo).transpose()?,
+            stderr: stderr.map(Sink::read_fifo).transpose()?,
+        })
+    }
+
     /// Sends a signal to a process, or to all of a container. `self` learns of the end
     /// of one that was never started.
     pub async fn kill(
@@ -634,6 +655,11 @@ impl Sandbox {
 
     /// PIDs of a container's processes, in the guest.
     pub async fn pids(&self, id: &str) -> Result<Vec<u32>> {
+        self.guest_processes(id).await.map(|(pids, _)| pids)
+    }
+
+    /// PIDs of a container's processes in the guest, and what is known of them.
+    pub async fn guest_processes(&self, id: &str) -> Result<(Vec<u32>, Vec<GuestProcess>)> {
         let request = self.container(id)?.request();
         let reply = self
             .call(
@@ -641,7 +667,7 @@ impl Sandbox {
                 self.agent.list_processes(soon(), &request).await,
             )
             .await?;
-        Ok(reply.pids)
+        Ok((reply.pids, reply.processes))
     }
 
     /// cgroup figures of a container.

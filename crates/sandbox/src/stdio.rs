@@ -177,7 +177,7 @@ impl ClientEnds {
 }
 
 impl Source {
-    fn open(input: &Input, returns: bool) -> Result<Self> {
+    pub(crate) fn open(input: &Input, returns: bool) -> Result<Self> {
         match input {
             // With a writer of our own there is no end before the client has begun to
             // write, and none when it is restarted.
@@ -241,6 +241,14 @@ impl Sink {
             .open(path);
         file.map(Self::File)
             .map_err(Error::io("open output file", path))
+    }
+
+    /// A FIFO that somebody reads already.
+    pub(crate) fn read_fifo(path: &Path) -> Result<Self> {
+        let sender = pipe::OpenOptions::new().open_sender(path);
+        sender
+            .map(Self::Pipe)
+            .map_err(Error::io("open output FIFO", path))
     }
 
     /// Writes some of what lies there, and takes that away, in one step; waits until some

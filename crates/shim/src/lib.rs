@@ -6,6 +6,7 @@
 //! [`options`]. containerd starts it as it starts any shim; see [`containerd`]. For the
 //! OCI command line it stands for a container's first process; see [`oci`].
 
+mod again;
 mod background;
 mod calls;
 mod checkpoint;
@@ -13,6 +14,7 @@ mod connections;
 mod containerd;
 mod fault;
 mod front;
+mod health;
 mod lease;
 mod metrics;
 mod mount;
@@ -106,6 +108,7 @@ async fn dispatch(command: Command) -> Result<u8> {
         // It ends as its container does.
         Command::ServeBundle(serve) => return oci::serve(serve).await,
         Command::Serve(options) => owner::serve(options, None).await,
+        Command::Again(options) => owner::serve_again(options).await,
         Command::MakeTemplate(make) => template::make(make).await,
         Command::FillPools(fill) => pool::fill(fill).await,
         Command::Containerd(action, flags) => answer(action, &flags).await,

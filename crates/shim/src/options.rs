@@ -10,11 +10,12 @@ use std::{
 
 use walnut_sandbox::{Lock, Wanted};
 
-use crate::{containerd, oci};
+use crate::{again, containerd, oci};
 
 const USAGE: &str = "\
 Usage: containerd-shim-walnut-v2 serve --id ID --container-dir DIR --run-dir DIR
            --socket-fd N --lock-fd N --lease-fd N
+       containerd-shim-walnut-v2 again --id ID --container-dir DIR --run-dir DIR --lock-fd N
        containerd-shim-walnut-v2 make-template --state-dir DIR --run-dir DIR
            --driver DRIVER --memory BYTES --vcpus N
        containerd-shim-walnut-v2 fill-pools --state-dir DIR --run-dir DIR
@@ -40,6 +41,8 @@ supervisor it starts is this program's `serve-pod`.
   --lease-fd N         a pipe: if it ends before a byte comes, whoever started
                        this is gone, and the sandbox is ended
 
+again is what a supervisor becomes whose container has ended and is to be started again.
+
 serve-bundle is what `walnut-oci` starts: without --stderr-fd the others are a terminal.
 
 make-template saves a machine of that size, once it has booted, for others to begin
@@ -56,6 +59,8 @@ of a container to come (stand-by). People use `walnut pool set`.
 /// What the program is to do.
 #[derive(Debug)]
 pub(crate) enum Command {
+    /// Start a container again that has ended, and be its supervisor.
+    Again(Options),
     /// Be the supervisor that another program was in this process, with its state.
     TakeOver(OwnedFd),
     /// Say what supervisors it can take over from.
@@ -261,6 +266,7 @@ pub(crate) struct Options {
 pub(crate) fn parse(mut args: impl Iterator<Item = String>) -> Result<Option<Command>, String> {
     match args.next().as_deref() {
         Some("serve") => serve(args).map(|options| Some(Command::Serve(options))),
+        Some("again") => again::options(args).map(|options| Some(Command::Again(options))),
         Some("make-template") => {
             let (state_dir, run_dir, wanted) = machine("make-template", args)?;
             let wanted = wanted?;

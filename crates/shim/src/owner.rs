@@ -16,13 +16,15 @@ use tracing::{error, warn};
 use ttrpc::asynchronous::Server;
 use walnut_protocol::supervisor::AboutResponse;
 use walnut_sandbox::{
-    ContainerLinks, Error, ExitInfo, Furnished, Input, LinksState, Lock, Network, Output, Record,
-    Result, Sandbox, Status, StdioTargets,
+    ContainerLinks, Error, ExitInfo, Furnished, Input, Journal, Layout, LinksState, Lock,
+    NamedVolumes, Network, Output, Record, Result, Sandbox, Status, StdioTargets,
     machine::takeover::{Fd, Giver, NoState, Taker},
 };
 
 use crate::{
+    again,
     front::{Count, Event, Front, Place, Streams},
+    health,
     lease::Lease,
     options::Options,
     pool::{self, Kept, KeptState},
@@ -31,6 +33,8 @@ use crate::{
     upgrade::FrontState,
 };
 
+/// Exit code of what could not be started.
+const EXIT_FAILED: u32 = 125;
 /// Longest the end of a container may lag behind the end of its machine.
 const END_GRACE: Duration = Duration::from_secs(5);
 
@@ -44,6 +48,8 @@ pub(crate) enum Phase {
     Serving { sandbox: Arc<Sandbox>, id: String },
     /// The sandbox is to be ended now, for this reason if it is not the user's.
     Ending(Option<String>),
+    /// It could not be started.
+    Failed(ExitInfo),
 }
 
 /// A container made by `walnut`.
@@ -82,6 +88,16 @@ pub(crate) async fn serve(
     standby: Option<(Arc<Sandbox>, Kept)>,
 ) -> anyhow::Result<()> {
     let (standby, kept) = standby.unzip();
+    let (owner, _, server) = begin(options, standby, kept).await?;
+    run(owner, server).await
+}
+
+/// Listens.
+async fn begin(
+    options: Options,
+    standby: Option<Arc<Sandbox>>,
+    kept: Option<Kept>,
+) -> anyhow::Result<(Arc<Owner>, Arc<TaskService>, Server)> {
     let lock = options.lock.as_fd();
     let owner = Owner {
         links: links(&options.id, &options.container_dir, &options.run_dir, lock)?,
@@ -97,19 +113,52 @@ pub(crate) async fn serve(
     };
     let owner = Arc::new(owner);
     let service = Arc::new(TaskService::new(owner.clone(), standby)?);
-    let server = server::listen(options.socket, service).await?;
-    run(owner, server).await
+    let server = server::listen(options.socket, service.clone()).await?;
+    Ok((owner, service, server))
 }
 
 /// From a container that is served to its end.
 pub(crate) async fn run(owner: Arc<Owner>, mut server: Server) -> anyhow::Result<()> {
     owner.supervise().await;
     server.shutdown().await.context("stop serving")?;
-    owner.clean_up().await;
+    let again = owner.clean_up().await;
+    let held = lock(&owner.lock).take();
+    if again && let Some(held) = &held {
+        let why = again::become_again(&owner.id, &owner.container_dir, &owner.run_dir, held);
+        owner.update(|record| {
+            record.status = Status::Exited;
+            record.error = Some(format!("start it again: {why:#}"));
+        });
+    }
     // Held to the very end: whoever waits for it finds nothing left.
-    drop(lock(&owner.lock).take());
+    drop(held);
     drop(lock(&owner.kept).take());
     Ok(())
+}
+
+/// Starts a container again that has ended, and supervises it.
+pub(crate) async fn serve_again(options: Options) -> anyhow::Result<()> {
+    let (id, dir) = (options.id.clone(), options.container_dir.clone());
+    let run_dir = options.run_dir.clone();
+    let (owner, service, server) = begin(options, None, None).await?;
+    let starting = {
+        let (owner, service) = (owner.clone(), service.clone());
+        async move {
+            match again::start(&service, &id, &dir, &run_dir).await {
+                Ok(true) => {}
+                // Somebody has asked it to end meanwhile.
+                Ok(false) => owner.end(None),
+                Err(e) => owner.fail(ExitInfo {
+                    code: EXIT_FAILED,
+                    at: walnut_sandbox::now_ns(),
+                    oom_killed: false,
+                    error: Some(format!("{e:#}")),
+                }),
+            }
+        }
+    };
+    tokio::spawn(starting);
+    run(owner, server).await
 }
 
 /// A container's links; none are made yet. `lock` is the container's, and held.
@@ -202,16 +251,49 @@ impl Owner {
         });
     }
 
+    /// It could not be started.
+    fn fail(&self, exit: ExitInfo) {
+        self.phase.send_if_modified(|phase| {
+            let ending = matches!(phase, Phase::Ending(_));
+            if !ending {
+                *phase = Phase::Failed(exit);
+            }
+            !ending
+        });
+    }
+
     /// Changes the record; a failure is logged, for a container must not end for
     /// a full disk.
     fn update(&self, change: impl FnOnce(&mut Record)) {
-        let result = Record::load(&self.container_dir).and_then(|mut record| {
-            change(&mut record);
-            record.store(&self.container_dir)
-        });
-        if let Err(e) = result {
+        if let Err(e) = Record::change(&self.container_dir, change) {
             error!("keep the record: {e}");
         }
+    }
+
+    /// Writes down what has happened to the container.
+    fn happened(&self, action: &str, more: &[(&str, String)]) {
+        let record = Record::load(&self.container_dir);
+        if let (Some((state, _)), Ok(record)) = (self.node(), record) {
+            Journal::new(state).container(&record, action, more);
+        }
+    }
+
+    fn kept_before(&self) -> bool {
+        Record::load(&self.container_dir).is_ok_and(|record| record.terms.kept)
+    }
+
+    /// Looks after how the container is, if that was asked for.
+    pub(crate) fn look_after(&self) {
+        let Phase::Serving { sandbox, id } = self.phase.borrow().clone() else {
+            return;
+        };
+        let check = Record::load(&self.container_dir).ok();
+        let Some(check) = check.and_then(|record| record.terms.health) else {
+            return;
+        };
+        let state = self.node().map(|(state, _)| state.to_owned());
+        let dir = self.container_dir.clone();
+        tokio::spawn(health::watch(dir, state, sandbox, id, check));
     }
 
     /// Returns when there is nothing more to supervise; the sandbox is gone then.
@@ -226,6 +308,7 @@ impl Owner {
                 Phase::Waiting => {}
                 Phase::Serving { sandbox, id } => serving = Some((sandbox, id)),
                 Phase::Ending(reason) => break End::Told(reason),
+                Phase::Failed(exit) => break End::Exited(exit),
             }
             tokio::select! {
                 // A command goes as soon as it hears of the end: the end comes first.
@@ -256,13 +339,20 @@ impl Owner {
         }
     }
 
+    /// Writes down how it ended, and whether it is to be started again.
     fn record_end(&self, end: &End) {
+        let mut was_waiting = false;
         self.update(|record| {
-            if record.status == Status::Creating {
+            if record.status == Status::Restarting {
+                // It has ended before, and is not to be started after all.
+                was_waiting = true;
+                (record.status, record.shim_pid) = (Status::Exited, None);
+                return;
+            }
+            if record.status == Status::Creating && !record.terms.kept {
                 // `walnut` removes what never came to life.
                 return;
             }
-            record.status = Status::Exited;
             record.shim_pid = None;
             match end {
                 End::Exited(exit) => {
@@ -277,25 +367,61 @@ impl Owner {
                     record.error = reason.clone();
                 }
             }
+            // One that was told to end was told so by somebody.
+            let ended = matches!(end, End::Exited(_)) && record.started_at.is_some();
+            record.status = match ended && again::wanted(record) {
+                true => Status::Restarting,
+                false => Status::Exited,
+            };
         });
+        if was_waiting {
+            return;
+        }
+        let code = |record: Record| record.exit_code.unwrap_or_default().to_string();
+        if let Ok(record) = Record::load(&self.container_dir) {
+            if record.oom_killed {
+                self.happened("oom", &[]);
+            }
+            self.happened("die", &[("exitCode", code(record))]);
+        }
     }
 
     /// Takes the container from its networks, removes the run directory, and the container
     /// if it was to go with its end.
-    async fn clean_up(&self) {
+    /// True if it is to be started again.
+    async fn clean_up(&self) -> bool {
         remove(&self.run_dir);
         if let Err(e) = self.links.unmake().await {
             // With its directory, from which the next command will try again.
             error!("{e}");
-            return;
+            return false;
         }
         match Record::load(&self.container_dir) {
-            Ok(record) if record.auto_remove || record.status == Status::Creating => {
+            Ok(record) if record.status == Status::Restarting => return true,
+            Ok(record)
+                if record.auto_remove
+                    || record.status == Status::Creating && !record.terms.kept =>
+            {
+                self.happened("destroy", &[]);
                 remove(&self.container_dir);
+                self.remove_volumes(&record);
             }
             Ok(_) => {}
             Err(e) => warn!("read the record: {e}"),
         }
+        false
+    }
+
+    /// Removes what nobody has named.
+    fn remove_volumes(&self, record: &Record) {
+        let Some((state, run)) = self.node() else {
+            return;
+        };
+        let layout = Layout {
+            state: state.to_owned(),
+            run: run.to_owned(),
+        };
+        NamedVolumes::new(&layout).remove_anonymous(&layout, &record.terms.volumes);
     }
 }
 
@@ -345,11 +471,26 @@ impl Front for Owner {
                 self.update(|record| {
                     record.status = Status::Running;
                     record.started_at = Some(walnut_sandbox::now_ns());
+                    record.terms.kept = !record.auto_remove;
                 });
+                self.happened("start", &[]);
+                self.look_after();
                 pool::fill_later(self.node());
             }
-            Event::Paused { .. } => self.update(|record| record.status = Status::Paused),
-            Event::Resumed { .. } => self.update(|record| record.status = Status::Running),
+            Event::Paused { .. } => {
+                self.update(|record| record.status = Status::Paused);
+                self.happened("pause", &[]);
+            }
+            Event::Resumed { .. } => {
+                self.update(|record| record.status = Status::Running);
+                self.happened("unpause", &[]);
+            }
+            // One that was there before is not made again.
+            Event::Created(_) if !self.kept_before() => self.happened("create", &[]),
+            Event::ExecStarted { exec_id, .. } if !exec_id.starts_with(health::EXEC) => {
+                self.happened("exec_start", &[("execID", exec_id.to_owned())]);
+            }
+            Event::Checkpointed { .. } => self.happened("checkpoint", &[]),
             // The end is for `supervise`; the rest is in no record.
             _ => {}
         }

@@ -27,7 +27,7 @@ use containerd_shim_protos::{
         ShutdownRequest, StartRequest, StartResponse, StateRequest, StateResponse, StatsRequest,
         StatsResponse, Status as TaskStatus, UpdateTaskRequest, WaitRequest, WaitResponse,
     },
-    protobuf::{MessageField, well_known_types::any::Any},
+    protobuf::{Message, MessageField, well_known_types::any::Any},
 };
 use serde::{Deserialize, Serialize};
 use tokio::{
@@ -38,9 +38,11 @@ use tokio::{
     time::timeout,
 };
 use tracing::debug;
+use walnut_protocol::supervisor::AttachRequest;
 use walnut_sandbox::{
     ANNOTATION_RECLAIM, Assets, Busy, ContainerRequest, Error, ExecRequest, Furnished,
-    ProcessState, RootfsMount, Sandbox, SandboxConfig, Settings, machine::takeover::NoState,
+    GUEST_PROCESS, ProcessState, RootfsMount, Sandbox, SandboxConfig, Settings,
+    machine::takeover::NoState,
 };
 
 use crate::{
@@ -472,6 +474,15 @@ impl TaskService {
         Ok(Empty::default())
     }
 
+    /// Has a process's streams lead to FIFOs as well.
+    pub(crate) fn attach(&self, req: &AttachRequest) -> Reply<()> {
+        let path = |path: &'_ str| (!path.is_empty()).then(|| PathBuf::from(path));
+        let paths = [&req.stdin, &req.stdout, &req.stderr].map(|p| path(p));
+        let paths = paths.each_ref().map(Option::as_deref);
+        let attached = self.sandbox()?.attach_streams(&req.id, &req.exec_id, paths);
+        attached.map_err(|e| fault(&e))
+    }
+
     pub(crate) async fn wait(&self, req: WaitRequest) -> Reply<WaitResponse> {
         let sandbox = self.sandbox()?;
         let exit = sandbox
@@ -554,17 +565,28 @@ impl TaskService {
     }
 
     pub(crate) async fn pids(&self, req: PidsRequest) -> Reply<PidsResponse> {
-        let pids = self.sandbox()?.pids(&req.id).await.map_err(|e| fault(&e))?;
+        let (pids, known) = self
+            .sandbox()?
+            .guest_processes(&req.id)
+            .await
+            .map_err(|e| fault(&e))?;
+        // Other clients know no such type, and some fail on one.
+        let own = self.front.place().own;
+        let info = |pid: u32| {
+            let process = known.iter().find(|p| own && p.pid == pid)?;
+            Some(Any {
+                type_url: GUEST_PROCESS.into(),
+                value: process.write_to_bytes().ok()?,
+                ..Default::default()
+            })
+        };
+        let shown = self.front.pids(pids).into_iter().map(|pid| ProcessInfo {
+            pid,
+            info: info(pid).into(),
+            ..Default::default()
+        });
         Ok(PidsResponse {
-            processes: self
-                .front
-                .pids(pids)
-                .into_iter()
-                .map(|pid| ProcessInfo {
-                    pid,
-                    ..Default::default()
-                })
-                .collect(),
+            processes: shown.collect(),
             ..Default::default()
         })
     }

@@ -137,7 +137,10 @@ fn bad_requests_are_refused_before_anything_starts() {
     for (args, says) in [
         (vec!["--memory", "1x", "IMAGE"], "unknown unit"),
         (vec!["--cpus", "0", "IMAGE"], "a number from"),
-        (vec!["-v", "data:/data", "IMAGE"], "not a path"),
+        (
+            vec!["-v", "a b:/data", "IMAGE"],
+            "for a directory write ./a b",
+        ),
         (vec!["-v", "/a:b", "IMAGE"], "must be absolute"),
         (vec!["--driver", "xen", "IMAGE"], "invalid value"),
         (vec![], "required arguments"),

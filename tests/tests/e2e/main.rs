@@ -16,5 +16,6 @@ mod races;
 mod streams;
 mod templates;
 mod upgrade;
+mod verbs;
 mod volumes;
 mod workloads;

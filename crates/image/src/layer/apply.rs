@@ -6,13 +6,12 @@
 
 use std::{collections::BTreeMap, io::Read};
 
+use walnut_archive::{Entry, EntryKind, TarError, TarReader};
+
 use crate::{
     Error,
     erofs::{data::DataWriter, format},
-    layer::{
-        tar::{Entry, EntryKind, TarError, TarReader},
-        tree::{Data, Kind, LayerIndex, Meta, Tree, TreeError},
-    },
+    layer::tree::{Data, Kind, LayerIndex, Meta, Tree, TreeError},
 };
 
 const WHITEOUT: &[u8] = b".wh.";

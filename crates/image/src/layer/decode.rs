@@ -40,8 +40,15 @@ impl Read for Counted<'_> {
     }
 }
 
-fn decompressor<'a>(file: File, count: &'a AtomicU64) -> io::Result<Box<dyn Read + 'a>> {
-    let mut reader = BufReader::with_capacity(128 << 10, Counted { inner: file, count });
+fn decompressor<'a>(file: File, count: &'a AtomicU64) -> io::Result<Box<dyn Read + Send + 'a>> {
+    decompressed(Counted { inner: file, count })
+}
+
+/// What is in a stream, whatever it is compressed with.
+pub(crate) fn decompressed<'a>(
+    from: impl Read + Send + 'a,
+) -> io::Result<Box<dyn Read + Send + 'a>> {
+    let mut reader = BufReader::with_capacity(128 << 10, from);
     let head = reader.fill_buf()?;
     if head.starts_with(&[0x1f, 0x8b]) {
         return Ok(Box::new(flate2::bufread::MultiGzDecoder::new(reader)));

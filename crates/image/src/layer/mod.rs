@@ -2,8 +2,6 @@
 
 pub(crate) mod apply;
 pub(crate) mod decode;
-pub(crate) mod sparse;
-pub(crate) mod tar;
 pub(crate) mod tree;
 
 #[cfg(test)]

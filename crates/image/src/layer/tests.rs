@@ -3,11 +3,11 @@
 use std::{collections::BTreeMap, io::Write as _};
 
 use proptest::prelude::*;
+use walnut_archive::{EntryKind, TarReader};
 
 use super::{
     apply::{ApplyError, EntryBudget, apply_layer},
     decode::with_layer,
-    tar::{EntryKind, TarReader},
     tree::{Kind, LayerIndex, NodeId, ROOT, Tree},
 };
 use crate::{Digest, erofs::data::DataWriter};

@@ -19,11 +19,8 @@ pub(crate) const ROOT: NodeId = 0;
 const MAX_LINKS: u32 = 40;
 /// Longest name (NAME_MAX).
 pub(crate) const MAX_NAME: usize = 255;
-/// Longest path or symlink target (PATH_MAX, without its NUL).
-pub(crate) const MAX_PATH: usize = 4095;
-
-/// Sorted by name, so that what is written from it never varies.
-pub(crate) type Xattrs = BTreeMap<Vec<u8>, Vec<u8>>;
+// Xattrs are sorted by name, so that what is written from them never varies.
+pub(crate) use walnut_archive::{MAX_PATH, Xattrs};
 
 /// Owner, permissions, time and extended attributes.
 #[derive(Debug, Clone, PartialEq, Eq)]

@@ -1,8 +1,6 @@
 //! What a registry that answers 401 wants: Basic (RFC 7617), or a bearer token of the
 //! service that it names (the distribution project's token authentication).
 
-use std::net::IpAddr;
-
 use base64::Engine as _;
 use futures::StreamExt as _;
 use reqwest::{
@@ -11,8 +9,8 @@ use reqwest::{
 };
 use serde::Deserialize;
 
-use super::credentials::Login;
-use crate::{error::chain, reference::host_of};
+use super::{credentials::Login, endpoint::is_loopback};
+use crate::error::chain;
 
 /// Longest answer of a token service, in bytes.
 const ANSWER_MAX: usize = 1 << 20;
@@ -131,11 +129,7 @@ fn realm_of(realm: &str, asked: &Url, login: &Login) -> Result<Url, Denied> {
     let url: Url = realm
         .parse()
         .map_err(|_| refused("has no address that can be understood"))?;
-    let host = url.host_str().unwrap_or_default();
-    let loopback = host == "localhost"
-        || host_of(host)
-            .parse::<IpAddr>()
-            .is_ok_and(|ip| ip.is_loopback());
+    let loopback = is_loopback(&url);
     match url.scheme() {
         "https" => Ok(url),
         "http"

@@ -1,10 +1,10 @@
 //! One host of a registry's: how it is spoken to, and as whom.
 
-use std::time::Duration;
+use std::{net::IpAddr, time::Duration};
 
 use reqwest::{
     Certificate, Identity, Method, StatusCode, Url,
-    header::{ACCEPT, AUTHORIZATION, HeaderValue, RANGE},
+    header::{ACCEPT, AUTHORIZATION, CONTENT_LENGTH, CONTENT_TYPE, HeaderValue, RANGE},
 };
 use tokio::sync::Mutex;
 
@@ -13,7 +13,7 @@ use super::{
     credentials::Login,
     hosts::{self, Capabilities, Host},
 };
-use crate::{Error, error::chain};
+use crate::{Error, error::chain, reference::host_of};
 
 const CONNECT_TIMEOUT: Duration = Duration::from_secs(15);
 /// Between two reads: a stalled transfer ends here.
@@ -47,6 +47,8 @@ pub(super) struct Endpoint {
     /// Of a mirror: whose images are meant.
     namespace: Option<String>,
     login: Login,
+    /// Of the token that is asked for: `pull`, or `pull,push`.
+    actions: &'static str,
     loopback: bool,
     /// What the last 401 was answered with. Held while one is answered, so that requests
     /// that run at the same time do not all do that.
@@ -59,14 +61,16 @@ impl Endpoint {
         repository: &str,
         namespace: Option<String>,
         login: Login,
-        loopback: bool,
+        actions: &'static str,
     ) -> Result<Self, Error> {
+        let loopback = is_loopback(&host.url);
         Ok(Self {
             http: client(&host, loopback)?,
             host,
             repository: repository.to_owned(),
             namespace,
             login,
+            actions,
             loopback,
             authorization: Mutex::new(None),
         })
@@ -92,7 +96,7 @@ impl Endpoint {
         let answer = match authorization.clone() {
             Some(other) if known.as_ref() != Some(&other) => other,
             _ => {
-                let scope = format!("repository:{}:pull", self.repository);
+                let scope = format!("repository:{}:{}", self.repository, self.actions);
                 let asked = &self.host.url;
                 auth::answer(&self.http, &response, asked, &self.login, &scope)
                     .await
@@ -107,14 +111,45 @@ impl Endpoint {
         judge(self.once(ask, Some(&answer)).await?)
     }
 
+    /// Sends a body, which cannot be sent twice, to a place that an answer named or to one
+    /// below the repository.
+    pub(super) async fn put(
+        &self,
+        url: Url,
+        kind: &str,
+        length: u64,
+        body: reqwest::Body,
+    ) -> Result<reqwest::Response, Problem> {
+        let mut request = self
+            .http
+            .put(url.clone())
+            .header(CONTENT_TYPE, kind)
+            .header(CONTENT_LENGTH, length)
+            .body(body);
+        // A place elsewhere has its own right in its address; ours is not for it.
+        if url.origin() == self.host.url.origin()
+            && let Some(authorization) = self.authorization.lock().await.clone()
+        {
+            request = request.header(AUTHORIZATION, authorization);
+        }
+        let response = request.send().await;
+        judge(response.map_err(|e| Problem::Failed(chain(&e), !e.is_builder()))?)
+    }
+
+    /// The address of what is below the repository.
+    pub(super) fn below(&self, path: &str) -> Url {
+        let mut url = self.host.url.clone();
+        let base = url.path().trim_end_matches('/').to_owned();
+        url.set_path(&format!("{base}/{}/{path}", self.repository));
+        url
+    }
+
     async fn once(
         &self,
         ask: Ask<'_>,
         authorization: Option<&HeaderValue>,
     ) -> Result<reqwest::Response, Problem> {
-        let mut url = self.host.url.clone();
-        let base = url.path().trim_end_matches('/').to_owned();
-        url.set_path(&format!("{base}/{}/{}", self.repository, ask.path));
+        let mut url = self.below(ask.path);
         if let Some(namespace) = &self.namespace {
             url.query_pairs_mut().append_pair("ns", namespace);
         }
@@ -134,6 +169,15 @@ impl Endpoint {
             Problem::Failed(chain(&e), transient)
         })
     }
+}
+
+/// Whether a host is this very one.
+pub(super) fn is_loopback(url: &Url) -> bool {
+    let host = url.host_str().unwrap_or_default();
+    host == "localhost"
+        || host_of(host)
+            .parse::<IpAddr>()
+            .is_ok_and(|ip| ip.is_loopback())
 }
 
 fn judge(response: reqwest::Response) -> Result<reqwest::Response, Problem> {

@@ -26,6 +26,8 @@ pub(super) struct Capabilities {
     pub(super) pull: bool,
     /// What a tag stands for: the host is trusted to say so.
     pub(super) resolve: bool,
+    /// Blobs and manifests that are sent.
+    pub(super) push: bool,
 }
 
 /// A certificate of ours and its key, which may be in one file.
@@ -51,6 +53,7 @@ impl Host {
             capabilities: Capabilities {
                 pull: true,
                 resolve: true,
+                push: true,
             },
             cas: Vec::new(),
             clients: Vec::new(),
@@ -185,12 +188,14 @@ fn host(name: Option<&str>, table: &dyn TableLike, dir: &Path, own: &Url) -> Res
         host.capabilities = Capabilities {
             pull: false,
             resolve: false,
+            push: false,
         };
         for capability in strings(item).ok_or("capabilities are no list of strings")? {
             match capability.as_str() {
                 "pull" => host.capabilities.pull = true,
                 "resolve" => host.capabilities.resolve = true,
-                "push" | "referrers" => {}
+                "push" => host.capabilities.push = true,
+                "referrers" => {}
                 other => return Err(format!("\"{other}\" is no capability")),
             }
         }

@@ -1,13 +1,14 @@
-//! Speaks to one registry for one repository (OCI distribution-spec, pull): to its
-//! mirrors in their order, then to itself.
+//! Speaks to one registry for one repository (OCI distribution-spec): to its mirrors in
+//! their order, then to itself.
 //!
 //! `hosts` says whom to ask, `credentials` as whom, `auth` what a 401 wants, `endpoint`
-//! asks. Bodies of any size may answer: none is taken whole without a bound.
+//! asks, `push` sends. Bodies of any size may answer: none is taken whole without a bound.
 
 mod auth;
 mod credentials;
 mod endpoint;
 mod hosts;
+mod push;
 
 use futures::{StreamExt as _, stream::BoxStream};
 use reqwest::{Method, StatusCode, header};
@@ -36,6 +37,13 @@ pub(crate) struct Failure {
     pub(crate) transient: bool,
 }
 
+/// What is to be done there.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub(crate) enum Purpose {
+    Pull,
+    Push,
+}
+
 /// A repository of a registry, with credentials.
 #[derive(Debug)]
 pub(crate) struct Registry {
@@ -47,18 +55,22 @@ pub(crate) struct Registry {
 impl Registry {
     /// Prepares to speak to `reference`'s registry; nothing is sent yet, but credential
     /// helpers are asked.
-    pub(crate) async fn new(reference: &Reference, options: &PullOptions) -> Result<Self, Error> {
+    pub(crate) async fn new(
+        reference: &Reference,
+        options: &PullOptions,
+        purpose: Purpose,
+    ) -> Result<Self, Error> {
         let name = reference.registry();
         // One registry answers at another name than it is known by.
-        let resolved = reference.to_oci().resolve_registry().to_owned();
+        let resolved = reference.address();
         let insecure = |host: &str| {
             options
                 .insecure
                 .iter()
                 .any(|it| it == host || it == host_of(host))
         };
-        let plain = reference.is_loopback() || insecure(name) || insecure(&resolved);
-        let own = endpoint::own(&resolved, plain).map_err(|reason| Error::Registry {
+        let plain = reference.is_loopback() || insecure(name) || insecure(resolved);
+        let own = endpoint::own(resolved, plain).map_err(|reason| Error::Registry {
             registry: name.to_owned(),
             what: reference.familiar(),
             reason,
@@ -75,24 +87,23 @@ impl Registry {
                 Some((user, password)) if is_own => Login::Password(user.clone(), password.clone()),
                 _ => {
                     let names: &[&str] = match is_own {
-                        true => &[name, &resolved],
+                        true => &[name, resolved],
                         false => &[&address],
                     };
                     credentials::find(&options.credentials, names, reference.repository()).await?
                 }
             };
             let namespace = (!is_own).then(|| name.to_owned());
-            let bare = address.split_once(':').map_or(&*address, |(host, _)| host);
-            let loopback = bare == "localhost"
-                || host_of(&address)
-                    .parse::<std::net::IpAddr>()
-                    .is_ok_and(|ip| ip.is_loopback());
+            let actions = match purpose {
+                Purpose::Pull => "pull",
+                Purpose::Push => "pull,push",
+            };
             endpoints.push(Endpoint::new(
                 host,
                 reference.repository(),
                 namespace,
                 login,
-                loopback,
+                actions,
             )?);
         }
         Ok(Self {

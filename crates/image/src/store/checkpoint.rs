@@ -149,6 +149,7 @@ pub(super) fn build(
         created: Some(kept.created.clone()),
         size: disk_use(&dir),
         config: ImageConfiguration::default(),
+        health: None,
         rootfs,
         checkpoint: Some(dir),
     })

@@ -7,8 +7,10 @@ use std::{
     path::Path,
 };
 
+use serde::Deserialize;
+
 use crate::{
-    Digest, Error, Image, Reference,
+    Digest, Error, HealthConfig, Image, Reference,
     erofs::format::{BLOCK_USIZE, Superblock},
     manifest::MAX_CONFIG,
     store::{
@@ -91,13 +93,14 @@ pub(crate) fn by_key(layout: &Layout, refs: &Refs, key: &str) -> Result<Image, E
 
 /// The image of an ID, as its newest name has it.
 pub(crate) fn by_id(layout: &Layout, refs: &Refs, id: &Digest) -> Result<Image, Error> {
-    let record = refs
-        .images
-        .values()
-        .filter(|record| record.config == *id)
-        .max_by_key(|record| record.pulled)
-        .ok_or_else(|| Error::NoSuchImage(id.to_string()))?;
+    let record = newest(refs, id).ok_or_else(|| Error::NoSuchImage(id.to_string()))?;
     build(layout, refs, record)
+}
+
+/// What the newest name of an image says of it.
+pub(crate) fn newest<'a>(refs: &'a Refs, id: &Digest) -> Option<&'a Record> {
+    let records = refs.images.values().filter(|record| record.config == *id);
+    records.max_by_key(|record| record.pulled)
 }
 
 /// Every usable image, newest pull first.
@@ -146,10 +149,28 @@ fn build(layout: &Layout, refs: &Refs, record: &Record) -> Result<Image, Error> 
         digest: record.digest,
         created: config.created().clone(),
         size,
+        health: health(&bytes),
         config,
         rootfs,
         checkpoint: None,
     })
+}
+
+/// What a configuration says of checks; nothing, if it says that in no way that is known.
+fn health(config: &[u8]) -> Option<HealthConfig> {
+    #[derive(Deserialize)]
+    struct Extended {
+        config: Option<Inner>,
+    }
+    #[derive(Deserialize)]
+    struct Inner {
+        #[serde(rename = "Healthcheck")]
+        health: Option<HealthConfig>,
+    }
+    serde_json::from_slice::<Extended>(config)
+        .ok()?
+        .config?
+        .health
 }
 
 /// Size of a root file system, if it is whole by its own account.

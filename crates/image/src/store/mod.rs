@@ -12,17 +12,23 @@
 mod checkpoint;
 mod files;
 mod image;
+mod load;
+mod making;
 mod pull;
+mod push;
 mod refs;
+mod save;
 mod sweep;
 
 use std::{
     fs::{DirBuilder, File},
+    io::{Read, Write},
     os::unix::fs::{DirBuilderExt, MetadataExt},
     path::{Path, PathBuf},
 };
 
 use oci_spec::image::ImageConfiguration;
+use serde::Deserialize;
 
 use crate::{
     Digest, Error, Progress, Reference,
@@ -55,11 +61,31 @@ pub struct Image {
     pub size: u64,
     /// The OCI image configuration: command, environment, user, volumes, ….
     pub config: ImageConfiguration,
+    /// How it says that its containers be checked (Docker's extension of the configuration).
+    pub health: Option<HealthConfig>,
     /// The EROFS file, read-only, a multiple of 4096 bytes.
     pub rootfs: PathBuf,
     /// The directory of the saved container that this is, if it is one. Then `size` is what
     /// that takes on disk, and the configuration is empty.
     pub checkpoint: Option<PathBuf>,
+}
+
+/// Docker's `HEALTHCHECK` of an image; times are nanoseconds, 0 where it does not say.
+#[derive(Debug, Clone, PartialEq, Eq, Default, Deserialize)]
+#[serde(rename_all = "PascalCase", default)]
+pub struct HealthConfig {
+    /// `CMD` and a command, `CMD-SHELL` and a line for the shell, or `NONE`.
+    pub test: Vec<String>,
+    /// Between two checks.
+    pub interval: u64,
+    /// Longest one may take.
+    pub timeout: u64,
+    /// In which failures do not count.
+    pub start_period: u64,
+    /// Between two checks in that.
+    pub start_interval: u64,
+    /// Failures in a row that make a container unhealthy.
+    pub retries: u32,
 }
 
 /// Keeps an image's root file system from being removed while it is held, by
@@ -175,6 +201,61 @@ impl Store {
         Ok(to_images(&self.layout, &refs))
     }
 
+    /// Takes the images of an archive in: of an OCI layout, or of `docker save`, compressed
+    /// or not. `name` is what an image is called that the archive does not name. Must be
+    /// called within a tokio runtime with time enabled.
+    pub async fn load(
+        &self,
+        from: Box<dyn Read + Send>,
+        name: Option<&Reference>,
+        options: &PullOptions,
+        progress: &dyn Progress,
+    ) -> Result<Vec<Image>, Error> {
+        load::load(&self.layout, from, name, options, progress).await
+    }
+
+    /// Writes images to an archive that is both an OCI layout and what `docker save` writes.
+    /// Those that are named by their IDs are named in it with all names that they have.
+    pub fn save(&self, images: &[String], out: &mut dyn Write) -> Result<(), Error> {
+        save::save(&self.layout, images, out)
+    }
+
+    /// Sends the image of this name to the registry that the name has in it; the digest of its
+    /// manifest. Must be called within a tokio runtime with I/O and time enabled.
+    pub async fn push(
+        &self,
+        reference: &Reference,
+        options: &PullOptions,
+        progress: &dyn Progress,
+    ) -> Result<Digest, Error> {
+        push::push(&self.layout, reference, options, progress).await
+    }
+
+    /// Gives an image one more name, which it takes from another if need be.
+    pub fn tag(&self, image: &str, name: &Reference) -> Result<(), Error> {
+        if name.digest().is_some() {
+            return Err(Error::Reference {
+                input: name.familiar(),
+                reason: "an image is given a tag; its digest is what it is".into(),
+            });
+        }
+        let gone = Refs::update(&self.layout, |refs| {
+            let record = match find(refs, image)? {
+                Found::Name(key) => refs.images.get(&key).cloned(),
+                Found::Id(id) => image::newest(refs, &id).cloned(),
+            };
+            let record = record.ok_or_else(|| Error::NoSuchImage(image.to_owned()))?;
+            let before = refs.images.insert(name.to_string(), record);
+            Ok(checkpoint::without_names(
+                refs,
+                before.into_iter().collect(),
+            ))
+        })?;
+        checkpoint::remove(&self.layout, &gone)?;
+        sweep::sweep(&self.layout)?;
+        Ok(())
+    }
+
     /// Removes a name (or, given an ID, all its names), then what nothing
     /// refers to. What is leased, or being pulled by others, stays until a
     /// later command sweeps.
@@ -213,6 +294,11 @@ impl Store {
         let gone = || Error::NoSuchImage(rootfs.display().to_string());
         checkpoint::rootfs_key(&self.layout, rootfs).map_err(|_| gone())?;
         lease(rootfs, gone)
+    }
+
+    /// Removes what nothing refers to; the bytes given back. What others are adding stays.
+    pub fn sweep(&self) -> Result<u64, Error> {
+        sweep::sweep(&self.layout)
     }
 
     /// The directory of this store.

@@ -18,10 +18,11 @@ use crate::{
     Digest, Error, Event, Image, Progress, PullOptions, PullPolicy, Reference, convert,
     error::IoAt,
     manifest::{self, Blob, Document, MAX_MANIFEST, Manifest},
-    registry::{Failure, Registry},
+    registry::{Failure, Purpose, Registry},
     store::{
         files::{self, Layout, has_size, lock_making, read_blob},
         image,
+        making::Making,
         refs::{Record, Refs},
         sweep,
     },
@@ -79,7 +80,7 @@ pub(crate) async fn pull(
         reference,
         options,
         progress,
-        registry: Registry::new(reference, options).await?,
+        registry: Registry::new(reference, options, Purpose::Pull).await?,
         adding: Arc::new(begin_adding(layout).await?),
     };
     let record = pull.run().await?;
@@ -395,7 +396,13 @@ impl Pull<'_> {
             if image::whole_rootfs(&path).is_some() {
                 return Ok(key);
             }
-            match self.convert_once(image, diff_ids, &path, making).await {
+            let locks = (making, Arc::clone(&self.adding));
+            let making = Making {
+                layout: self.layout,
+                options: self.options,
+                progress: self.progress,
+            };
+            match making.rootfs(image, diff_ids, &path, locks).await {
                 Err(Error::Mismatch {
                     what: "blob",
                     expected,
@@ -417,81 +424,6 @@ impl Pull<'_> {
             }
         }
     }
-
-    /// Converts on a thread of its own, which holds the locks until it ends,
-    /// even if no one waits for it any more.
-    async fn convert_once(
-        &self,
-        image: &Manifest,
-        diff_ids: &[Digest],
-        path: &Path,
-        making: File,
-    ) -> Result<u64, Error> {
-        let layers: Vec<convert::Layer> = image
-            .layers
-            .iter()
-            .zip(diff_ids)
-            .map(|(blob, diff_id)| convert::Layer {
-                blob: self.layout.blob(&blob.digest),
-                digest: blob.digest,
-                size: blob.size,
-                diff_id: *diff_id,
-            })
-            .collect();
-        let total = layers.iter().map(|layer| layer.size).sum();
-        let limits = convert::Limits {
-            bytes: self.options.max_image_size,
-            entries: self.options.max_entries,
-        };
-        let (layout, path) = (self.layout.clone(), path.to_owned());
-        let locks = (making, Arc::clone(&self.adding));
-        let (sender, mut done) = tokio::sync::watch::channel(0u64);
-        let mut task = tokio::task::spawn_blocking(move || {
-            let _locks = locks;
-            let report = |bytes: u64| {
-                // Some 2 MiB apart: bars need no more.
-                sender.send_if_modified(|last| {
-                    let news = bytes.abs_diff(*last) > 2 << 20;
-                    if news {
-                        *last = bytes;
-                    }
-                    news
-                });
-            };
-            convert_to(&layout, &layers, &path, limits, &report)
-        });
-        loop {
-            tokio::select! {
-                result = &mut task => {
-                    return result.map_err(|e| Error::Internal(e.to_string()))?;
-                }
-                Ok(()) = done.changed() => {
-                    let done = *done.borrow_and_update();
-                    self.progress.event(Event::Converting { done, total });
-                }
-            }
-        }
-    }
-}
-
-fn convert_to(
-    layout: &Layout,
-    layers: &[convert::Layer],
-    path: &Path,
-    limits: convert::Limits,
-    report: &dyn Fn(u64),
-) -> Result<u64, Error> {
-    let temp = layout.temp()?;
-    let tails = tempfile::tempfile_in(layout.tmp()).at("create a file in", layout.tmp())?;
-    let out = temp.reopen().at("open", temp.path())?;
-    let size = convert::convert(layers, (out, temp.path()), tails, limits, report)?;
-    let read_only = std::os::unix::fs::PermissionsExt::from_mode(0o444);
-    temp.as_file()
-        .set_permissions(read_only)
-        .at("change the mode of", temp.path())?;
-    // An old damaged one may be there; the rename replaces it.
-    files::keep_synced(temp, path)?;
-    Ok(size)
 }
 
 fn remove_damaged(path: &Path) -> Result<(), Error> {

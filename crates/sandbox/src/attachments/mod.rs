@@ -36,6 +36,8 @@ use crate::{
 };
 
 const FILE: &str = "network.json";
+/// What a container is to have each time that it is started.
+const WISHES: &str = "network.wishes.json";
 /// Largest that is read: lists and results of a few plugins for each link.
 const FILE_MAX: u64 = 16 << 20;
 
@@ -112,6 +114,36 @@ impl Attachments {
     /// Writes it there, atomically.
     pub fn store(&self, dir: &Path) -> Result<()> {
         write_json(&dir.join(FILE), self)
+    }
+
+    /// Writes down what a container is to have each time that it is started, and for the
+    /// first.
+    pub fn wish(&self, dir: &Path) -> Result<()> {
+        write_json(&dir.join(WISHES), self)?;
+        self.store(dir)
+    }
+
+    /// Has a container that is started again get what it is to have; whether that is
+    /// anything. The caller holds its lock.
+    pub fn again(dir: &Path) -> Result<bool> {
+        let path = dir.join(WISHES);
+        if !path.exists() {
+            return Ok(Self::load(dir)?.is_some());
+        }
+        let wishes: Self = read_json(&path, FILE_MAX)?;
+        wishes.store(dir)?;
+        Ok(true)
+    }
+
+    /// Changes what a container is to have when it is started again.
+    pub fn rename(dir: &Path, name: &str) -> Result<()> {
+        let path = dir.join(WISHES);
+        if !path.exists() {
+            return Ok(());
+        }
+        let mut wishes: Self = read_json(&path, FILE_MAX)?;
+        wishes.names.name = name.into();
+        write_json(&path, &wishes)
     }
 
     /// Says that there is nothing any more.

@@ -70,6 +70,7 @@ pub(crate) async fn take_over(memory: OwnedFd) -> Result<u8> {
     let code = match state.front {
         FrontState::Owner(front) => {
             let owner = Arc::new(Owner::take_over(front, sandbox.clone(), &mut taker)?);
+            owner.look_after();
             let service = service(owner.clone());
             let upgrades = Upgrades::new(connections.clone(), service.clone(), None, came);
             let server = server::start(connections, first, &service, None, upgrades).await?;

@@ -31,7 +31,8 @@ use tracing::{info, warn};
 use ttrpc::{Code, r#async::TtrpcContext, get_status};
 use walnut_protocol::{
     supervisor::{
-        AboutRequest, AboutResponse, Program as ProgramMessage, UpgradeRequest, UpgradeResponse,
+        AboutRequest, AboutResponse, AttachRequest, AttachResponse, Program as ProgramMessage,
+        UpgradeRequest, UpgradeResponse,
     },
     supervisor_ttrpc::Supervisor,
 };
@@ -217,6 +218,11 @@ impl Supervisor for Upgrades {
         about.pid = std::process::id();
         about.program = Some((&own).into()).into();
         Ok(about)
+    }
+
+    async fn attach(&self, _: &TtrpcContext, req: AttachRequest) -> Reply<AttachResponse> {
+        self.tasks.attach(&req)?;
+        Ok(AttachResponse::default())
     }
 
     async fn upgrade(&self, _: &TtrpcContext, req: UpgradeRequest) -> Reply<UpgradeResponse> {

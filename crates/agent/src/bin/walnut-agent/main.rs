@@ -24,6 +24,7 @@ mod ports;
 mod power;
 mod pressure;
 mod process;
+mod processes;
 mod pump;
 mod reaper;
 mod remove;

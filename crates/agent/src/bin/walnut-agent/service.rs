@@ -36,7 +36,7 @@ use crate::reaper::Reaper;
 use crate::remove::remove;
 use crate::streams::Pending;
 use crate::table::{CONTAINERS_MAX, Refused, Table};
-use crate::{adopt, cpus, memory, network, pressure, scale, stats, system};
+use crate::{adopt, cpus, memory, network, pressure, processes, scale, stats, system};
 
 /// How long freezing may take.
 const FREEZE_WITHIN: Duration = Duration::from_secs(10);
@@ -621,8 +621,10 @@ impl Agent for Service {
         request: ContainerRequest,
     ) -> Result<ListProcessesResponse> {
         let container = self.container(&request.container_id)?;
+        let pids = container.cgroup.pids();
         Ok(ListProcessesResponse {
-            pids: container.cgroup.pids(),
+            processes: processes::known(&pids),
+            pids,
             ..ListProcessesResponse::default()
         })
     }

@@ -24,8 +24,10 @@ use nix::unistd::{
 use protobuf::Message;
 use walnut_agent::names::ContainerPaths;
 use walnut_agent::wire::{Ends, Status};
+use walnut_archive::Operation;
 use walnut_protocol::agent::ExecProcessRequest;
 
+use crate::archive;
 use crate::failure::{Failure, chain};
 use crate::link::Done;
 use crate::program;
@@ -55,6 +57,7 @@ pub(crate) fn exec(first: u32, payload: &[u8]) -> Result<Done, Failure> {
         ContainerPaths::new(&request.container_id).map_err(|e| Failure::invalid(e.to_string()))?;
     let mut process: Process = serde_json::from_slice(&request.process)
         .map_err(|e| Failure::invalid(format!("process of exec {}: {e}", request.exec_id)))?;
+    let operation = archive::wanted(&request.process)?;
     adapt_process(&mut process)?;
     let seccomp = load_seccomp(&paths.seccomp())?;
     // What is needed of the guest is opened before its mounts are gone.
@@ -78,7 +81,8 @@ pub(crate) fn exec(first: u32, payload: &[u8]) -> Result<Done, Failure> {
     }
     let child = Child {
         process: &process,
-        seccomp: seccomp.as_ref(),
+        seccomp: seccomp.as_ref().filter(|_| operation.is_none()),
+        operation: operation.as_ref(),
         cgroup: &cgroup,
         own: &own,
         slave: slave.as_ref(),
@@ -191,6 +195,8 @@ fn terminal(uid: u32, gid: u32) -> Result<(OwnedFd, OwnedFd), Failure> {
 struct Child<'a> {
     process: &'a Process,
     seccomp: Option<&'a LinuxSeccomp>,
+    /// It executes nothing, and does this.
+    operation: Option<&'a Operation>,
     cgroup: &'a Entered,
     own: &'a Own,
     slave: Option<&'a OwnedFd>,
@@ -204,7 +210,16 @@ fn spawn(child: &Child<'_>) -> Result<u32, Failure> {
     match unsafe { fork() }.map_err(|e| Failure::internal(what, e))? {
         ForkResult::Child => {
             drop(read);
-            let failure = become_process(child);
+            let failure = match (child.operation, confine(child)) {
+                (_, Err(failure)) => failure,
+                (None, Ok(())) => execute(child),
+                (Some(operation), Ok(())) => {
+                    // That it runs is what there is to say.
+                    drop(write);
+                    // SAFETY: ends this process, which has done what it was for.
+                    unsafe { libc::_exit(archive::run(operation)) }
+                }
+            };
             // The first byte is the status.
             let mut message = vec![failure.status as u8];
             message.extend_from_slice(failure.text.as_bytes());
@@ -233,17 +248,12 @@ fn spawn(child: &Child<'_>) -> Result<u32, Failure> {
 }
 
 /// Runs in the child; returns only on failure.
-fn become_process(child: &Child<'_>) -> Failure {
-    match confine(child) {
-        Err(failure) => failure,
-        Ok(()) => {
-            let args = child.process.args().as_deref().unwrap_or_default();
-            let path = program::path_of(child.process.env().as_ref()).to_owned();
-            let errno = program::run(args, &path);
-            let name = args.first().map_or("", String::as_str);
-            Failure::invalid(program::complaint(name, errno))
-        }
-    }
+fn execute(child: &Child<'_>) -> Failure {
+    let args = child.process.args().as_deref().unwrap_or_default();
+    let path = program::path_of(child.process.env().as_ref()).to_owned();
+    let errno = program::run(args, &path);
+    let name = args.first().map_or("", String::as_str);
+    Failure::invalid(program::complaint(name, errno))
 }
 
 fn confine(child: &Child<'_>) -> Result<(), Failure> {

@@ -7,11 +7,13 @@
 //! It never talks to the host, and keeps nothing between requests but what
 //! lies in the container's own folders.
 
+mod archive;
 mod create;
 mod devices;
 mod exec;
 mod failure;
 mod files;
+mod init;
 mod link;
 mod program;
 mod spec;
@@ -27,6 +29,9 @@ use link::{Done, Link};
 use walnut_agent::wire::Verb;
 
 fn main() -> ExitCode {
+    if let Some(program) = init::is_meant() {
+        return init::main(program);
+    }
     let mut link = match Link::from_stdin() {
         Ok(link) => link,
         Err(e) => {

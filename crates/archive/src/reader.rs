@@ -10,13 +10,15 @@ use std::{
     io::{self, Read},
 };
 
-use super::{
-    sparse::{self, Segment},
-    tree::{MAX_PATH, Xattrs},
-};
+use crate::sparse::{self, Segment};
+
+/// Longest path, bytes.
+pub const MAX_PATH: usize = 4095;
+/// Extended attributes, by name.
+pub type Xattrs = BTreeMap<Vec<u8>, Vec<u8>>;
 
 /// Bytes of a tar block.
-pub(crate) const BLOCK: usize = 512;
+pub const BLOCK: usize = 512;
 /// Most bytes of one entry's PAX records: room for 64 KiB xattrs.
 const MAX_PAX: u64 = 1 << 20;
 /// Most bytes of a value of an xattr (XATTR_SIZE_MAX, less what EROFS's
@@ -27,7 +29,7 @@ const MAX_XATTR_NAME: usize = 255;
 
 /// Why a stream is no usable tar.
 #[derive(Debug, thiserror::Error)]
-pub(crate) enum TarError {
+pub enum TarError {
     #[error("{0}")]
     Io(#[from] io::Error),
     #[error("{0}")]
@@ -41,7 +43,7 @@ pub(crate) fn invalid(what: impl Into<String>) -> TarError {
 
 /// What an entry is.
 #[derive(Debug, Clone, PartialEq, Eq)]
-pub(crate) enum EntryKind {
+pub enum EntryKind {
     File,
     HardLink,
     Symlink,
@@ -53,24 +55,24 @@ pub(crate) enum EntryKind {
 
 /// An entry's header, all extensions applied.
 #[derive(Debug, Clone)]
-pub(crate) struct Entry {
-    pub(crate) path: Vec<u8>,
-    pub(crate) kind: EntryKind,
+pub struct Entry {
+    pub path: Vec<u8>,
+    pub kind: EntryKind,
     /// Target of a link of either kind.
-    pub(crate) link: Vec<u8>,
+    pub link: Vec<u8>,
     /// The low twelve bits of `st_mode`.
-    pub(crate) mode: u16,
-    pub(crate) uid: u32,
-    pub(crate) gid: u32,
+    pub mode: u16,
+    pub uid: u32,
+    pub gid: u32,
     /// Seconds since 1970 and nanoseconds.
-    pub(crate) mtime: (i64, u32),
-    pub(crate) xattrs: Option<Box<Xattrs>>,
+    pub mtime: (i64, u32),
+    pub xattrs: Option<Box<Xattrs>>,
     /// Bytes of the file once it is extracted.
-    pub(crate) size: u64,
+    pub size: u64,
     /// Device number: major, minor.
-    pub(crate) device: (u32, u32),
+    pub device: (u32, u32),
     /// Where the stored bytes belong, if not simply one after the other.
-    pub(crate) sparse: Option<Vec<Segment>>,
+    pub sparse: Option<Vec<Segment>>,
 }
 
 type Records = BTreeMap<Vec<u8>, Vec<u8>>;
@@ -79,7 +81,7 @@ type Sparse = (Vec<Segment>, u64, Option<Vec<u8>>);
 
 /// Reads entries from `inner`.
 #[derive(Debug)]
-pub(crate) struct TarReader<R> {
+pub struct TarReader<R> {
     inner: R,
     /// Stored bytes of the current entry not yet read.
     remaining: u64,
@@ -90,7 +92,7 @@ pub(crate) struct TarReader<R> {
 }
 
 impl<R: Read> TarReader<R> {
-    pub(crate) fn new(inner: R) -> Self {
+    pub fn new(inner: R) -> Self {
         Self {
             inner,
             remaining: 0,
@@ -101,12 +103,12 @@ impl<R: Read> TarReader<R> {
     }
 
     /// The stream, for what follows the archive's end.
-    pub(crate) fn into_inner(self) -> R {
+    pub fn into_inner(self) -> R {
         self.inner
     }
 
     /// The next entry; what was left of the last one's data is skipped.
-    pub(crate) fn next_entry(&mut self) -> Result<Option<Entry>, TarError> {
+    pub fn next_entry(&mut self) -> Result<Option<Entry>, TarError> {
         let mut locals = Records::new();
         let mut long_name = None;
         let mut long_link = None;
@@ -138,7 +140,7 @@ impl<R: Read> TarReader<R> {
     }
 
     /// Reads of the current entry's stored data; 0 at its end.
-    pub(crate) fn read_data(&mut self, buffer: &mut [u8]) -> io::Result<usize> {
+    pub fn read_data(&mut self, buffer: &mut [u8]) -> io::Result<usize> {
         let most = usize::try_from(self.remaining)
             .unwrap_or(usize::MAX)
             .min(buffer.len());

@@ -2,16 +2,16 @@
 
 use std::collections::BTreeMap;
 
-use super::tar::{BLOCK, TarError, decimal, invalid, number, unsigned};
+use crate::reader::{BLOCK, TarError, decimal, invalid, number, unsigned};
 
 /// Most segments of one file.
 const MAX_SEGMENTS: usize = 1 << 20;
 
 /// `length` stored bytes that belong at `offset` of the file.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
-pub(crate) struct Segment {
-    pub(crate) offset: u64,
-    pub(crate) length: u64,
+pub struct Segment {
+    pub offset: u64,
+    pub length: u64,
 }
 
 /// Where the map of a sparse file is.
