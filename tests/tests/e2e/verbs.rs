@@ -411,6 +411,10 @@ fn what_restart_policies_want_is_done() {
     assert!(state().starts_with("exited"));
     assert_nothing_left(walnut(&["inspect", "-f", "{{.Id}}", &name]).text());
     assert_eq!(starts().len(), count);
+    // But when the node begins.
+    assert!(walnut(&["start", "--boot"]).exits(0).text().contains(&name));
+    until("it has been started again", || starts().len() > count);
+    walnut(&["stop", "-t", "0", &name]).exits(0);
     walnut(&["rm", &name]).exits(0);
     walnut(&["volume", "rm", &name]).exits(0);
     let both = ["run", "--rm", "--restart", "always", image, "true"];
