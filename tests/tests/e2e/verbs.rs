@@ -596,6 +596,10 @@ fn what_a_machine_cannot_have_is_refused_with_the_reason() {
     ] {
         run(&args).fails(125, why);
     }
+    let labels = tempfile::NamedTempFile::new().unwrap();
+    fs::write(labels.path(), format!("long={}", "x".repeat(600 << 10))).unwrap();
+    let file = labels.path().to_str().unwrap();
+    run(&["--label-file", file, "IMAGE", "true"]).fails(125, "more than 524288");
     for (option, why) in [
         ("--restart=sometimes", "restart policy"),
         ("--ulimit=files=1", "unknown limit"),
