@@ -5,8 +5,9 @@ use std::{path::Path, time::Duration};
 use anyhow::Context as _;
 use containerd_shim_protos::{
     api::{
-        CheckpointTaskRequest, ExecProcessRequest, KillRequest, ShutdownRequest, StartRequest,
-        StatsRequest, UpdateTaskRequest, WaitRequest,
+        CheckpointTaskRequest, ExecProcessRequest, KillRequest, PauseRequest, PidsRequest,
+        ProcessInfo, ResumeRequest, ShutdownRequest, StartRequest, StatsRequest, UpdateTaskRequest,
+        WaitRequest,
     },
     cgroups_v2::metrics::Metrics,
     protobuf::{Message, MessageField, UnknownValueRef, well_known_types::any::Any},
@@ -156,6 +157,53 @@ impl Supervisor {
         };
         self.task.update(soon(), &request).await.map_err(fault)?;
         Ok(())
+    }
+
+    /// Freezes the container's processes, or lets them go on.
+    pub(crate) async fn freeze(&self, on: bool) -> anyhow::Result<()> {
+        let id = self.id.clone();
+        let done = match on {
+            true => {
+                let request = PauseRequest {
+                    id,
+                    ..Default::default()
+                };
+                self.task.pause(soon(), &request).await
+            }
+            false => {
+                let request = ResumeRequest {
+                    id,
+                    ..Default::default()
+                };
+                self.task.resume(soon(), &request).await
+            }
+        };
+        done.map(drop).map_err(fault)
+    }
+
+    /// Gives the container other limits: OCI runtime-spec "linux.resources", JSON.
+    pub(crate) async fn limit(&self, resources: Vec<u8>) -> anyhow::Result<()> {
+        let request = UpdateTaskRequest {
+            id: self.id.clone(),
+            resources: MessageField::some(Any {
+                type_url: "types.containerd.io/opencontainers/runtime-spec/1/LinuxResources".into(),
+                value: resources,
+                ..Default::default()
+            }),
+            ..Default::default()
+        };
+        self.task.update(soon(), &request).await.map_err(fault)?;
+        Ok(())
+    }
+
+    /// The container's processes.
+    pub(crate) async fn processes(&self) -> anyhow::Result<Vec<ProcessInfo>> {
+        let request = PidsRequest {
+            id: self.id.clone(),
+            ..Default::default()
+        };
+        let reply = self.task.pids(soon(), &request).await.map_err(fault)?;
+        Ok(reply.processes)
     }
 
     pub(crate) async fn exec(&self, request: ExecProcessRequest) -> anyhow::Result<()> {

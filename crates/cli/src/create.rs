@@ -27,6 +27,9 @@ use walnut_sandbox::{
 
 use crate::{args::ContainerArgs, saved, spec, supervisor, values::Cpuset};
 
+/// Largest record of a new container, bytes: half of what is read of one.
+const RECORD_MAX: usize = 512 << 10;
+
 /// A container that exists on disk and has no supervisor yet. Dropping it
 /// removes it, unless it was there before.
 #[derive(Debug)]
@@ -193,6 +196,7 @@ impl NewContainer {
             id,
         };
         check_name(&record.name)?;
+        check_size(&record)?;
         if let Some(attachments) = &mut attachments {
             attachments.names.name.clone_from(&record.name);
         }
@@ -490,6 +494,17 @@ fn make_run_dir(path: PathBuf) -> Result<()> {
     fs::DirBuilder::new().mode(0o700).create(&path)?;
     // Known to belong to a container that is being put in place.
     File::create(path.join("bundle"))?;
+    Ok(())
+}
+
+/// Refuses a record that grows too large to be read again: an image says what it likes.
+fn check_size(record: &Record) -> Result<()> {
+    let size = serde_json::to_vec(record)?.len();
+    if size > RECORD_MAX {
+        bail!(
+            "the command, the labels and the check of the container have {size} bytes, more than {RECORD_MAX}"
+        );
+    }
     Ok(())
 }
 

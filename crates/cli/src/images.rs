@@ -248,19 +248,31 @@ pub(crate) fn rmi(args: &RmiArgs) -> Result<u8> {
     Ok(code)
 }
 
-fn remove(layout: &Layout, store: &Store, name: &str, force: bool) -> Result<()> {
-    let image = find(store, name)?;
+/// Refuses to take the last name from an image that containers are made of.
+fn check_unused(layout: &Layout, image: &Image, name: &str) -> Result<()> {
     let containers = list(layout)?;
-    let users = users(&containers, &image);
+    let users = users(&containers, image);
     // One of several names is none that a container needs.
     let last = image.names.len() < 2 || image.id.to_string().contains(name);
-    if last && !force && !users.is_empty() {
-        bail!(
-            "image {name} is what {} {} made of; remove {} first, or use -f",
-            users.join(", "),
-            if users.len() == 1 { "is" } else { "are" },
-            if users.len() == 1 { "it" } else { "them" },
-        );
+    if !last || users.is_empty() {
+        return Ok(());
+    }
+    let (are, them) = match users.len() {
+        1 => ("is", "it"),
+        _ => ("are", "them"),
+    };
+    bail!(
+        "image {name} is what {} {are} made of; remove {them} first, or use -f",
+        users.join(", ")
+    )
+}
+
+fn remove(layout: &Layout, store: &Store, name: &str, force: bool) -> Result<()> {
+    match store.resolve(name) {
+        // One that is damaged is nobody's any more.
+        Err(e) if !matches!(e, walnut_image::Error::NoSuchImage(_)) => {}
+        _ if force => drop(find(store, name)?),
+        _ => check_unused(layout, &find(store, name)?, name)?,
     }
     for name in store.remove(name)?.names {
         let name = name.parse::<Reference>().map_or(name, |n| n.familiar());

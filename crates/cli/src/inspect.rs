@@ -244,14 +244,6 @@ fn host_config(record: &Record, spec: &Value, attachments: Option<&Attachments>)
         walnut_sandbox::RestartPolicy::OnFailure(most) => most.unwrap_or(0),
         _ => 0,
     };
-    let mut ports = Map::new();
-    for port in attachments.iter().flat_map(|a| &a.ports) {
-        let (key, binding) = binding(port);
-        let list = ports.entry(key).or_insert_with(|| json!([]));
-        list.as_array_mut()
-            .into_iter()
-            .for_each(|l| l.push(binding.clone()));
-    }
     let network = attachments
         .and_then(|a| a.links.first())
         .map(|l| l.network());
@@ -267,7 +259,7 @@ fn host_config(record: &Record, spec: &Value, attachments: Option<&Attachments>)
         "ReadonlyRootfs": spec["root"]["readonly"],
         "Privileged": false,
         "NetworkMode": network.unwrap_or("none"),
-        "PortBindings": ports,
+        "PortBindings": ports(attachments),
         "LogConfig": {
             "Type": if terms.log.kept { "json-file" } else { "none" },
             "Config": { "max-size": terms.log.max_size.to_string(), "max-file": terms.log.max_file.to_string() },
@@ -277,6 +269,19 @@ fn host_config(record: &Record, spec: &Value, attachments: Option<&Attachments>)
         "Runtime": "walnut",
         "Isolation": "vm",
     })
+}
+
+/// Ports of the container's, and those of the host's that lead to them.
+fn ports(attachments: Option<&Attachments>) -> Map<String, Value> {
+    let mut ports = Map::new();
+    for port in attachments.iter().flat_map(|a| &a.ports) {
+        let (key, binding) = binding(port);
+        let list = ports.entry(key).or_insert_with(|| json!([]));
+        list.as_array_mut()
+            .into_iter()
+            .for_each(|l| l.push(binding.clone()));
+    }
+    ports
 }
 
 fn binding(port: &walnut_sandbox::PublishedPort) -> (String, Value) {
@@ -355,14 +360,6 @@ fn config(record: &Record, spec: &Value) -> Value {
 
 fn network_settings(attachments: Option<&Attachments>) -> Value {
     let mut networks = Map::new();
-    let mut ports = Map::new();
-    for port in attachments.iter().flat_map(|a| &a.ports) {
-        let (key, binding) = binding(port);
-        let list = ports.entry(key).or_insert_with(|| json!([]));
-        list.as_array_mut()
-            .into_iter()
-            .for_each(|l| l.push(binding.clone()));
-    }
     let mut first = json!({});
     for link in attachments.iter().flat_map(|a| &a.links) {
         let made = link.made();
@@ -386,7 +383,7 @@ fn network_settings(attachments: Option<&Attachments>) -> Value {
         "IPAddress": text("IPAddress"),
         "IPPrefixLen": first["IPPrefixLen"].as_u64().unwrap_or(0),
         "GlobalIPv6Address": text("GlobalIPv6Address"),
-        "Ports": ports,
+        "Ports": ports(attachments),
         "Networks": networks,
     })
 }

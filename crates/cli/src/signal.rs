@@ -4,14 +4,13 @@ use std::time::Duration;
 
 use anyhow::{Result, anyhow, bail};
 use clap::Args;
-use containerd_shim_protos::api::{PauseRequest, ResumeRequest};
 use tokio::time::{sleep, timeout};
 use walnut_image::Store;
 use walnut_sandbox::{Error, Journal, Layout, Lock, NamedVolumes, Record, Status, find, remove};
 
 use crate::{
     args::Containers,
-    client::{Supervisor, fault, gone, soon},
+    client::{Supervisor, gone},
     create::find_live,
     start, values,
 };
@@ -131,8 +130,6 @@ pub(crate) async fn restart(args: RestartArgs) -> Result<u8> {
             );
         }
         stop_one(&layout, &record, &args.stop).await?;
-        // Its supervisor may be at its last steps.
-        gone(&layout, &record.id).await?;
         start::behind(&layout, &store, &find(&layout, &record.id)?).await?;
         Journal::new(&layout.state).container(&record, "restart", &[]);
         Ok(())
@@ -141,51 +138,26 @@ pub(crate) async fn restart(args: RestartArgs) -> Result<u8> {
 }
 
 pub(crate) async fn pause(args: Containers) -> Result<u8> {
-    let layout = Layout::from_env()?;
-    each(&args.containers, async |name| {
-        let record = find_live(&layout, name)?;
-        if record.status == Status::Paused {
-            bail!(Error::WrongState(format!(
-                "container {} is paused already",
-                record.name
-            )));
-        }
-        let supervisor = Supervisor::connect(&layout, &record).await?;
-        let request = PauseRequest {
-            id: record.id.clone(),
-            ..Default::default()
-        };
-        supervisor
-            .task
-            .pause(soon(), &request)
-            .await
-            .map_err(fault)?;
-        Ok(())
-    })
-    .await
+    freeze(&args.containers, true).await
 }
 
 pub(crate) async fn unpause(args: Containers) -> Result<u8> {
+    freeze(&args.containers, false).await
+}
+
+async fn freeze(names: &[String], on: bool) -> Result<u8> {
     let layout = Layout::from_env()?;
-    each(&args.containers, async |name| {
+    each(names, async |name| {
         let record = find_live(&layout, name)?;
-        if record.status != Status::Paused {
+        if (record.status == Status::Paused) == on {
+            let is = if on { "paused already" } else { "not paused" };
             bail!(Error::WrongState(format!(
-                "container {} is not paused",
+                "container {} is {is}",
                 record.name
             )));
         }
         let supervisor = Supervisor::connect(&layout, &record).await?;
-        let request = ResumeRequest {
-            id: record.id.clone(),
-            ..Default::default()
-        };
-        supervisor
-            .task
-            .resume(soon(), &request)
-            .await
-            .map_err(fault)?;
-        Ok(())
+        supervisor.freeze(on).await
     })
     .await
 }

@@ -2,15 +2,10 @@
 
 use anyhow::{Result, bail};
 use clap::Args;
-use containerd_shim_protos::{api::PidsRequest, protobuf::Message};
+use containerd_shim_protos::protobuf::Message;
 use walnut_sandbox::{Attachments, GuestProcess, Layout, Transport, find};
 
-use crate::{
-    client::{Supervisor, fault, soon},
-    create::find_live,
-    list::cut,
-    output,
-};
+use crate::{client::Supervisor, create::find_live, list::cut, output};
 
 #[derive(Debug, Args)]
 pub(crate) struct TopArgs {
@@ -42,17 +37,9 @@ pub(crate) async fn top(args: TopArgs) -> Result<u8> {
     let layout = Layout::from_env()?;
     let record = find_live(&layout, &args.container)?;
     let supervisor = Supervisor::connect(&layout, &record).await?;
-    let request = PidsRequest {
-        id: record.id.clone(),
-        ..Default::default()
-    };
-    let reply = supervisor
-        .task
-        .pids(soon(), &request)
-        .await
-        .map_err(fault)?;
-    let rows: Vec<_> = reply
-        .processes
+    let rows: Vec<_> = supervisor
+        .processes()
+        .await?
         .iter()
         .map(|process| {
             let info = process.info.as_ref();

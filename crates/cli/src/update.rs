@@ -2,17 +2,13 @@
 
 use anyhow::{Context, Result, bail};
 use clap::Args;
-use containerd_shim_protos::{
-    api::UpdateTaskRequest,
-    protobuf::{MessageField, well_known_types::any::Any},
-};
 use serde_json::Value;
 use walnut_sandbox::{
     Attachments, Error, Journal, Layout, Lock, Record, RestartPolicy, Status, find,
 };
 
 use crate::{
-    client::{Supervisor, fault, soon},
+    client::Supervisor,
     create::{check_free, check_name},
     signal::each,
     spec,
@@ -94,20 +90,7 @@ pub(crate) async fn update(args: UpdateArgs) -> Result<u8> {
 async fn limit(layout: &Layout, record: &Record, resources: &Value) -> Result<()> {
     if record.status != Status::Exited && !record.at_rest() {
         let supervisor = Supervisor::connect(layout, record).await?;
-        let request = UpdateTaskRequest {
-            id: record.id.clone(),
-            resources: MessageField::some(Any {
-                type_url: "types.containerd.io/opencontainers/runtime-spec/1/LinuxResources".into(),
-                value: serde_json::to_vec(resources)?,
-                ..Default::default()
-            }),
-            ..Default::default()
-        };
-        supervisor
-            .task
-            .update(soon(), &request)
-            .await
-            .map_err(fault)?;
+        supervisor.limit(serde_json::to_vec(resources)?).await?;
     }
     let path = layout.container(&record.id).join("config.json");
     let bytes = std::fs::read(&path).with_context(|| format!("read {}", path.display()))?;

@@ -411,6 +411,10 @@ fn what_restart_policies_want_is_done() {
     assert!(state().starts_with("exited"));
     assert_nothing_left(walnut(&["inspect", "-f", "{{.Id}}", &name]).text());
     assert_eq!(starts().len(), count);
+    // But when the node begins.
+    assert!(walnut(&["start", "--boot"]).exits(0).text().contains(&name));
+    until("it has been started again", || starts().len() > count);
+    walnut(&["stop", "-t", "0", &name]).exits(0);
     walnut(&["rm", &name]).exits(0);
     walnut(&["volume", "rm", &name]).exits(0);
     let both = ["run", "--rm", "--restart", "always", image, "true"];
@@ -592,6 +596,10 @@ fn what_a_machine_cannot_have_is_refused_with_the_reason() {
     ] {
         run(&args).fails(125, why);
     }
+    let labels = tempfile::NamedTempFile::new().unwrap();
+    fs::write(labels.path(), format!("long={}", "x".repeat(600 << 10))).unwrap();
+    let file = labels.path().to_str().unwrap();
+    run(&["--label-file", file, "IMAGE", "true"]).fails(125, "more than 524288");
     for (option, why) in [
         ("--restart=sometimes", "restart policy"),
         ("--ulimit=files=1", "unknown limit"),

@@ -6,7 +6,7 @@ mod plan;
 use anyhow::Result;
 use serde::Serialize;
 use walnut_sandbox::{
-    Attachments, Layout, Lock, list,
+    Attachments, Journal, Layout, Lock, list,
     networks::{Network, Networks, NewNetwork, Resolver},
 };
 
@@ -25,7 +25,11 @@ pub(crate) async fn network(command: NetworkCommand) -> Result<u8> {
     let networks = Networks::new(&layout.networks());
     match command {
         NetworkCommand::Ls(args) => ls(&layout, &networks, &args)?,
-        NetworkCommand::Create(args) => create(&networks, args).await?,
+        NetworkCommand::Create(args) => {
+            let name = args.name.clone();
+            create(&networks, args).await?;
+            Journal::new(&layout.state).other("network", &name, "create");
+        }
         NetworkCommand::Rm(args) => {
             return each(&args.networks, async |name| {
                 // No container is made meanwhile.
@@ -34,7 +38,9 @@ pub(crate) async fn network(command: NetworkCommand) -> Result<u8> {
                     .into_iter()
                     .map(|m| m.name)
                     .collect();
-                Ok(networks.remove(name, &users).await?)
+                networks.remove(name, &users).await?;
+                Journal::new(&layout.state).other("network", name, "destroy");
+                Ok(())
             })
             .await;
         }

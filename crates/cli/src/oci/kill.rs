@@ -3,7 +3,7 @@
 use std::time::Duration;
 
 use anyhow::{Result, anyhow, bail};
-use containerd_shim_protos::api::{KillRequest, PauseRequest, ResumeRequest};
+use containerd_shim_protos::api::KillRequest;
 use tokio::time::timeout;
 use walnut_sandbox::{BundleStatus, Error};
 
@@ -66,16 +66,7 @@ pub(super) async fn pause(context: &Context, id: &str) -> Result<()> {
         );
     }
     let supervisor = context.supervisor(&state).await?;
-    let request = PauseRequest {
-        id: id.into(),
-        ..Default::default()
-    };
-    supervisor
-        .task
-        .pause(soon(), &request)
-        .await
-        .map_err(fault)?;
-    Ok(())
+    supervisor.freeze(true).await
 }
 
 pub(super) async fn resume(context: &Context, id: &str) -> Result<()> {
@@ -84,14 +75,5 @@ pub(super) async fn resume(context: &Context, id: &str) -> Result<()> {
         bail!("container not paused");
     }
     let supervisor = context.supervisor(&state).await?;
-    let request = ResumeRequest {
-        id: id.into(),
-        ..Default::default()
-    };
-    supervisor
-        .task
-        .resume(soon(), &request)
-        .await
-        .map_err(fault)?;
-    Ok(())
+    supervisor.freeze(false).await
 }

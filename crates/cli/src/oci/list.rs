@@ -3,7 +3,6 @@
 use std::io::{self, Write};
 
 use anyhow::{Context as _, Result};
-use containerd_shim_protos::api::PidsRequest;
 use serde_json::{Value, json};
 use walnut_sandbox::BundleState;
 
@@ -11,10 +10,7 @@ use super::{
     args::{Format, List, Ps},
     context::Context,
 };
-use crate::{
-    client::{fault, soon},
-    output,
-};
+use crate::output;
 
 /// A container as runc describes it.
 fn described(state: &BundleState, owner: &str) -> Value {
@@ -88,16 +84,8 @@ pub(super) async fn ps(context: &Context, args: &Ps) -> Result<()> {
         writeln!(io::stdout(), "{}", json!([state.pid]))?;
         return Ok(());
     }
-    let request = PidsRequest {
-        id: args.id.clone(),
-        ..Default::default()
-    };
-    let reply = supervisor
-        .task
-        .pids(soon(), &request)
-        .await
-        .map_err(fault)?;
-    let pids = reply.processes.iter().map(|process| process.pid);
+    let processes = supervisor.processes().await?;
+    let pids = processes.iter().map(|process| process.pid);
     output::table(
         ["PID"],
         &pids.map(|pid| [pid.to_string()]).collect::<Vec<_>>(),

@@ -6,15 +6,10 @@ use std::{
 };
 
 use anyhow::{Context as _, Result};
-use containerd_shim_protos::{
-    api::UpdateTaskRequest,
-    protobuf::{MessageField, well_known_types::any::Any},
-};
 use oci_spec::runtime::LinuxResources;
 use serde_json::{Map, Value, json};
 
 use super::{args::Update, bundle, context::Context};
-use crate::client::{fault, soon};
 
 /// Most that is read of the standard input.
 const INPUT_MAX: u64 = 1 << 20;
@@ -34,21 +29,7 @@ pub(super) async fn update(context: &Context, args: &Update) -> Result<()> {
     // In the caller's words if it is none.
     let _: LinuxResources = serde_json::from_slice(&resources).context("read the resources")?;
     let supervisor = context.supervisor(&state).await?;
-    let request = UpdateTaskRequest {
-        id: args.id.clone(),
-        resources: MessageField::some(Any {
-            type_url: "types.containerd.io/opencontainers/runtime-spec/1/LinuxResources".into(),
-            value: resources,
-            ..Default::default()
-        }),
-        ..Default::default()
-    };
-    supervisor
-        .task
-        .update(soon(), &request)
-        .await
-        .map_err(fault)?;
-    Ok(())
+    supervisor.limit(resources).await
 }
 
 /// OCI runtime-spec "linux.resources", of what was given.

@@ -404,6 +404,18 @@ fn what_cannot_be_had_is_refused_in_one_sentence() {
     let idle = ["IMAGE", "sleep", "infinity"];
     let publish = ["--name", "only", "--network", "tiny", "-p", "8080:80"];
     node.start(&[&publish[..], &idle].concat());
+    let port = node.walnut(&["port", "only", "80/tcp"]).exits(0);
+    assert_eq!(port.stdout, "0.0.0.0:8080\n");
+    let renamed = node.walnut(&["rename", "only", "other"]);
+    assert!(renamed.code == 125 && renamed.stderr.contains("others find it"));
+    // Started again it has all of that again.
+    let before = node.addresses("tiny", "only");
+    node.walnut(&["restart", "-t", "0", "only"]).exits(0);
+    assert_eq!(node.addresses("tiny", "only"), before);
+    let of = "{{.NetworkSettings.Networks.tiny.IPAddress}} {{json .NetworkSettings.Ports}}";
+    let shown = node.walnut(&["inspect", "-f", of, "only"]).exits(0);
+    let ports = r#"{"80/tcp":[{"HostIp":"","HostPort":"8080"}]}"#;
+    assert_eq!(shown.stdout, format!("{} {ports}\n", before[0]));
     run(
         &["--network", "tiny"],
         "every address of the network is in use",
