@@ -41,6 +41,7 @@ mod process;
 mod record;
 mod sandbox;
 mod settings;
+mod similar;
 mod sizing;
 mod standby;
 mod start;
@@ -72,11 +73,12 @@ pub use pool::{
     Given, Handover, Member, Place, Pool, PoolSize, Pools, Post, Visit, Visitor, host_memory, leave,
 };
 pub use process::{ExitInfo, ProcessState};
-pub use record::{ImageRef, Record, Status, find, list, now_ns, reconcile, remove, similar};
+pub use record::{ImageRef, Record, Status, find, list, now_ns, reconcile, remove};
 pub use sandbox::{
     ContainerRequest, ContainerState, ExecRequest, NameFiles, RootfsMount, Sandbox, SandboxConfig,
 };
 pub use settings::{Annotation, BOOT_TIMEOUT, Bytes, SETTINGS_FILE, Settings};
+pub use similar::similar;
 pub use sizing::PodLimits;
 pub use stdio::{Input, Output, StdioTargets};
 pub use takeover::{Busy, Doing, SandboxState, Way};
