@@ -26,7 +26,6 @@ mod install;
 mod io;
 mod list;
 mod load;
-mod login;
 mod logs;
 mod network;
 mod oci;

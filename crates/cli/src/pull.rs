@@ -8,7 +8,7 @@ use indicatif::{MultiProgress, ProgressBar, ProgressDrawTarget, ProgressStyle};
 use walnut_image::{Event, Image, Platform, Progress, PullOptions, Reference, Store};
 use walnut_sandbox::{Journal, Layout};
 
-use crate::{images, login, output};
+use crate::{images, output};
 
 #[derive(Debug, Args)]
 pub(crate) struct PullArgs {
@@ -80,25 +80,16 @@ pub(crate) async fn pull(args: PullArgs) -> Result<u8> {
 pub(crate) async fn fetch(store: &Store, name: &str, show: Show) -> Result<Image> {
     let reference: Reference = name.parse()?;
     let bars = Bars::new(show);
-    let image = store.pull(&reference, &options(&reference)?, &bars).await;
+    let image = store.pull(&reference, &PullOptions::default(), &bars).await;
     bars.clear();
     Ok(image?)
-}
-
-/// How a registry is spoken to: with the login that `docker login` or `podman login` left.
-fn options(reference: &Reference) -> Result<PullOptions> {
-    Ok(PullOptions {
-        login: login::of(reference.registry())?,
-        ..PullOptions::default()
-    })
 }
 
 #[derive(Debug, Args)]
 #[command(after_help = "Examples:
   walnut tag debian localhost:5000/base:1 && walnut push localhost:5000/base:1
 
-Logins are those in ~/.docker/config.json (or DOCKER_CONFIG), as `docker login` and `podman login
---compat-auth-file` write them.")]
+Logins are those that `docker login` and `podman login` have left.")]
 pub(crate) struct PushArgs {
     /// Show nothing but the digest
     #[arg(short, long)]
@@ -116,7 +107,7 @@ pub(crate) async fn push(args: PushArgs) -> Result<u8> {
         true => Show::Nothing,
         false => Show::Stderr,
     });
-    let pushed = store.push(&reference, &options(&reference)?, &bars).await;
+    let pushed = store.push(&reference, &PullOptions::default(), &bars).await;
     bars.clear();
     let digest = pushed?;
     Journal::new(&layout.state).other("image", &args.image, "push");
