@@ -35,6 +35,8 @@ const FEW: usize = 64;
 const MAX_RESETS: usize = 1024;
 /// After the process ran out of descriptors, before the next accept.
 const ACCEPT_RETRY: Duration = Duration::from_millis(100);
+/// Between two questions whether the guest has taken all, at the least.
+const PROBES_APART: Duration = Duration::from_millis(1);
 /// Host ports of connections that the host began have bit 30 set, bit 31 clear.
 const HOST_PORTS: u32 = 1 << 30;
 
@@ -293,7 +295,8 @@ impl Muxer {
             }
             State::Established => {
                 conn.owe_probe = true;
-                let again = now + self.timeouts.close;
+                // Later than now, whatever is set: what is due is looked for until nothing is.
+                let again = now + self.timeouts.close.max(PROBES_APART);
                 self.set_deadline(id, &mut conn, Some(again));
                 self.settle(id, conn);
             }
