@@ -97,10 +97,7 @@ async fn attached(
         false => None,
     };
     let typed = Typed::default();
-    if let Some(fifo) = fifo {
-        let keys = raw.as_ref().map(|_| args.keys.detach_keys.clone());
-        typed.copy(fifo, keys);
-    }
+    let mut fifo = fifo;
     let shown = async {
         // What has closed its output ends at once, each time.
         let mut at_once = 0;
@@ -113,6 +110,11 @@ async fn attached(
                 ..Default::default()
             };
             supervisor.attach(request).await?;
+            // Not before: what it is answered with would be nobody's.
+            if let Some(fifo) = fifo.take() {
+                let keys = raw.as_ref().map(|_| args.keys.detach_keys.clone());
+                typed.copy(fifo, keys);
+            }
             if record.terminal {
                 redraw(&supervisor).await;
             }

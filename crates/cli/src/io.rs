@@ -110,7 +110,7 @@ impl Fifos {
             // Gone already when the sandbox is.
             let _ = std::fs::remove_dir_all(dir);
         };
-        (shown, left.detached())
+        (shown, async move { left.detached().await })
     }
 }
 
@@ -129,7 +129,7 @@ impl Typed {
     }
 
     /// Returns when the keys have come.
-    pub(crate) async fn detached(self) {
+    pub(crate) async fn detached(&self) {
         self.0.notified().await;
     }
 }
