@@ -11,7 +11,7 @@ CLIPPY = $(CARGO) clippy --release --quiet --workspace --features walnut-agent/g
 # Clones of one template that a test compares; `make e2e CLONES=200` takes minutes longer.
 CLONES ?= 40
 
-.PHONY: all deps build demo test unit e2e containerd-newer kill pods lab lab-short lint fuzz fuzz-short fmt bench bench-lab install uninstall clean help
+.PHONY: all deps build demo test unit e2e differential containerd-newer kill pods lab lab-short lint fuzz fuzz-short fmt bench bench-lab install uninstall clean help
 
 all: build
 
@@ -36,7 +36,7 @@ lint: deps ## Formatting, shell scripts, lints
 	@cd fuzz && $(CARGO) fmt --check
 	@scripts/lint.sh
 	@$(CLIPPY) --all-targets -- -D warnings
-	@$(CLIPPY) --test containerd --test e2e --test oci -- -D warnings
+	@$(CLIPPY) --test containerd --test differential --test e2e --test oci -- -D warnings
 
 unit: build ## Tests that need no sandbox of the whole product
 	@echo "==> unit and component tests"
@@ -47,7 +47,10 @@ e2e: build ## Tests of the product, with the real image
 	@tests/image/build.sh
 	@tests/image/programs.sh
 	@echo 'clones of one template: $(CLONES), for their time; 200 with make e2e CLONES=200'
-	@WALNUT_TEST_CLONES=$(CLONES) $(TESTS) --test containerd --test e2e --test oci -- --test-threads=$(TEST_THREADS)
+	@WALNUT_TEST_CLONES=$(CLONES) $(TESTS) --test containerd --test differential --test e2e --test oci -- --test-threads=$(TEST_THREADS)
+
+differential: build ## The same bundles by crun and by walnut-oci, those too that are known to differ
+	@$(TESTS) --test differential -- --include-ignored --test-threads=$(TEST_THREADS)
 
 containerd-newer: build ## The containerd suite against containerd 1.7 and 2.x, of later Debians (tests/containerd.sh)
 	@tests/containerd.sh 1.7

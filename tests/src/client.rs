@@ -13,7 +13,7 @@ use std::{
 use crate::DEADLINE;
 
 /// What a command left behind.
-#[derive(Debug)]
+#[derive(Debug, PartialEq, Eq)]
 pub struct Done {
     /// Exit code; -1 if there is none.
     pub code: i32,
