@@ -68,7 +68,7 @@ impl Host {
 /// server is named.
 pub(super) fn load(dirs: &[PathBuf], registry: &str, own: &Url) -> Result<Vec<Host>, Error> {
     let names = [
-        registry.split_once(':').map(|(h, p)| format!("{h}_{p}_")),
+        registry.rsplit_once(':').map(|(h, p)| format!("{h}_{p}_")),
         Some(registry.to_owned()),
         Some("_default".to_owned()),
     ];

@@ -81,7 +81,8 @@ impl Registry {
                 (Some(host), Some(port)) => format!("{host}:{port}"),
                 (host, _) => host.unwrap_or_default().to_owned(),
             };
-            let is_own = address == resolved;
+            let is_own = host.url.host_str() == own.host_str()
+                && host.url.port_or_known_default() == own.port_or_known_default();
             let login = match &options.login {
                 // What was given for the registry is for nobody else.
                 Some((user, password)) if is_own => Login::Password(user.clone(), password.clone()),
