@@ -14,7 +14,6 @@ use futures::{StreamExt as _, stream::BoxStream};
 use reqwest::{Method, StatusCode, header};
 
 use self::{
-    credentials::Login,
     endpoint::{Ask, Endpoint, Problem},
     hosts::Capabilities,
 };
@@ -83,17 +82,12 @@ impl Registry {
             };
             let is_own = host.url.host_str() == own.host_str()
                 && host.url.port_or_known_default() == own.port_or_known_default();
-            let login = match &options.login {
-                // What was given for the registry is for nobody else.
-                Some((user, password)) if is_own => Login::Password(user.clone(), password.clone()),
-                _ => {
-                    let names: &[&str] = match is_own {
-                        true => &[name, resolved],
-                        false => &[&address],
-                    };
-                    credentials::find(&options.credentials, names, reference.repository()).await?
-                }
+            let names: &[&str] = match is_own {
+                true => &[name, resolved],
+                false => &[&address],
             };
+            let login =
+                credentials::find(&options.credentials, names, reference.repository()).await?;
             let namespace = (!is_own).then(|| name.to_owned());
             let actions = match purpose {
                 Purpose::Pull => "pull",

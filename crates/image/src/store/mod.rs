@@ -126,8 +126,6 @@ pub struct PullOptions {
     pub platform: Platform,
     /// Registries (`host` or `host:port`) spoken to in plain HTTP, besides loopback.
     pub insecure: Vec<String>,
-    /// User and password of the registry itself; those in `credentials` if none.
-    pub login: Option<(String, String)>,
     /// Files with logins, as Docker's `config.json` and podman's `auth.json`.
     pub credentials: Vec<PathBuf>,
     /// Directories that say where registries' images may be had, as containerd's
@@ -387,7 +385,6 @@ impl Default for PullOptions {
             policy: PullPolicy::default(),
             platform: Platform::default(),
             insecure: Vec::new(),
-            login: None,
             credentials: crate::registry::credential_files(),
             hosts: HOSTS.iter().map(PathBuf::from).collect(),
             max_image_size: 64 << 30,
