@@ -322,3 +322,28 @@ fn the_event_queue_carries_a_transport_reset() {
     bed.device.transport_reset();
     still_works(&mut bed);
 }
+
+#[test]
+fn a_ring_that_breaks_under_a_connection_keeps_no_place() {
+    let mut limited = config();
+    limited.max_connections = 4;
+    let mut bed = Bed::with(limited);
+    for _ in 0..8 {
+        let (mut client, _) = bed.dial(9);
+        // No buffer is left but one that lies outside of the ring.
+        let driver = &mut bed.guest.driver;
+        while driver.rx.pop_used(&driver.mem).is_some() {}
+        let (mem, rx) = (driver.mem.clone(), &mut driver.rx);
+        rx.publish(&mem, 5000);
+        for _ in 0..=QUEUE_SIZE {
+            client.write_all(b"data").unwrap();
+            let mut events = Vec::new();
+            bed.device.wait(&mut events).unwrap();
+            bed.device.run();
+        }
+        drop(client);
+        bed.reboot();
+        bed.until("nobody is left", |bed| bed.device.connections() == 0);
+    }
+    still_works(&mut bed);
+}

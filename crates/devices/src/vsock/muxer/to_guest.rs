@@ -48,16 +48,21 @@ impl Muxer {
                 self.settle(id, conn);
                 continue;
             }
-            let reserved = rx.reserve(if conn.bulk { MAX_BATCH } else { 1 });
-            if reserved != Ok(0) {
-                let served = reserved.and_then(|_| self.serve(id, conn, rx));
-                served?;
-                continue;
+            match rx.reserve(if conn.bulk { MAX_BATCH } else { 1 }) {
+                Ok(0) => {
+                    conn.queued = true;
+                    self.ready.push_front(id);
+                    self.settle(id, conn);
+                    return Ok(Pumped::Starved);
+                }
+                Ok(_) => self.serve(id, conn, rx)?,
+                // The connection is the next driver's to end: lost here, its place would be
+                // taken for good.
+                Err(broken) => {
+                    self.settle(id, conn);
+                    return Err(broken);
+                }
             }
-            conn.queued = true;
-            self.ready.push_front(id);
-            self.settle(id, conn);
-            return Ok(Pumped::Starved);
         }
         Ok(Pumped::Again)
     }
