@@ -44,9 +44,9 @@ for target in "${targets[@]}"; do
     mkdir -p "artifacts/$target" "corpus.d/$target"
     seeds=()
     [[ -d corpus/$target ]] && seeds=("corpus/$target")
-    # A state is longer than what devices and wires are given.
+    # A state and a record are longer than what devices and wires are given.
     case $target in
-        takeover) length=4096 ;;
+        checkpoint | takeover) length=4096 ;;
         *) length=1024 ;;
     esac
     echo "==> fuzz $target"

@@ -50,6 +50,11 @@ pub fn takeover(data: &[u8]) {
     within(PARSER, || parsers::takeover(data));
 }
 
+/// The record of a checkpoint.
+pub fn checkpoint(data: &[u8]) {
+    within(PARSER, || parsers::checkpoint(data));
+}
+
 /// The block device, either engine.
 pub fn block(data: &[u8]) {
     within(DEVICE, || driver::block(data));

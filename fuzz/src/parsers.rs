@@ -48,6 +48,20 @@ pub(crate) fn wire(data: &[u8]) {
     vhost::fuzz::wire(plan, &answers);
 }
 
+/// A checkpoint's record: what is taken is written so that it is taken again, and says the same.
+pub(crate) fn checkpoint(data: &[u8]) {
+    let json = |bytes: &[u8]| -> serde_json::Value {
+        let mut value = serde_json::from_slice(bytes).unwrap();
+        sorted(&mut value);
+        value
+    };
+    let Ok(written) = walnut_sandbox::fuzz::checkpoint(data) else {
+        return;
+    };
+    let again = walnut_sandbox::fuzz::checkpoint(&written).unwrap();
+    assert_eq!(json(&written), json(&again));
+}
+
 /// A supervisor's state: what is taken is what it says, and is written so that it is taken
 /// again.
 pub(crate) fn takeover(data: &[u8]) {

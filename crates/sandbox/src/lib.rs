@@ -51,6 +51,18 @@ mod template;
 mod terms;
 mod volumes;
 
+/// For the fuzz targets.
+#[cfg(feature = "fuzzing")]
+pub mod fuzz {
+    /// What is read of a checkpoint's record, written again, once all that is asked of it
+    /// has been.
+    pub fn checkpoint(bytes: &[u8]) -> Result<Vec<u8>, String> {
+        let record = crate::Checkpoint::parse(bytes)?;
+        let _ = (record.command(), record.rootfs(), record.stale());
+        serde_json::to_vec(&record).map_err(|e| e.to_string())
+    }
+}
+
 pub use attachments::{
     Attachments, ContainerLinks, Furnished, HostEntry, LinksState, NameServers, Names, NetworkLink,
     PublishedPort, Transport,

@@ -201,6 +201,15 @@ impl Pools {
                 "keep {all} machines ready: a node keeps {MEMBERS_MAX} at most"
             )));
         }
+        if config.pools.is_empty() {
+            // That it is there says that somebody wants a pool.
+            return match fs::remove_file(&self.config) {
+                Err(e) if e.kind() != std::io::ErrorKind::NotFound => {
+                    Err(Error::io("remove", &self.config)(e))
+                }
+                _ => Ok(()),
+            };
+        }
         write_json(&self.config, &config)
     }
 

@@ -34,6 +34,10 @@ fn what_is_wanted_is_kept() {
     assert_eq!(pools.sizes().unwrap().len(), 1);
     let said = pools.set(&wanted(1), MEMBERS_MAX).unwrap_err().to_string();
     assert!(said.contains("keeps 1024 at most"), "{said}");
+    assert!(pools.is_wanted());
+    pools.set(&wanted(2), 0).unwrap();
+    pools.set(&wanted(2), 0).unwrap();
+    assert!(!pools.is_wanted() && pools.sizes().unwrap().is_empty());
 
     for (text, why) in [
         ("{", "EOF"),
