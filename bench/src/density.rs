@@ -11,6 +11,7 @@ use crate::{
     Host,
     beside::{self, Bundle, Other},
     memory::{Sandbox, family, program},
+    plot,
 };
 
 /// What runs in each pod.
@@ -82,10 +83,19 @@ pub(crate) fn measure(host: &Host, count: usize, workload: Workload, alone: bool
          page cache beside, once |"
     );
     println!("|---|---|---|---|---|---|---|---|");
-    walnut(host, count, workload)?;
-    if alone {
-        return Ok(());
+    let mut sums = walnut(host, count, workload)?;
+    if !alone {
+        sums.extend(others(host, count, workload)?);
     }
+    summary(workload, &sums);
+    Ok(())
+}
+
+/// Of how many pods of a runtime, and what they cost.
+type Reading = (&'static str, usize, Sum);
+
+fn others(host: &Host, count: usize, workload: Workload) -> Result<Vec<Reading>> {
+    let mut sums = Vec::new();
     let bundle = Bundle::make(host, workload.command())?;
     for (name, words) in beside::runtimes() {
         let mut pods = Vec::new();
@@ -103,9 +113,10 @@ pub(crate) fn measure(host: &Host, count: usize, workload: Workload, alone: bool
                 Ok(sum)
             })?;
             print(name, step, sum);
+            sums.push((name, step, sum));
         }
     }
-    Ok(())
+    Ok(sums)
 }
 
 fn family_of(bundle: &str, firsts: &[u32]) -> Result<Vec<std::path::PathBuf>> {
@@ -118,7 +129,8 @@ fn family_of(bundle: &str, firsts: &[u32]) -> Result<Vec<std::path::PathBuf>> {
     Ok(all)
 }
 
-fn walnut(host: &Host, count: usize, workload: Workload) -> Result<()> {
+fn walnut(host: &Host, count: usize, workload: Workload) -> Result<Vec<Reading>> {
+    let mut sums = Vec::new();
     let mut pods = Vec::new();
     for step in steps(count) {
         while pods.len() < step {
@@ -128,8 +140,9 @@ fn walnut(host: &Host, count: usize, workload: Workload) -> Result<()> {
         let names: Vec<&str> = pods.iter().map(Sandbox::name).collect();
         let sum = settled(|| account(host, &names))?;
         print("walnut", step, sum);
+        sums.push(("walnut", step, sum));
     }
-    Ok(())
+    Ok(sums)
 }
 
 /// The parts of all these pods together.
@@ -187,9 +200,55 @@ fn print(runtime: &str, pods: usize, sum: Sum) {
     );
 }
 
+/// The memory of the aim's host.
+const HOST: u64 = 24 << 30;
+
+/// A plot, and how many of the last count's pods the aim's host would hold.
+fn summary(workload: Workload, sums: &[Reading]) {
+    let bars: Vec<_> = sums
+        .iter()
+        .map(|(name, pods, sum)| {
+            let each = sum.total() as f64 / *pods as f64 / 1e6;
+            (format!("{name}, {pods}"), each)
+        })
+        .collect();
+    let title = format!("Idle pods ({workload:?}): memory of each");
+    println!("\n{}", plot::bars(&title, "MB", &bars));
+    let walnut = sums.iter().rev().find(|(name, ..)| *name == "walnut");
+    if let Some((_, pods, sum)) = walnut {
+        println!("\n{}", room(*pods, sum));
+    }
+}
+
+/// What such pods take when there are more of them, for all but the page cache.
+fn room(pods: usize, sum: &Sum) -> String {
+    let each = sum.total() / u64::try_from(pods).unwrap_or(1).max(1);
+    format!(
+        "{} MiB for {pods} pods, {} MiB each: 24 GiB would hold {} (aim, for nginx: 1000)",
+        sum.total() >> 20,
+        each >> 20,
+        HOST.saturating_sub(sum.page_cache) / each.max(1)
+    )
+}
+
 #[cfg(test)]
 mod tests {
-    use super::steps;
+    use super::{Sum, room, steps};
+
+    #[test]
+    fn what_a_host_holds_leaves_room_for_the_page_cache() {
+        let sum = Sum {
+            processes: 400 << 20,
+            guest_private: 1600 << 20,
+            page_cache: 4 << 30,
+            ..Sum::default()
+        };
+        let said = room(100, &sum);
+        assert_eq!(
+            said,
+            "2000 MiB for 100 pods, 20 MiB each: 24 GiB would hold 1024 (aim, for nginx: 1000)"
+        );
+    }
 
     #[test]
     fn powers_of_ten_and_the_last() {

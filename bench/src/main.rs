@@ -12,6 +12,7 @@ mod guest;
 mod idle;
 mod memory;
 mod network;
+mod plot;
 mod start;
 mod steps;
 

@@ -8,7 +8,7 @@ use std::{
 
 use anyhow::{Context, Result, ensure};
 
-use crate::{Host, bundle, verdict};
+use crate::{Host, bundle, plot, verdict};
 
 /// Aim under emulation, of what runsc takes.
 const AIM: f64 = 0.5;
@@ -101,6 +101,13 @@ pub(crate) fn measure(host: &Host, runs: usize, at_once: usize) -> Result<()> {
             list.len() as f64 / wall / cores,
         );
     }
+    let medians: Vec<_> = commands
+        .iter()
+        .zip(&times)
+        .map(|((name, _), list)| ((*name).to_owned(), percentile(list, 50)))
+        .collect();
+    let title = format!("First byte of output, {at_once} at once, median");
+    println!("\n{}", plot::bars(&title, "ms", &medians));
     for (name, most) in [("walnut", AIM), (POOL, AIM)] {
         let list = commands.iter().position(|(n, _)| *n == name);
         let median = list.map_or(f64::NAN, |n| percentile(&times[n], 50));

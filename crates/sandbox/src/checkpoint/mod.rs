@@ -124,7 +124,7 @@ impl Checkpoint {
     }
 
     /// What the bytes of a record say, or what is wrong with them.
-    fn parse(bytes: &[u8]) -> std::result::Result<Self, String> {
+    pub(crate) fn parse(bytes: &[u8]) -> std::result::Result<Self, String> {
         /// All that records of every version have.
         #[derive(Deserialize)]
         struct Version {
