@@ -24,6 +24,7 @@ pub(crate) struct Case {
     script: String,
     change: Vec<Change>,
     input: Vec<u8>,
+    by: Option<&'static str>,
     only_code: bool,
     differs: Option<&'static str>,
 }
@@ -35,6 +36,7 @@ pub(crate) fn case(name: &'static str, script: impl Into<String>) -> Case {
         script: script.into(),
         change: Vec::new(),
         input: Vec::new(),
+        by: None,
         only_code: false,
         differs: None,
     }
@@ -91,6 +93,19 @@ impl Case {
         self
     }
 
+    /// The runtime is run by a script of the host's, whose arguments are the command and
+    /// whose `$BUNDLE` is the bundle.
+    pub(crate) fn by(mut self, script: &'static str) -> Self {
+        self.by = Some(script);
+        self
+    }
+
+    /// On a terminal, which says to the program what the input is.
+    pub(crate) fn on_a_terminal(self) -> Self {
+        const SCRIPT: &str = "c=; for a in \"$@\"; do c=\"$c '$(echo \"$a\" | sed \"s/'/'\\\\\\\\''/g\")'\"; done; exec script -qec \"stty rows 30 cols 90; $c\" /dev/null";
+        self.set("/process/terminal", json!(true)).by(SCRIPT)
+    }
+
     /// The runtime itself says what is wrong, each in its words: only the code counts, and
     /// that there are words.
     pub(crate) fn only_code(mut self) -> Self {
@@ -113,6 +128,8 @@ pub(crate) fn same(cases: Vec<Case>) {
     let documented = words(&documented);
     let mut wrong = Vec::new();
     for case in &cases {
+        // Who looks on sees which one hangs.
+        println!("{}", case.name);
         let theirs = place.run(case, REFERENCE);
         let ours = place.run(case, "walnut-oci");
         let same = match case.only_code {
@@ -177,16 +194,28 @@ impl Place {
     fn run(&self, case: &Case, runtime: &str) -> Done {
         let bundle = self.bundle(case);
         let id = unique("diff");
-        let mut command = match runtime {
+        let mut runtime_command = match runtime {
             REFERENCE => reference(),
             other => Command::new(repository().join("out/bin").join(other)),
         };
-        command
+        runtime_command
             .arg("--root")
             .arg(self.dir.join(runtime))
             .args(["run", "--bundle"])
             .arg(&bundle)
-            .arg(&id)
+            .arg(&id);
+        let mut command = match case.by {
+            Some(script) => {
+                let mut command = Command::new("sh");
+                command.args(["-c", script, "sh"]);
+                command.arg(runtime_command.get_program());
+                command.args(runtime_command.get_args());
+                command
+            }
+            None => runtime_command,
+        };
+        command
+            .env("BUNDLE", &bundle)
             .env("WALNUT_RUN", self.dir.join("w"))
             // One for all tests, and the next run: a template is made once.
             .env("WALNUT_ROOT", cache().join("differential"))
@@ -260,6 +289,7 @@ const APPLETS: &[&str] = &[
     "mknod",
     "mount",
     "nproc",
+    "od",
     "ps",
     "printf",
     "pwd",
@@ -292,6 +322,8 @@ const APPLETS: &[&str] = &[
     "awk",
     "md5sum",
     "mkfifo",
+    "taskset",
+    "free",
 ];
 
 /// What `crun spec` makes, with the capabilities that containers usually have.

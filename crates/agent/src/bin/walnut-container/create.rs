@@ -21,7 +21,7 @@ use crate::link::Done;
 use crate::program::{self, Program};
 use crate::stdio::{self, Own};
 use crate::user::{self, Names};
-use crate::{devices, files, spec, storage};
+use crate::{devices, files, mounted, spec, storage};
 
 /// Name of the socket on which libcontainer delivers a terminal's master.
 const CONSOLE: &str = "console.sock";
@@ -42,6 +42,7 @@ pub(crate) fn create(payload: &[u8]) -> Result<Done, Failure> {
     if let (Some(process), Some(root)) = (spec.process_mut(), root) {
         user::resolve(process, || Names::below(&root))?;
     }
+    mounted::prepare(&mut spec)?;
     spec::save(&spec, &bundle)?;
     spec::save_seccomp(&spec, &paths.seccomp())?;
     let done = build(&request, &spec, &paths)?;
@@ -85,6 +86,7 @@ fn build(
         .build()
         .map_err(|e| explain(paths.id(), &chain(&e)))?;
     let pid = pid_of(&container)?;
+    devices::link_core(spec, pid);
     if let Some(listener) = console {
         ends.stdin = Some(receive_master(&listener)?);
         ends.terminal = true;
