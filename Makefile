@@ -49,8 +49,8 @@ e2e: build ## Tests of the product, with the real image
 	@echo 'clones of one template: $(CLONES), for their time; 200 with make e2e CLONES=200'
 	@WALNUT_TEST_CLONES=$(CLONES) $(TESTS) --test containerd --test differential --test e2e --test oci -- --test-threads=$(TEST_THREADS)
 
-differential: build ## The same bundles by crun and by walnut-oci, those too that are known to differ
-	@$(TESTS) --test differential -- --include-ignored --test-threads=$(TEST_THREADS)
+differential: build ## The same bundles by crun and by walnut-oci, a part of e2e
+	@$(TESTS) --test differential -- --test-threads=$(TEST_THREADS)
 
 containerd-newer: build ## The containerd suite against containerd 1.7 and 2.x, of later Debians (tests/containerd.sh)
 	@tests/containerd.sh 1.7

@@ -100,9 +100,19 @@ impl Case {
         self
     }
 
-    /// On a terminal, which says to the program what the input is.
+    /// On a terminal. The input is typed when the program has said "ready": what comes
+    /// before may be the outer terminal's to echo.
     pub(crate) fn on_a_terminal(self) -> Self {
-        const SCRIPT: &str = "c=; for a in \"$@\"; do c=\"$c '$(echo \"$a\" | sed \"s/'/'\\\\\\\\''/g\")'\"; done; exec script -qec \"stty rows 30 cols 90; $c\" /dev/null";
+        const SCRIPT: &str = r#"
+            cd $BUNDLE; touch seen
+            for word in "$@"; do command="$command '$word'"; done
+            {
+                until grep -q ready seen || test -s code; do sleep 0.05; done
+                cat
+                until test -s code; do sleep 0.05; done
+            } | script -qc "stty rows 30 cols 90; $command; echo \$? >code" /dev/null | tee seen
+            exit $(cat code)
+        "#;
         self.set("/process/terminal", json!(true)).by(SCRIPT)
     }
 

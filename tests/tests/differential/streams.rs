@@ -94,9 +94,12 @@ fn terminals() {
             .set("/process/user", json!({"uid": 1000, "gid": 1000}))
             .on_a_terminal(),
         case("ends of lines", "echo a; echo b >&2; printf 'c\\rd\\n'").on_a_terminal(),
-        case("what is typed", "stty -echo; read -r a; echo \"($a)\"")
-            .on_a_terminal()
-            .input("typed\n"),
+        case(
+            "what is typed",
+            "stty -echo; echo ready; read -r a; echo \"($a)\"",
+        )
+        .on_a_terminal()
+        .input("typed\n"),
         case(
             "raw",
             "stty raw -echo; echo ready; head -c 3 | od -c; stty sane",
