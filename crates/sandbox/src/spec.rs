@@ -2,6 +2,7 @@
 //! not known is left out, and no error. Whoever writes them knows of newer kernels.
 
 use oci_spec::runtime::{Capability, Spec};
+use serde::Deserialize as _;
 use serde_json::Value;
 use tracing::warn;
 
@@ -44,9 +45,7 @@ fn leave_out_unknown(process: &mut Value) -> bool {
         let names = process.pointer_mut(&format!("/capabilities/{set}"));
         if let Some(Value::Array(names)) = names {
             names.retain(|name| {
-                let known = name
-                    .as_str()
-                    .is_none_or(|n| n.parse::<Capability>().is_ok());
+                let known = !name.is_string() || Capability::deserialize(&*name).is_ok();
                 if !known && !unknown.contains(name) {
                     unknown.push(name.clone());
                 }

@@ -135,9 +135,12 @@ fn paths_and_settings() {
 /// What programs look at to size themselves.
 #[test]
 fn sizes() {
-    // Of either version of cgroups: the reference's is the host's.
+    // Of either version of cgroups: the reference's is the host's. Read without a process
+    // of its own, which would count.
     let limit = |name, new: &str, old: &str| {
-        let script = format!("cat /sys/fs/cgroup/{new} 2>/dev/null || cat /sys/fs/cgroup/{old}");
+        let script = format!(
+            "f=/sys/fs/cgroup/{new}; test -e $f || f=/sys/fs/cgroup/{old}; read -r n <$f; echo $n"
+        );
         case(name, script)
             .mount(
                 "/sys/fs/cgroup",
@@ -175,10 +178,9 @@ fn namespaces() {
             "ipcs -q | tail -n +3; ipcs -m | tail -n +3",
         ),
         case("those it has", "ls /proc/self/ns | grep -v time"),
-        case(
-            "sockets of nobody else's",
-            "wc -l </proc/net/unix; cat /proc/net/dev | tail -n +3 | cut -d: -f1",
-        ),
+        case("links", "tail -n +3 /proc/net/dev | cut -d: -f1"),
+        case("sockets", "wc -l </proc/net/unix")
+            .differs("`/proc/net/unix` has the agent's sockets too"),
         case("routes", "tail -n +2 /proc/net/route; echo none"),
         case("a clock of its own", "cut -d. -f1 /proc/uptime")
             .add("/linux/namespaces", json!({"type": "time"}))
@@ -216,8 +218,12 @@ fn hooks() {
         host("createRuntime", fails).only_code(),
         host("poststart", fails),
         host("poststop", fails),
-        host("createRuntime", "cat >state; echo $A >a")
-            .by("\"$@\"; c=$?; cd $BUNDLE; cat a; grep -o '\"status\": *\"[a-z]*\"' state | tr -d ' '; exit $c"),
+        host("poststop", "cat >state; echo $A >a").by(
+            "\"$@\"; c=$?; cd $BUNDLE; cat a; grep -o '\"status\": *\"[a-z]*\"' state | tr -d ' '; exit $c",
+        ),
+        host("createRuntime", "cat >state")
+            .by("\"$@\"; c=$?; grep -o '\"status\": *\"[a-z]*\"' $BUNDLE/state | tr -d ' '; exit $c")
+            .differs("Before the container is created, hooks are told that it is `creating`"),
         case("in this order", "true")
             .with_files(move |config, bundle| {
                 let script = format!("cd {}; {order}", bundle.display());
@@ -228,7 +234,12 @@ fn hooks() {
             })
             .by("\"$@\"; c=$?; cat $BUNDLE/order; exit $c"),
         inside("in the container", "cat >/dev/null; id >/it; pwd >>/it", "cat /it"),
-        inside("that fails there", fails, "echo never").only_code(),
+        inside("that fails there", fails, "echo never"),
+        inside("that is not there", "exit 0", "echo never")
+            .with(|config| {
+                config["hooks"]["startContainer"][0]["path"] = json!("/no/such");
+            })
+            .only_code(),
     ]);
 }
 

@@ -200,7 +200,7 @@ fn processes() {
         ),
         case(
             "all at once",
-            "trap 'echo me too' TERM; sleep 1000 & sleep 1000 & kill -TERM -1; wait; echo $?",
+            "sleep 1000 & sleep 1000 & until [ $(grep -l sleep /proc/[0-9]*/comm | wc -l) = 2 ]; do :; done; kill -TERM -1; wait; echo $?",
         ),
         case(
             "limits of who starts it",

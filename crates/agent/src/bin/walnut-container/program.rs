@@ -7,12 +7,16 @@ use std::fs;
 use std::os::unix::ffi::OsStrExt;
 use std::path::{Path, PathBuf};
 
-use libcontainer::oci_spec::runtime::Spec;
+use libcontainer::container::{ContainerStatus, State};
+use libcontainer::hooks::{HookError, run_hooks};
+use libcontainer::oci_spec::runtime::{Hook, Spec};
 use libcontainer::workload::{Executor, ExecutorError, ExecutorValidationError};
 use nix::errno::Errno;
 use nix::fcntl::AtFlags;
 use nix::sys::signal::{SigHandler, Signal, signal};
-use nix::unistd::{AccessFlags, execv, faccessat};
+use nix::unistd::{AccessFlags, Pid, execv, faccessat};
+
+use crate::failure::chain;
 
 /// Every message about a program that cannot run starts with this; the text is
 /// runc's, which front ends match to tell exit codes 126 and 127 apart.
@@ -114,7 +118,37 @@ pub(crate) fn run(args: &[String], path: Option<&str>) -> Errno {
 /// container counts as created, so a program that is not there fails the
 /// create, with the text above.
 #[derive(Debug, Clone)]
-pub(crate) struct Program;
+pub(crate) struct Program {
+    /// `startContainer` hooks. Here and not in libcontainer, where one that fails is silent.
+    hooks: Vec<Hook>,
+    /// What they are told.
+    state: State,
+}
+
+impl Program {
+    pub(crate) fn new(id: &str, bundle: &Path, hooks: Vec<Hook>) -> Self {
+        let state = State::new(id, ContainerStatus::Created, None, bundle.to_owned());
+        Self { hooks, state }
+    }
+
+    /// In the container, before the program and with its environment.
+    fn run_hooks(&self) -> Result<(), String> {
+        let env = env::vars().collect();
+        for hook in &self.hooks {
+            let (one, pid) = (vec![hook.clone()], Some(Pid::this()));
+            run_hooks(Some(&one), Some(&self.state), None, pid, Some(&env)).map_err(|e| {
+                let path = hook.path().display();
+                match e {
+                    HookError::NonZeroExitCode(code) => {
+                        format!("error executing hook `{path}` (exit code: {code})")
+                    }
+                    other => format!("error executing hook `{path}`: {}", chain(&other)),
+                }
+            })?;
+        }
+        Ok(())
+    }
+}
 
 impl Executor for Program {
     fn exec(&self, spec: &Spec) -> Result<(), ExecutorError> {
@@ -122,6 +156,10 @@ impl Executor for Program {
         let args = process
             .and_then(|p| p.args().as_ref())
             .ok_or(ExecutorError::InvalidArg)?;
+        if let Err(text) = self.run_hooks() {
+            eprintln!("{text}");
+            std::process::exit(1);
+        }
         let path = path_of(process.and_then(|p| p.env().as_ref()));
         let name = args.first().map_or("", String::as_str);
         let (file, errno) = match resolve(name, path) {

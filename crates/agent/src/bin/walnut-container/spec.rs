@@ -9,7 +9,8 @@ use std::fs;
 use std::path::{Path, PathBuf};
 
 use libcontainer::oci_spec::runtime::{
-    Hooks, LinuxNamespaceType, LinuxResources, LinuxSeccomp, LinuxSeccompAction, Process, Spec,
+    Hook, Hooks, LinuxNamespaceType, LinuxResources, LinuxSeccomp, LinuxSeccompAction, Process,
+    Spec,
 };
 use libcontainer::seccomp::is_notify;
 use walnut_agent::names::{ContainerPaths, sysctl_path};
@@ -160,6 +161,14 @@ fn adapt_hooks(spec: &mut Spec) {
         hooks.set_start_container(Some(start));
         hooks
     }));
+}
+
+/// Takes out the hooks that run when the container is started.
+pub(crate) fn take_start_hooks(spec: &mut Spec) -> Vec<Hook> {
+    let hooks = spec.hooks().as_ref();
+    let hooks = hooks.and_then(|h| h.start_container().clone());
+    spec.set_hooks(None);
+    hooks.unwrap_or_default()
 }
 
 /// Leaves the seccomp profile where execs find it.
