@@ -16,6 +16,18 @@ use walnut_tests::{
 /// The runtime to be like.
 const REFERENCE: &str = "crun";
 
+/// Runs a runtime on a terminal.
+const TERMINAL: &str = r#"
+cd $BUNDLE; touch seen
+for word in "$@"; do command="$command '$word'"; done
+{
+    until grep -q ready seen || test -s code; do sleep 0.05; done
+    cat
+    until test -s code; do sleep 0.05; done
+} | script -qc "stty rows 30 cols 90; $command; echo \$? >code" /dev/null | tee seen
+exit $(cat code)
+"#;
+
 type Change = Box<dyn Fn(&mut Value, &Path)>;
 
 /// Something that a container does.
@@ -103,17 +115,7 @@ impl Case {
     /// On a terminal. The input is typed when the program has said "ready": what comes
     /// before may be the outer terminal's to echo.
     pub(crate) fn on_a_terminal(self) -> Self {
-        const SCRIPT: &str = r#"
-            cd $BUNDLE; touch seen
-            for word in "$@"; do command="$command '$word'"; done
-            {
-                until grep -q ready seen || test -s code; do sleep 0.05; done
-                cat
-                until test -s code; do sleep 0.05; done
-            } | script -qc "stty rows 30 cols 90; $command; echo \$? >code" /dev/null | tee seen
-            exit $(cat code)
-        "#;
-        self.set("/process/terminal", json!(true)).by(SCRIPT)
+        self.set("/process/terminal", json!(true)).by(TERMINAL)
     }
 
     /// The runtime itself says what is wrong, each in its words: only the code counts, and
@@ -208,6 +210,10 @@ impl Place {
             REFERENCE => reference(),
             other => Command::new(repository().join("out/bin").join(other)),
         };
+        if case.by == Some(TERMINAL) {
+            // It would come between what is shown.
+            runtime_command.arg("--log").arg(bundle.join("log"));
+        }
         runtime_command
             .arg("--root")
             .arg(self.dir.join(runtime))

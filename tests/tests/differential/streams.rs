@@ -70,8 +70,11 @@ fn half_closed() {
         )
         .by(READS_ONE_LINE),
         case("no input", "cat; echo $?").by("exec \"$@\" </dev/null"),
-        case("input from a file", "head -n 1; cat | wc -l")
-            .by("seq 100 >$BUNDLE/in; exec \"$@\" <$BUNDLE/in"),
+        case("input from a file", "cat | wc -l").by("seq 100 >$BUNDLE/in; exec \"$@\" <$BUNDLE/in"),
+        // Who has read too much of a file goes back.
+        case("of which one line is read", "head -n 1; cat | wc -l")
+            .by("seq 100 >$BUNDLE/in; exec \"$@\" <$BUNDLE/in")
+            .differs("Standard streams are pipes or a terminal in the container"),
         case("output to a file", "echo a; seq 10000; echo b >&2")
             .by("\"$@\" >$BUNDLE/out; c=$?; md5sum <$BUNDLE/out; exit $c"),
         case("both to one", "echo a; echo b >&2; echo c")
@@ -88,8 +91,10 @@ fn terminals() {
             "tty; ls -l /dev/console | cut -c1; test -t 0 && test -t 1 && test -t 2 && echo all",
         )
         .on_a_terminal(),
-        case("its modes", "stty -a").on_a_terminal(),
-        case("its size", "stty size").on_a_terminal(),
+        case("its modes", "stty rows 24 cols 80; stty -a").on_a_terminal(),
+        case("its size", "stty size")
+            .on_a_terminal()
+            .differs("A terminal is as large as the one that shows it"),
         case("its owner", "stat -c '%u %a' $(tty)")
             .set("/process/user", json!({"uid": 1000, "gid": 1000}))
             .on_a_terminal(),
@@ -100,6 +105,18 @@ fn terminals() {
         )
         .on_a_terminal()
         .input("typed\n"),
+        case("what is echoed", "echo ready; read -r a; echo \"($a)\"")
+            .on_a_terminal()
+            .input("typed\n"),
+        case(
+            "an interrupt",
+            "trap 'echo caught; exit 5' INT; echo ready; while :; do sleep 1; done",
+        )
+        .on_a_terminal()
+        .input("\u{3}"),
+        case("an end", "echo ready; cat; echo ended")
+            .on_a_terminal()
+            .input("line\n\u{4}"),
         case(
             "raw",
             "stty raw -echo; echo ready; head -c 3 | od -c; stty sane",

@@ -14,7 +14,7 @@ use libcontainer::workload::{Executor, ExecutorError, ExecutorValidationError};
 use nix::errno::Errno;
 use nix::fcntl::AtFlags;
 use nix::sys::signal::{SigHandler, Signal, signal};
-use nix::unistd::{AccessFlags, Pid, execv, faccessat};
+use nix::unistd::{AccessFlags, execv, faccessat};
 
 use crate::failure::chain;
 
@@ -134,9 +134,13 @@ impl Program {
     /// In the container, before the program and with its environment.
     fn run_hooks(&self) -> Result<(), String> {
         let env = env::vars().collect();
+        let state = State {
+            pid: i32::try_from(std::process::id()).ok(),
+            ..self.state.clone()
+        };
         for hook in &self.hooks {
-            let (one, pid) = (vec![hook.clone()], Some(Pid::this()));
-            run_hooks(Some(&one), Some(&self.state), None, pid, Some(&env)).map_err(|e| {
+            let one = vec![hook.clone()];
+            run_hooks(Some(&one), Some(&state), None, None, Some(&env)).map_err(|e| {
                 let path = hook.path().display();
                 match e {
                     HookError::NonZeroExitCode(code) => {
