@@ -45,7 +45,7 @@ fn leave_out_unknown(process: &mut Value) -> bool {
         let names = process.pointer_mut(&format!("/capabilities/{set}"));
         if let Some(Value::Array(names)) = names {
             names.retain(|name| {
-                let known = !name.is_string() || Capability::deserialize(&*name).is_ok();
+                let known = !name.is_string() || Capability::deserialize(name).is_ok();
                 if !known && !unknown.contains(name) {
                     unknown.push(name.clone());
                 }
