@@ -11,7 +11,7 @@ CLIPPY = $(CARGO) clippy --release --quiet --workspace --features walnut-agent/g
 # Clones of one template that a test compares; `make e2e CLONES=200` takes minutes longer.
 CLONES ?= 40
 
-.PHONY: all deps build demo test unit e2e differential containerd-newer kill pods lab lab-short lint fuzz fuzz-short fmt bench bench-lab install uninstall clean help
+.PHONY: all deps build demo test unit e2e differential containerd-newer kill pods lab lab-short lint fuzz fuzz-short fmt bench bench-lab footprint install uninstall clean help
 
 all: build
 
@@ -27,7 +27,7 @@ build: deps ## Build everything into out/
 demo: build ## Make a real image, serve it, pull it, run it
 	@scripts/demo.sh
 
-test: lint unit fuzz-short e2e lab-short ## Everything that must pass
+test: lint unit fuzz-short e2e footprint lab-short ## Everything that must pass
 	@echo "==> all tests passed"
 
 lint: deps ## Formatting, shell scripts, lints
@@ -100,6 +100,12 @@ fuzz-short: deps
 bench: build ## Start time and memory, beside crun and runsc
 	@tests/image/build.sh
 	@$(CARGO) run --release --quiet -p walnut-bench -- all
+
+footprint: build ## What the agent, the supervisor and each exec take; fails where one has grown by a fifth
+	@echo "==> footprint"
+	@tests/image/build.sh
+	@$(CARGO) build --release --quiet --workspace --features walnut-agent/guest-tests --bin walnut-bench
+	@$${CARGO_TARGET_DIR:-target}/release/walnut-bench footprint --check
 
 bench-lab: build ## walnut-vmm beside QEMU on KVM, in an emulated host
 	@bench/restore.sh
