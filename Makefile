@@ -11,7 +11,7 @@ CLIPPY = $(CARGO) clippy --release --quiet --workspace --features walnut-agent/g
 # Clones of one template that a test compares; `make e2e CLONES=200` takes minutes longer.
 CLONES ?= 40
 
-.PHONY: all deps build demo test unit e2e differential containerd-newer kill pods lab lab-short lint fuzz fuzz-short fmt bench bench-lab install uninstall clean help
+.PHONY: all deps build demo test unit e2e differential containerd-newer kill pods lab lab-short lint fuzz fuzz-short fmt bench bench-lab footprint install uninstall clean help
 
 all: build
 
@@ -49,8 +49,8 @@ e2e: build ## Tests of the product, with the real image
 	@echo 'clones of one template: $(CLONES), for their time; 200 with make e2e CLONES=200'
 	@WALNUT_TEST_CLONES=$(CLONES) $(TESTS) --test containerd --test differential --test e2e --test oci -- --test-threads=$(TEST_THREADS)
 
-differential: build ## The same bundles by crun and by walnut-oci, those too that are known to differ
-	@$(TESTS) --test differential -- --include-ignored --test-threads=$(TEST_THREADS)
+differential: build ## The same bundles by crun and by walnut-oci, a part of e2e
+	@$(TESTS) --test differential -- --test-threads=$(TEST_THREADS)
 
 containerd-newer: build ## The containerd suite against containerd 1.7 and 2.x, of later Debians (tests/containerd.sh)
 	@tests/containerd.sh 1.7
@@ -100,6 +100,12 @@ fuzz-short: deps
 bench: build ## Start time and memory, beside crun and runsc
 	@tests/image/build.sh
 	@$(CARGO) run --release --quiet -p walnut-bench -- all
+
+footprint: build ## What the agent, the supervisor and each exec take
+	@echo "==> footprint"
+	@tests/image/build.sh
+	@$(CARGO) build --release --quiet --workspace --features walnut-agent/guest-tests --bin walnut-bench
+	@$${CARGO_TARGET_DIR:-target}/release/walnut-bench footprint
 
 bench-lab: build ## walnut-vmm beside QEMU on KVM, in an emulated host
 	@bench/restore.sh

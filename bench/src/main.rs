@@ -1,13 +1,15 @@
 //! Walnut's own figures, beside `crun` and `runsc` on the same host and image.
 //!
 //! `start`: from exec to the container's first byte of output. `memory`: what a
-//! sandbox costs the host. `idle`: how often it wakes. `density`: what each of many
+//! sandbox costs the host. `footprint`: what is Walnut's own of that, held against what
+//! is recorded. `idle`: how often it wakes. `density`: what each of many
 //! costs. `network`: how quick what goes between pods is. `all`: all of them. Machines are noisy, so what counts is
 //! the ratio of runs that took turns.
 
 mod beside;
 mod bundle;
 mod density;
+mod footprint;
 mod guest;
 mod idle;
 mod memory;
@@ -43,6 +45,15 @@ enum What {
     Start,
     /// Host memory of a sandbox
     Memory,
+    /// What the agent, the supervisor and each exec take
+    Footprint {
+        /// Fail where one has grown by a fifth since it was recorded
+        #[arg(long, conflicts_with = "record")]
+        check: bool,
+        /// Record them
+        #[arg(long)]
+        record: bool,
+    },
     /// How often an idle sandbox wakes
     Idle {
         /// How long to count
@@ -91,6 +102,14 @@ fn main() -> Result<()> {
         memory::measure(&host)?;
     }
     match cli.what {
+        What::Footprint { check, record } => {
+            let then = match (check, record) {
+                (true, _) => footprint::Then::Check,
+                (_, true) => footprint::Then::Record,
+                _ => footprint::Then::Show,
+            };
+            footprint::measure(&host, then)?;
+        }
         What::Idle { seconds } => idle::measure(&host, seconds, cli.alone)?,
         What::Density {
             count,

@@ -24,13 +24,13 @@ const AGENT_BOOTS: usize = 9;
 
 /// PSS of a process in kB: its own, and its share of the guest's memory.
 #[derive(Debug, Default, Clone, Copy)]
-struct Pss {
-    own: u64,
+pub(crate) struct Pss {
+    pub(crate) own: u64,
     guest: u64,
 }
 
 /// One runtime's processes by name.
-type Rows = Vec<(String, Pss)>;
+pub(crate) type Rows = Vec<(String, Pss)>;
 
 /// A sandbox that is removed when dropped.
 #[derive(Debug)]
@@ -183,7 +183,7 @@ fn sum(rows: &Rows) -> Pss {
 }
 
 /// The processes once two readings, half a second apart, differ by under 1 %.
-fn settled(id: &str, first: Option<u32>) -> Result<Rows> {
+pub(crate) fn settled(id: &str, first: Option<u32>) -> Result<Rows> {
     let mut last = 0;
     for _ in 0..40 {
         let rows = processes(id, first)?;

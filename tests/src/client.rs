@@ -6,6 +6,7 @@ use std::{
     io::{Read, Write},
     path::{Path, PathBuf},
     process::{Command, Stdio},
+    sync::{Arc, Mutex},
     thread,
     time::{Duration, Instant},
 };
@@ -111,32 +112,40 @@ pub fn finish(command: &mut Command, input: &[u8]) -> Done {
         let _ = stdin.write_all(&input);
     });
     let reader = |mut from: Box<dyn Read + Send>| {
-        thread::spawn(move || {
-            let mut bytes = Vec::new();
-            let _ = from.read_to_end(&mut bytes);
-            String::from_utf8_lossy(&bytes).into_owned()
-        })
+        let all = Arc::new(Mutex::new(Vec::new()));
+        let so_far = Arc::clone(&all);
+        let thread = thread::spawn(move || {
+            let mut some = [0; 65536];
+            while let Ok(n @ 1..) = from.read(&mut some) {
+                so_far.lock().expect("reader").extend_from_slice(&some[..n]);
+            }
+        });
+        (thread, all)
     };
+    let text =
+        |all: &Mutex<Vec<u8>>| String::from_utf8_lossy(&all.lock().expect("reader")).into_owned();
     let stdout = reader(Box::new(child.stdout.take().expect("piped")));
     let stderr = reader(Box::new(child.stderr.take().expect("piped")));
     let start = Instant::now();
-    let code = loop {
-        if let Some(status) = child.try_wait().expect("wait") {
-            break status.code();
-        }
+    let mut waited_for = || match child.try_wait().expect("wait") {
+        None => false,
+        Some(_) => stdout.0.is_finished() && stderr.0.is_finished() && writer.is_finished(),
+    };
+    while !waited_for() {
         if start.elapsed() > DEADLINE {
-            let _ = child.kill();
-            let _ = child.wait();
-            break None;
+            // Nothing is waited for: another may hold its streams for good.
+            let (ended, _) = (child.try_wait(), child.kill());
+            panic!(
+                "it hangs: {command:?}: {ended:?}\n{}\n{}",
+                text(&stdout.1),
+                text(&stderr.1)
+            );
         }
         thread::sleep(Duration::from_millis(5));
-    };
-    let done = Done {
-        code: code.unwrap_or(-1),
-        stdout: stdout.join().expect("reader"),
-        stderr: stderr.join().expect("reader"),
-    };
-    writer.join().expect("writer");
-    assert!(code.is_some(), "it hangs: {done:#?}");
-    done
+    }
+    Done {
+        code: child.wait().expect("wait").code().unwrap_or(-1),
+        stdout: text(&stdout.1),
+        stderr: text(&stderr.1),
+    }
 }

@@ -103,7 +103,7 @@ pub(crate) async fn push(args: PushArgs) -> Result<u8> {
     let store = Store::open(layout.images())?;
     let reference: Reference = args.image.parse()?;
     images::find(&store, &args.image)?;
-    let bars = Bars::new(match args.quiet {
+    let bars = Bars::sending(match args.quiet {
         true => Show::Nothing,
         false => Show::Stderr,
     });
@@ -125,11 +125,21 @@ pub(crate) async fn push(args: PushArgs) -> Result<u8> {
 pub(crate) struct Bars {
     draw: MultiProgress,
     lines: bool,
+    sends: bool,
     bars: Mutex<HashMap<String, ProgressBar>>,
 }
 
 impl Bars {
     pub(crate) fn new(show: Show) -> Self {
+        Self::of(show, false)
+    }
+
+    /// Of a push.
+    fn sending(show: Show) -> Self {
+        Self::of(show, true)
+    }
+
+    fn of(show: Show, sends: bool) -> Self {
         let terminal = std::io::stderr().is_terminal();
         let target = if show == Show::Stderr && terminal {
             ProgressDrawTarget::stderr()
@@ -139,6 +149,7 @@ impl Bars {
         Self {
             draw: MultiProgress::with_draw_target(target),
             lines: show == Show::Stderr && !terminal,
+            sends,
             bars: Mutex::default(),
         }
     }
@@ -185,10 +196,11 @@ impl Progress for Bars {
     fn event(&self, event: Event<'_>) {
         match event {
             Event::Resolved { layers, bytes, .. } => {
-                self.say(&format!(
-                    "{layers} layers to fetch, {}",
-                    output::bytes(bytes)
-                ));
+                let bytes = output::bytes(bytes);
+                self.say(&match self.sends {
+                    true => format!("{layers} blobs to send, {bytes}"),
+                    false => format!("{layers} layers to fetch, {bytes}"),
+                });
             }
             Event::LayerExists { digest, .. } => {
                 self.say(&format!("{}: exists", short(&digest.to_string())));
@@ -204,7 +216,8 @@ impl Progress for Bars {
             Event::LayerDone { digest, total } => {
                 let name = digest.to_string();
                 self.set(&name, short(&name), total, total);
-                self.say(&format!("{}: fetched", short(&name)));
+                let done = if self.sends { "sent" } else { "fetched" };
+                self.say(&format!("{}: {done}", short(&name)));
             }
             Event::Retry {
                 digest,

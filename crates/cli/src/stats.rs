@@ -6,13 +6,21 @@ use std::{
     time::{Duration, Instant},
 };
 
-use anyhow::{Result, anyhow};
+use anyhow::{Result, anyhow, bail};
 use clap::Args;
 use futures::future::join_all;
 use serde::Serialize;
+use serde_json::json;
 use walnut_sandbox::{Layout, Record, Status, list};
 
-use crate::{args::Format, breakdown, client::Supervisor, create::find_live, output};
+use crate::{
+    args::Format,
+    breakdown,
+    client::Supervisor,
+    create::find_live,
+    format::{self, List, ListFormat},
+    output,
+};
 
 /// Between two readings.
 const INTERVAL: Duration = Duration::from_secs(1);
@@ -23,6 +31,7 @@ const PATIENCE: Duration = Duration::from_secs(5);
 #[command(after_help = "Examples:
   walnut stats
   walnut stats --no-stream --format json web
+  walnut stats --no-stream --format '{{.Name}} {{.MemUsage}}'
   walnut stats --memory-breakdown web        # host memory: whose it is, and what for")]
 pub(crate) struct StatsArgs {
     /// Read once, and end
@@ -31,9 +40,9 @@ pub(crate) struct StatsArgs {
     /// Account for the host's memory, process by process, once
     #[arg(long)]
     memory_breakdown: bool,
-    /// How to show it
-    #[arg(long, value_enum, default_value_t)]
-    format: Format,
+    /// How to show it: table, json, a Go template, or a table of one
+    #[arg(long, value_name = "FORMAT", default_value = "table")]
+    format: ListFormat,
     /// Containers, by name or ID [default: all that run]
     containers: Vec<String>,
 }
@@ -41,7 +50,14 @@ pub(crate) struct StatsArgs {
 pub(crate) async fn stats(args: StatsArgs) -> Result<u8> {
     let layout = Layout::from_env()?;
     if args.memory_breakdown {
-        return breakdown::show(&layout, &chosen(&layout, &args.containers)?, args.format).await;
+        let format = match args.format {
+            ListFormat::Table => Format::Table,
+            ListFormat::Json => Format::Json,
+            ListFormat::Template { .. } => bail!(
+                "--format of a template does not go with --memory-breakdown, which has a table and json"
+            ),
+        };
+        return breakdown::show(&layout, &chosen(&layout, &args.containers)?, format).await;
     }
     let mut last = Readings::new();
     // How much of a processor is used takes two readings.
@@ -159,67 +175,77 @@ fn percent(used: u64, span: Duration) -> f64 {
 
 fn show(rows: &[Row], args: &StatsArgs) -> Result<()> {
     let mut out = Vec::new();
-    match (args.format, args.no_stream) {
-        (Format::Json, true) => {
-            output::json(&rows)?;
-            return Ok(());
-        }
+    match &args.format {
         // A line for each reading.
-        (Format::Json, false) => {
+        ListFormat::Json if !args.no_stream => {
             serde_json::to_writer(&mut out, rows)?;
             out.push(b'\n');
         }
-        (Format::Table, no_stream) => {
-            write_table(&mut out, rows)?;
-            if !no_stream && io::stdout().is_terminal() {
-                out = redrawn(&out);
-            }
-        }
+        format => write_as(&mut out, format, rows)?,
+    }
+    let on_a_screen = matches!(
+        args.format,
+        ListFormat::Table | ListFormat::Template { table: true, .. }
+    );
+    if on_a_screen && !args.no_stream && io::stdout().is_terminal() {
+        out = redrawn(&out);
     }
     let mut stdout = io::stdout().lock();
     stdout.write_all(&out)?;
     Ok(stdout.flush()?)
 }
 
-fn write_table(out: &mut Vec<u8>, rows: &[Row]) -> io::Result<()> {
-    let cells: Vec<_> = rows
-        .iter()
-        .map(|row| {
-            let id = row.id.chars().take(12).collect();
-            let Some(f) = &row.figures else {
-                let none = || "--".to_owned();
-                let both = || "-- / --".to_owned();
-                return [id, row.name.clone(), none(), both(), none(), both(), none()];
-            };
-            [
-                id,
-                row.name.clone(),
-                f.cpu_percent.map_or("--".into(), |p| format!("{p:.2}%")),
-                format!(
-                    "{} / {}",
-                    output::binary(f.memory_usage),
-                    output::binary(f.memory_limit)
-                ),
-                share(f.memory_usage, f.memory_limit),
-                format!(
-                    "{} / {}",
-                    output::bytes(f.block_read),
-                    output::bytes(f.block_written)
-                ),
-                f.pids.to_string(),
-            ]
-        })
-        .collect();
-    let head = [
-        "CONTAINER ID",
-        "NAME",
-        "CPU %",
-        "MEM USAGE / LIMIT",
-        "MEM %",
-        "BLOCK I/O",
-        "PIDS",
-    ];
-    output::write_table(out, head, &cells)
+/// What is shown, by Docker's names.
+const LIST: List<'_> = List {
+    fields: &[
+        ("ID", "CONTAINER ID"),
+        ("Container", "CONTAINER"),
+        ("Name", "NAME"),
+        ("CPUPerc", "CPU %"),
+        ("MemUsage", "MEM USAGE / LIMIT"),
+        ("MemPerc", "MEM %"),
+        ("BlockIO", "BLOCK I/O"),
+        ("PIDs", "PIDS"),
+    ],
+    columns: &[
+        "ID", "Name", "CPUPerc", "MemUsage", "MemPerc", "BlockIO", "PIDs",
+    ],
+};
+
+fn write_as(out: &mut Vec<u8>, format: &ListFormat, rows: &[Row]) -> Result<()> {
+    let shown: Vec<_> = rows.iter().map(cells).collect();
+    LIST.write(out, format, &shown, || Ok(serde_json::to_value(rows)?))
+}
+
+fn cells(row: &Row) -> format::Row {
+    let id: String = row.id.chars().take(12).collect();
+    let cells = match &row.figures {
+        None => {
+            let (none, both) = ("--", "-- / --");
+            json!({
+                "CPUPerc": none, "MemUsage": both, "MemPerc": none, "BlockIO": both, "PIDs": none,
+            })
+        }
+        Some(f) => {
+            let (used, limit) = (
+                output::binary(f.memory_usage),
+                output::binary(f.memory_limit),
+            );
+            let (read, written) = (output::bytes(f.block_read), output::bytes(f.block_written));
+            json!({
+                "CPUPerc": f.cpu_percent.map_or("--".into(), |p| format!("{p:.2}%")),
+                "MemUsage": format!("{used} / {limit}"),
+                "MemPerc": share(f.memory_usage, f.memory_limit),
+                "BlockIO": format!("{read} / {written}"),
+                "PIDs": f.pids,
+            })
+        }
+    };
+    let mut cells = format::row(cells);
+    cells.insert("ID".into(), id.clone().into());
+    cells.insert("Container".into(), id.into());
+    cells.insert("Name".into(), row.name.clone().into());
+    cells
 }
 
 fn share(part: u64, whole: u64) -> String {
@@ -260,10 +286,16 @@ mod tests {
             name: "gone".into(),
             figures: None,
         };
-        let mut out = Vec::new();
-        write_table(&mut out, &[row]).unwrap();
-        let text = String::from_utf8(out).unwrap();
+        let said = |format: &str| {
+            let mut out = Vec::new();
+            let rows = std::slice::from_ref(&row);
+            write_as(&mut out, &format.parse().unwrap(), rows).unwrap();
+            String::from_utf8(out).unwrap()
+        };
+        let text = said("table");
         assert!(text.contains("0123456789ab   gone   --"), "{text}");
+        assert_eq!(said("{{.Name}} {{.CPUPerc}} {{.PIDs}}"), "gone -- --\n");
+        assert!(said("json").contains("\"name\": \"gone\""));
     }
 
     #[test]

@@ -5,7 +5,8 @@ use serde_json::json;
 use walnut_sandbox::{Assets, Layout, Listed, Settings, Templates, Wanted, now_ns};
 
 use crate::{
-    args::{Format, MachineArgs, TemplateCommand, TemplateCreateArgs, TemplateLsArgs},
+    args::{MachineArgs, TemplateCommand, TemplateCreateArgs, TemplateLsArgs},
+    format::{List, row},
     output, spec,
 };
 
@@ -63,39 +64,50 @@ fn ls(templates: &Templates, args: &TemplateLsArgs) -> Result<()> {
         }
         return Ok(());
     }
-    if args.format == Format::Json {
-        return Ok(output::json(&all)?);
-    }
     let now = now_ns();
     let rows: Vec<_> = all
         .iter()
         .map(|listed| {
             let template = &listed.template;
-            [
-                short(&template.id),
-                template.shape.driver.clone(),
-                output::bytes(template.shape.memory),
-                template.shape.vcpus.to_string(),
-                output::bytes(listed.size),
-                format!("{} ago", output::ago(template.created_at, now)),
-                match &listed.stale {
+            row(json!({
+                "ID": short(&template.id),
+                "Driver": template.shape.driver,
+                "Memory": output::bytes(template.shape.memory),
+                "VCPUs": template.shape.vcpus,
+                "Size": output::bytes(listed.size),
+                "CreatedSince": format!("{} ago", output::ago(template.created_at, now)),
+                "Status": match &listed.stale {
                     None => "usable".to_owned(),
                     Some(why) => format!("stale: {why}"),
                 },
-            ]
+            }))
         })
         .collect();
-    let head = [
-        "TEMPLATE ID",
-        "DRIVER",
-        "MEMORY",
-        "VCPUS",
-        "SIZE",
-        "CREATED",
-        "STATUS",
-    ];
-    Ok(output::table(head, &rows)?)
+    let json = || Ok(serde_json::to_value(&all)?);
+    LIST.show(&args.format, &rows, json)
 }
+
+/// What `template ls` shows.
+const LIST: List<'_> = List {
+    fields: &[
+        ("ID", "TEMPLATE ID"),
+        ("Driver", "DRIVER"),
+        ("Memory", "MEMORY"),
+        ("VCPUs", "VCPUS"),
+        ("Size", "SIZE"),
+        ("CreatedSince", "CREATED"),
+        ("Status", "STATUS"),
+    ],
+    columns: &[
+        "ID",
+        "Driver",
+        "Memory",
+        "VCPUs",
+        "Size",
+        "CreatedSince",
+        "Status",
+    ],
+};
 
 /// The machine that containers with these limits get.
 pub(crate) fn wanted(args: &MachineArgs) -> Result<Wanted> {

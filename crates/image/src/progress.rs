@@ -1,8 +1,8 @@
-//! What a pull tells its caller while it works.
+//! What a pull or a push tells its caller while it works.
 
 use crate::Digest;
 
-/// One step of a pull. Sizes are bytes.
+/// One step of a pull, or of a push, for which to fetch is to send. Sizes are bytes.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub enum Event<'a> {
     /// The manifest is known; layers follow. `layers` and `bytes` count what

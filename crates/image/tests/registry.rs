@@ -9,7 +9,7 @@
 mod common;
 
 use std::{
-    collections::BTreeMap,
+    collections::{BTreeMap, HashMap},
     io::{BufRead, BufReader, Read as _, Write},
     net::{TcpListener, TcpStream},
     path::{Path, PathBuf},
@@ -18,7 +18,7 @@ use std::{
 
 use base64::Engine as _;
 use common::{Registry, layout, run, tar};
-use walnut_image::{Error, Image, NoProgress, PullOptions, Reference, Store};
+use walnut_image::{Error, Event, Image, NoProgress, Progress, PullOptions, Reference, Store};
 
 /// A request that came: its line, and what it says of itself.
 #[derive(Debug, Clone)]
@@ -397,8 +397,10 @@ async fn a_registry_behind_tls_with_a_password() {
     // Pushed under another name, and pulled by it.
     let pushed: Reference = format!("{name}/team/pushed:2").parse().unwrap();
     store.tag(&format!("{name}/demo:1"), &pushed).unwrap();
-    let digest = store.push(&pushed, &node.options(), &NoProgress).await;
+    let told = Told::default();
+    let digest = store.push(&pushed, &node.options(), &told).await;
     let digest = digest.unwrap();
+    told.all_was_sent();
     let other = tempfile::tempdir_in(node.dir.path()).unwrap();
     let other = Store::open(other.path()).unwrap();
     let image = other.pull(&pushed, &node.options(), &NoProgress).await;
@@ -456,4 +458,39 @@ async fn a_credential_helper_is_asked() {
     node.pull(&name).await.unwrap();
     let asked = std::fs::read_to_string(Path::new(&dir).join("asked")).unwrap();
     assert_eq!(asked, format!("get {name}\n"));
+}
+
+/// What a push has told: bytes sent of each blob, of how many, and whether it is done.
+#[derive(Default)]
+struct Told(Mutex<HashMap<String, (u64, u64, bool)>>);
+
+impl Progress for Told {
+    fn event(&self, event: Event<'_>) {
+        let mut blobs = self.0.lock().unwrap();
+        match event {
+            Event::LayerBytes {
+                digest,
+                done,
+                total,
+            } => {
+                let before = blobs.insert(digest.to_string(), (done, total, false));
+                assert!(before.is_none_or(|(before, _, _)| before <= done));
+            }
+            Event::LayerDone { digest, total } => {
+                let blob = blobs.entry(digest.to_string()).or_insert((0, total, false));
+                blob.2 = true;
+            }
+            _ => {}
+        }
+    }
+}
+
+impl Told {
+    fn all_was_sent(&self) {
+        let blobs = self.0.lock().unwrap();
+        assert!(blobs.len() > 1);
+        for (digest, (done, total, ended)) in blobs.iter() {
+            assert!(*ended && done == total, "{digest}: {done} of {total}");
+        }
+    }
 }

@@ -24,6 +24,10 @@ pub const READY_PORT: u32 = 1024;
 /// Where the agent mounts what a sandbox needs, in the guest.
 pub const GUEST_ROOT: &str = "/run/walnut";
 
+/// Annotation of a container's spec, from the host: a JSON list of mount points whose tmpfs
+/// begins with what it hides. An agent that does not know it leaves them empty.
+pub const ANNOTATION_COPY_UP: &str = "walnut.copy-up";
+
 #[allow(
     dead_code,
     missing_docs,

@@ -316,6 +316,7 @@ impl Sandbox {
         };
         let files = match plan.role {
             Role::First => Vec::new(),
+            _ if !request.named => Vec::new(),
             _ => guest_spec::files(&plan.spec, id, self.pod.as_ref(), self.names.get()),
         };
         let place = guest_spec::Place {

@@ -183,6 +183,9 @@ impl OutputCopy {
             {
                 debug!("{:?} has no reader any more: {e}", self.stream);
                 lock(&self.client).take();
+                if self.is_over(&client, &e) {
+                    return Ok(());
+                }
             }
             self.pending.clear();
             for other in others {
@@ -202,6 +205,16 @@ impl OutputCopy {
             }
         }
         Ok(())
+    }
+
+    /// Whether nobody can ever read it again: the other end of a descriptor that was
+    /// inherited has gone, and there is no log. Then the guest's stream is closed, so that
+    /// the process sees it as it would on the host.
+    fn is_over(&self, client: &Sink, e: &io::Error) -> bool {
+        matches!(client, Sink::Descriptor(_))
+            && e.kind() == io::ErrorKind::BrokenPipe
+            && self.log.is_none()
+            && lock(&self.others).is_empty()
     }
 
     /// Has it lead to one more client; false, if there are as many as there may be.

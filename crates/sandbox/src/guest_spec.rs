@@ -7,7 +7,7 @@ use std::{
 };
 
 use oci_spec::runtime::{Hooks, Linux, LinuxNamespaceType, Mount, Spec};
-use walnut_protocol::{GUEST_ROOT, agent::GuestFile};
+use walnut_protocol::{ANNOTATION_COPY_UP, GUEST_ROOT, agent::GuestFile};
 
 use crate::{
     ANNOTATION_INIT, Error, Result,
@@ -61,7 +61,7 @@ pub(crate) fn load(bundle: &Path) -> Result<Spec> {
         )));
     }
     let bytes = std::fs::read(&path).map_err(Error::io("read", &path))?;
-    let spec: Spec = serde_json::from_slice(&bytes)
+    let spec = crate::spec::parse_spec(&bytes)
         .map_err(|e| Error::Invalid(format!("read {}: {e}", path.display())))?;
     for (what, absent) in [
         ("process", spec.process().is_none()),
@@ -134,8 +134,8 @@ pub(crate) fn translate(mut spec: Spec, container: &str, place: &Place<'_>) -> R
     if wants_init.is_some_and(|value| value == "true") {
         mounts.push(init(&mut spec));
     }
+    name_copied(&mut spec, &mut mounts);
     for mount in &mut mounts {
-        forget_copy_up(mount);
         if place.guests_shm {
             pod::share_shm(mount);
         }
@@ -189,12 +189,26 @@ fn init(spec: &mut Spec) -> Mount {
 }
 
 /// runc's extension, that a tmpfs begins with what it covers: the guest's kernel would take
-/// it for an option of the file system's, and refuse.
-fn forget_copy_up(mount: &mut Mount) {
-    if let Some(mut options) = mount.options().clone() {
-        options.retain(|option| option != "tmpcopyup");
-        mount.set_options(Some(options));
+/// it for an option of the file system's, and refuse. The agent is told where.
+fn name_copied(spec: &mut Spec, mounts: &mut [Mount]) {
+    let mut copied = Vec::new();
+    for mount in mounts {
+        if let Some(mut options) = mount.options().clone() {
+            let all = options.len();
+            options.retain(|option| option != "tmpcopyup");
+            if options.len() < all {
+                copied.push(mount.destination().display().to_string());
+                mount.set_options(Some(options));
+            }
+        }
     }
+    let mut annotations = spec.annotations().clone().unwrap_or_default();
+    annotations.remove(ANNOTATION_COPY_UP);
+    if !copied.is_empty() {
+        let list = serde_json::Value::from(copied).to_string();
+        annotations.insert(ANNOTATION_COPY_UP.to_owned(), list);
+    }
+    spec.set_annotations((!annotations.is_empty()).then_some(annotations));
 }
 
 /// containerd asks for "rslave" where a volume follows the host's mounts, as runc takes it;
@@ -377,6 +391,7 @@ mod tests {
             assert!(!text.contains(host), "{text}");
         }
         assert!(text.contains("/bin/good"), "{text}");
+        assert!(text.contains(r#""walnut.copy-up":"[\"/t\"]""#), "{text}");
         let guest: Spec = serde_json::from_slice(&guest).unwrap();
         let mounts = guest.mounts().clone().unwrap();
         assert_eq!(mounts[1].source(), &Some("/run/walnut/shared/0".into()));

@@ -43,6 +43,7 @@ mod sandbox;
 mod settings;
 mod similar;
 mod sizing;
+mod spec;
 mod standby;
 mod start;
 mod stdio;
@@ -92,6 +93,7 @@ pub use sandbox::{
 pub use settings::{Annotation, BOOT_TIMEOUT, Bytes, SETTINGS_FILE, Settings};
 pub use similar::similar;
 pub use sizing::PodLimits;
+pub use spec::parse_spec;
 pub use stdio::{Input, Output, StdioTargets};
 pub use takeover::{Busy, Doing, SandboxState, Way};
 pub use template::{Listed, Shape, Template, Templates, Wanted};

@@ -107,6 +107,9 @@ pub struct RootfsMount {
 pub struct ContainerRequest {
     /// Walnut wrote its bundle, so that its annotations may name files of the host.
     pub own: bool,
+    /// It gets an `/etc/hosts` and what is like it, unless its bundle mounts one. Whoever
+    /// has a bundle run as it is would find them in its root file system.
+    pub named: bool,
     /// Name of the container.
     pub id: String,
     /// Directory with `config.json`.
@@ -414,7 +417,7 @@ impl Sandbox {
         let request = ExecProcessRequest {
             container_id: container.guest_id.clone(),
             exec_id: exec_id.into(),
-            process: spec,
+            process: crate::spec::known_process(spec),
             stdio: Some(stdio).into(),
             ..Default::default()
         };

@@ -73,6 +73,7 @@ impl Sandbox {
         write_bundle(&bundle, &log)?;
         let request = ContainerRequest {
             own: true,
+            named: true,
             id: REHEARSAL.into(),
             bundle: bundle.clone(),
             rootfs: vec![RootfsMount {

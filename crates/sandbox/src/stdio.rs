@@ -2,7 +2,8 @@
 //! files, descriptors. [`crate::copy`] moves what goes through them.
 //!
 //! A client that reads slowly stops the guest's writer (that is what it wants);
-//! a client that has gone does not: its share is dropped, the log goes on. One
+//! a client that has gone does not: its share is dropped, the log goes on. (The other end
+//! of a descriptor that was inherited cannot be opened again: the guest is told.) One
 //! that comes back, as a daemon does that is restarted, is waited for instead
 //! ([`StdioTargets::returns`]): both ends of its FIFOs stay open here.
 

@@ -29,6 +29,8 @@ pub(crate) struct Place<'a> {
     pub(crate) node: Option<(&'a Path, &'a Path)>,
     /// Its bundles are of Walnut's making.
     pub(crate) own: bool,
+    /// As in [`ContainerRequest`](walnut_sandbox::ContainerRequest).
+    pub(crate) named: bool,
     /// Where its network comes from, unless [`Front::furnish`] makes one.
     pub(crate) network: &'a Network,
 }

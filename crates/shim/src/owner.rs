@@ -433,6 +433,7 @@ impl Front for Owner {
             run_dir: &self.run_dir,
             node: self.node(),
             own: true,
+            named: true,
             network: &Network::None,
         }
     }

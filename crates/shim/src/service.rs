@@ -364,8 +364,10 @@ impl TaskService {
         };
         let (rootfs, mounted) = self.rootfs(&req).await.map_err(|e| fault(&e))?;
         let stdio = self.front.streams(&req.id, &streams).await;
+        let place = self.front.place();
         let request = ContainerRequest {
-            own: self.front.place().own,
+            own: place.own,
+            named: place.named,
             id: req.id.clone(),
             bundle: req.bundle.clone().into(),
             rootfs,

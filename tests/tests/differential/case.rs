@@ -16,6 +16,18 @@ use walnut_tests::{
 /// The runtime to be like.
 const REFERENCE: &str = "crun";
 
+/// Runs a runtime on a terminal.
+const TERMINAL: &str = r#"
+cd $BUNDLE; touch seen
+for word in "$@"; do command="$command '$word'"; done
+{
+    until grep -q ready seen || test -s code; do sleep 0.05; done
+    cat
+    until test -s code; do sleep 0.05; done
+} | script -qc "stty rows 30 cols 90; $command; echo \$? >code" /dev/null | tee seen
+exit $(cat code)
+"#;
+
 type Change = Box<dyn Fn(&mut Value, &Path)>;
 
 /// Something that a container does.
@@ -24,6 +36,7 @@ pub(crate) struct Case {
     script: String,
     change: Vec<Change>,
     input: Vec<u8>,
+    by: Option<&'static str>,
     only_code: bool,
     differs: Option<&'static str>,
 }
@@ -35,6 +48,7 @@ pub(crate) fn case(name: &'static str, script: impl Into<String>) -> Case {
         script: script.into(),
         change: Vec::new(),
         input: Vec::new(),
+        by: None,
         only_code: false,
         differs: None,
     }
@@ -91,6 +105,19 @@ impl Case {
         self
     }
 
+    /// The runtime is run by a script of the host's, whose arguments are the command and
+    /// whose `$BUNDLE` is the bundle.
+    pub(crate) fn by(mut self, script: &'static str) -> Self {
+        self.by = Some(script);
+        self
+    }
+
+    /// On a terminal. The input is typed when the program has said "ready": what comes
+    /// before may be the outer terminal's to echo.
+    pub(crate) fn on_a_terminal(self) -> Self {
+        self.set("/process/terminal", json!(true)).by(TERMINAL)
+    }
+
     /// The runtime itself says what is wrong, each in its words: only the code counts, and
     /// that there are words.
     pub(crate) fn only_code(mut self) -> Self {
@@ -113,6 +140,8 @@ pub(crate) fn same(cases: Vec<Case>) {
     let documented = words(&documented);
     let mut wrong = Vec::new();
     for case in &cases {
+        // Who looks on sees which one hangs.
+        println!("{}", case.name);
         let theirs = place.run(case, REFERENCE);
         let ours = place.run(case, "walnut-oci");
         let same = match case.only_code {
@@ -177,16 +206,32 @@ impl Place {
     fn run(&self, case: &Case, runtime: &str) -> Done {
         let bundle = self.bundle(case);
         let id = unique("diff");
-        let mut command = match runtime {
+        let mut runtime_command = match runtime {
             REFERENCE => reference(),
             other => Command::new(repository().join("out/bin").join(other)),
         };
-        command
+        if case.by == Some(TERMINAL) {
+            // It would come between what is shown.
+            runtime_command.arg("--log").arg(bundle.join("log"));
+        }
+        runtime_command
             .arg("--root")
             .arg(self.dir.join(runtime))
             .args(["run", "--bundle"])
             .arg(&bundle)
-            .arg(&id)
+            .arg(&id);
+        let mut command = match case.by {
+            Some(script) => {
+                let mut command = Command::new("sh");
+                command.args(["-c", script, "sh"]);
+                command.arg(runtime_command.get_program());
+                command.args(runtime_command.get_args());
+                command
+            }
+            None => runtime_command,
+        };
+        command
+            .env("BUNDLE", &bundle)
             .env("WALNUT_RUN", self.dir.join("w"))
             // One for all tests, and the next run: a template is made once.
             .env("WALNUT_ROOT", cache().join("differential"))
@@ -260,6 +305,7 @@ const APPLETS: &[&str] = &[
     "mknod",
     "mount",
     "nproc",
+    "od",
     "ps",
     "printf",
     "pwd",
@@ -292,6 +338,8 @@ const APPLETS: &[&str] = &[
     "awk",
     "md5sum",
     "mkfifo",
+    "taskset",
+    "free",
 ];
 
 /// What `crun spec` makes, with the capabilities that containers usually have.

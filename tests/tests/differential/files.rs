@@ -22,7 +22,6 @@ fn bound(name: &'static str, script: &str, options: &'static [&'static str]) -> 
 }
 
 #[test]
-#[ignore = "what is different here is yet to be looked into: make differential shows it"]
 fn root_and_mounts() {
     // Its options, without those that a file system adds by itself.
     let options = |at: &str| {
@@ -66,7 +65,41 @@ fn root_and_mounts() {
             let mounts = config["mounts"].as_array_mut().unwrap();
             mounts.push(json!({"destination": "/etc/passwd", "source": bundle.join("one"), "options": [BIND]}));
         }),
-        case("places that are made", "stat -c '%F %a' /a /a/b /a/b/c; touch /a/b/c/d").mount("/a/b/c", "tmpfs", &[]),
+        case("places that are made", "stat -c '%F %u %g' /a /a/b /a/b/c; stat -c %a /a/b/c; touch /a/b/c/d").mount("/a/b/c", "tmpfs", &[]),
+        case("their modes", "stat -c %a /a").mount("/a/b", "tmpfs", &[])
+            .differs("Directories that are made for a mount have the mode 755, as runc makes them"),
+        case("at a relative place", "stat -c %F /mnt").mount("mnt", "tmpfs", &[]),
+        tmpfs("how many files", "touch /mnt/a /mnt/b /mnt/c /mnt/d; echo $?", &["nr_inodes=4"]),
+        tmpfs("what it hides", "ls /mnt", &["rw"]).with_files(|_, bundle| {
+            fs::create_dir(bundle.join("rootfs/mnt")).unwrap();
+            fs::write(bundle.join("rootfs/mnt/hidden"), "").unwrap();
+        }),
+        tmpfs(
+            "what it begins with",
+            "stat -c '%n %a %u %g %s %F' /mnt /mnt/* /mnt/dir/*; readlink /mnt/link; cat /mnt/copied",
+            &["tmpcopyup"],
+        )
+        .with_files(|_, bundle| {
+            let mnt = bundle.join("rootfs/mnt");
+            fs::create_dir_all(mnt.join("dir/below")).unwrap();
+            fs::write(mnt.join("copied"), "copied\n").unwrap();
+            fs::write(mnt.join("dir/mine"), "").unwrap();
+            std::os::unix::fs::chown(mnt.join("dir/mine"), Some(1000), Some(2000)).unwrap();
+            std::os::unix::fs::symlink("copied", mnt.join("link")).unwrap();
+        }),
+        tmpfs("of nothing", "ls -a /mnt", &["tmpcopyup"]),
+        tmpfs("the mode of what it hides", "stat -c '%a %u' /mnt", &[]).with_files(|_, bundle| {
+            let mnt = bundle.join("rootfs/mnt");
+            fs::create_dir(&mnt).unwrap();
+            let mode = std::os::unix::fs::PermissionsExt::from_mode(0o700);
+            fs::set_permissions(&mnt, mode).unwrap();
+        }),
+        bound("its changes are seen by nobody", "umount /mnt/below; echo $?", &["rbind", "rprivate"]),
+        bound("nor the host's", "ls /mnt", &["rbind", "rslave"]),
+        bound("access times", &options("/mnt"), &["rbind", "noatime"]),
+        bound("to read with all below", all, &["rbind", "ro"]),
+        bound("as it was", all, &["rbind", "rw"]),
+        bound("no set-user-ID", &options("/mnt"), &["rbind", "nosuid", "nodev"]),
         case("one in another", "ls /a; touch /a/b/c; ls /a/b").mount("/a", "tmpfs", &[]).mount("/a/b", "tmpfs", &[]),
         case("one over another", "ls /a").mount("/a", "tmpfs", &[]).mount("/a", "tmpfs", &["ro"]),
         case("through a link", "ls -d /real; touch /real/a; ls /link/").with_files(|config, bundle| {
@@ -87,11 +120,14 @@ fn root_and_mounts() {
 }
 
 #[test]
-#[ignore = "what is different here is yet to be looked into: make differential shows it"]
 fn devices() {
     let device = json!({"path": "/dev/mine", "type": "c", "major": 1, "minor": 3, "fileMode": 0o640, "uid": 1000, "gid": 2000});
     same(vec![
         case("those that there are", "ls /dev"),
+        case(
+            "whose they are",
+            "stat -c '%n %u %g %a' /dev /dev/shm /dev/pts /dev/mqueue",
+        ),
         case(
             "what they are",
             "stat -c '%n %F %t:%T %a' /dev/null /dev/zero /dev/full /dev/random /dev/urandom /dev/tty",
@@ -128,6 +164,18 @@ fn devices() {
         case(
             "one that is not allowed",
             "mknod /it c 1 1 && cat /it; echo $?",
+        ),
+        case(
+            "tun",
+            "ls /dev/net/tun /dev/fuse /dev/kmsg /dev/mem 2>&1; echo $?",
+        ),
+        case(
+            "the log of the kernel",
+            "mknod /it c 1 11 && head -c 1 /it; echo $?",
+        ),
+        case(
+            "memory of the kernel",
+            "mknod /it c 1 2 && head -c 1 /it; echo $?",
         ),
         case("blocks", "mknod /it b 7 0 && cat /it; echo $?"),
     ]);

@@ -71,7 +71,6 @@ fn environment_and_directory() {
 }
 
 #[test]
-#[ignore = "what is different here is yet to be looked into: make differential shows it"]
 fn programs_and_arguments() {
     let program = |name: &'static str, args: &[&str]| case(name, "").args(args);
     let file = |name: &'static str, text: &'static str, mode: u32| {
@@ -104,11 +103,15 @@ fn programs_and_arguments() {
             "#!/bin/sh -e\nfalse\necho no\n",
             0o755,
         ),
-        file("whose interpreter is none", "#!/no/such\n", 0o755).only_code(),
-        file("what is no program", "\u{1}\u{2}\u{3}", 0o755).only_code(),
+        file("whose interpreter is none", "#!/no/such\n", 0o755),
+        file("what is no program", "\u{1}\u{2}\u{3}", 0o755),
         case("no PATH", "echo a")
             .set("/process/env", json!(["A=b"]))
             .only_code(),
+        case("an empty PATH", "echo a")
+            .set("/process/env", json!(["PATH="]))
+            .only_code(),
+        case("two", "echo $PATH").set("/process/env", json!(["PATH=/none", "PATH=/bin"])),
         case("the first in PATH", "")
             .args(&["it"])
             .set("/process/env", json!(["PATH=/none:/one:/bin"]))
@@ -124,7 +127,6 @@ fn programs_and_arguments() {
 }
 
 #[test]
-#[ignore = "what is different here is yet to be looked into: make differential shows it"]
 fn ends() {
     let exit = |code: u8| case("exit codes", format!("exit {code}"));
     same(vec![
@@ -167,7 +169,6 @@ fn ends() {
 }
 
 #[test]
-#[ignore = "what is different here is yet to be looked into: make differential shows it"]
 fn processes() {
     same(vec![
         case(
@@ -178,16 +179,34 @@ fn processes() {
             "its name",
             "tr '\\0' ' ' </proc/1/cmdline; cat /proc/1/comm",
         ),
-        case("who there is", "ls /proc | grep -E '^[0-9]+$' | grep -c ."),
+        case("who there is", "set -- /proc/[0-9]*; echo $#"),
         case("what it has open", "ls /proc/1/fd"),
         case(
             "orphans are its children",
-            "sh -c 'sleep 1000 & echo done'; for p in /proc/[0-9]*; do grep -q sleep $p/comm && awk '{print $4}' $p/stat; done",
+            "sh -c 'sleep 1000 & echo done'; until grep -q sleep /proc/[0-9]*/comm; do :; done; for p in /proc/[0-9]*; do grep -q sleep $p/comm && awk '{print $4}' $p/stat; done",
         ),
         case(
             "zombies",
-            "sh -c 'sh -c \"exit 3\" & exec sh -c \"while ! grep -q Z /proc/[0-9]*/stat 2>/dev/null; do :; done; echo one\"'",
+            // Whose parent is no shell: that would wait for it.
+            "(sh -c 'exit 3' & exec sleep 1000) & until grep -q 'State:.Z' /proc/[0-9]*/status; do :; done; echo one",
         ),
+        case(
+            "daemons",
+            "(setsid sh -c 'until [ $(cut -d\" \" -f4 /proc/$$/stat) = 1 ]; do :; done; echo mine >/tmp/it' &); until [ -s /tmp/it ]; do :; done; cat /tmp/it",
+        ),
+        case(
+            "process groups",
+            "setsid sh -c 'sleep 1000 & sleep 1000 & kill -TERM 0'; echo $?",
+        ),
+        case(
+            "all at once",
+            "sleep 1000 & sleep 1000 & until [ $(grep -l sleep /proc/[0-9]*/comm | wc -l) = 2 ]; do :; done; kill -TERM -1; wait; echo $?",
+        ),
+        case(
+            "limits of who starts it",
+            "cut -c1-26 /proc/self/limits | sort | md5sum; ulimit -n; ulimit -c",
+        ),
+        case("how exact its timers are", "cat /proc/self/timerslack_ns"),
         case("no new privileges", "grep NoNewPrivs /proc/self/status"),
         case("or some", "grep NoNewPrivs /proc/self/status")
             .set("/process/noNewPrivileges", json!(false)),
@@ -201,26 +220,59 @@ fn processes() {
         case("OOM score", "cat /proc/self/oom_score_adj").set("/process/oomScoreAdj", json!(123)),
         case("nice", "cut -d' ' -f19 /proc/self/stat"),
         case("personality", "uname -m"),
+        case("of 32 bits", "uname -m").set("/linux/personality", json!({"domain": "LINUX32"})),
+        case(
+            "how it is scheduled",
+            "cut -d' ' -f18,40,41 /proc/self/stat",
+        ),
     ]);
 }
 
 #[test]
-#[ignore = "what is different here is yet to be looked into: make differential shows it"]
 fn directories_that_are_not_there() {
+    let made = "pwd; stat -c '%a %u' /made /made/it";
     same(vec![
         case("none", "/bin/env")
             .args(&["/bin/env"])
             .set("/process/env", json!([])),
         case("one that is made", "pwd").set("/process/cwd", json!("/made/for/it")),
-        case("a directory that a user may not enter", "pwd")
-            .with_files(|config, bundle| {
-                let closed = bundle.join("rootfs/closed");
-                std::fs::create_dir(&closed).unwrap();
-                let mode = std::os::unix::fs::PermissionsExt::from_mode(0o700);
-                std::fs::set_permissions(&closed, mode).unwrap();
-                config["process"]["user"] = json!({"uid": 1000, "gid": 1000});
-                config["process"]["cwd"] = json!("/closed");
-            })
+        case("a directory that a user may not enter", "pwd").with_files(|config, bundle| {
+            let closed = bundle.join("rootfs/closed");
+            std::fs::create_dir(&closed).unwrap();
+            let mode = std::os::unix::fs::PermissionsExt::from_mode(0o700);
+            std::fs::set_permissions(&closed, mode).unwrap();
+            config["process"]["user"] = json!({"uid": 1000, "gid": 1000});
+            config["process"]["cwd"] = json!("/closed");
+        }),
+        case("one below it", "pwd; stat -c '%a %u' .").with_files(|config, bundle| {
+            let closed = bundle.join("rootfs/closed");
+            std::fs::create_dir(&closed).unwrap();
+            let mode = std::os::unix::fs::PermissionsExt::from_mode(0o700);
+            std::fs::set_permissions(&closed, mode).unwrap();
+            config["process"]["user"] = json!({"uid": 1000, "gid": 1000});
+            config["process"]["cwd"] = json!("/closed/new");
+        }),
+        case("whose it is", made)
+            .set("/process/cwd", json!("/made/it"))
+            .set("/process/user", json!({"uid": 1000, "gid": 1000})),
+        case("in a root to read", made)
+            .set("/process/cwd", json!("/made/it"))
+            .set("/root/readonly", json!(true)),
+        case("in a mount", "pwd; stat -c '%a %u' /tmp/it")
+            .set("/process/cwd", json!("/tmp/it"))
+            .mount("/tmp", "tmpfs", &["mode=1777"]),
+        case("that is a mount", "pwd")
+            .set("/process/cwd", json!("/new"))
+            .mount("/new", "tmpfs", &[]),
+        case("on a way with dots", "pwd; ls /etc").set("/process/cwd", json!("/etc/no/../it")),
+        case("through a link", "pwd; ls -d /real/it")
+            .set("/process/cwd", json!("/link/it"))
+            .with_files(|_, bundle| {
+                std::fs::create_dir(bundle.join("rootfs/real")).unwrap();
+                std::os::unix::fs::symlink("/real", bundle.join("rootfs/link")).unwrap();
+            }),
+        case("below a file", "pwd")
+            .set("/process/cwd", json!("/etc/passwd/it"))
             .only_code(),
     ]);
 }

@@ -229,7 +229,7 @@ fn hooks_are_told_and_may_refuse() {
     let bundle = place.bundle("exit 0", |config| {
         config["hooks"] = json!({"createRuntime": [{"path": "/bin/false"}]});
     });
-    let refused = place.create(id, &bundle, &[]).exits(1);
+    let refused = place.create(id, &bundle, &[]).exits(255);
     assert!(
         refused.stderr.contains("createRuntime hook"),
         "{refused:#?}"

@@ -16,6 +16,7 @@
 )]
 
 mod adopt;
+mod footprint;
 mod vm;
 
 use std::collections::HashMap;

@@ -3,6 +3,7 @@
 use clap::{Args, Subcommand};
 
 use super::Format;
+use crate::format::ListFormat;
 use crate::values::{Cpus, Size};
 
 /// Templates are made by themselves: the first machine of a size leaves one behind, and the
@@ -24,9 +25,9 @@ pub(crate) struct TemplateLsArgs {
     /// Show IDs alone
     #[arg(short, long)]
     pub(crate) quiet: bool,
-    /// How to show them
-    #[arg(long, value_enum, default_value_t)]
-    pub(crate) format: Format,
+    /// How to show them: table, json, a Go template, or a table of one
+    #[arg(long, value_name = "FORMAT", default_value = "table")]
+    pub(crate) format: ListFormat,
 }
 
 #[derive(Debug, Args)]

@@ -109,7 +109,8 @@ impl List<'_> {
         self.write(&mut out, format, rows, json)
     }
 
-    fn write(
+    /// The same, elsewhere.
+    pub(crate) fn write(
         &self,
         out: &mut impl Write,
         format: &ListFormat,

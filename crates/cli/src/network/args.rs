@@ -8,7 +8,7 @@ use std::{
 use clap::{Args, Subcommand};
 use walnut_sandbox::{HostEntry, PublishedPort, Transport, networks::IpNet};
 
-use crate::args::Format;
+use crate::format::ListFormat;
 
 /// Longest range of ports that is published at once.
 const RANGE_MAX: u16 = 1024;
@@ -87,9 +87,9 @@ pub(crate) struct NetworkLsArgs {
     /// Show names alone
     #[arg(short, long)]
     pub(crate) quiet: bool,
-    /// How to show them
-    #[arg(long, value_enum, default_value_t)]
-    pub(crate) format: Format,
+    /// How to show them: table, json, a Go template, or a table of one
+    #[arg(long, value_name = "FORMAT", default_value = "table")]
+    pub(crate) format: ListFormat,
 }
 
 #[derive(Debug, Args)]

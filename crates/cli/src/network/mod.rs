@@ -5,6 +5,7 @@ mod plan;
 
 use anyhow::Result;
 use serde::Serialize;
+use serde_json::json;
 use walnut_sandbox::{
     Attachments, Journal, Layout, Lock, list,
     networks::{Network, Networks, NewNetwork, Resolver},
@@ -14,7 +15,7 @@ pub(crate) use args::{NetworkArgs, NetworkCommand, shown};
 pub(crate) use plan::plan;
 
 use crate::{
-    args::Format,
+    format::{List, row},
     network::args::{NetworkCreateArgs, NetworkLsArgs},
     output,
     signal::each,
@@ -108,35 +109,41 @@ fn ls(layout: &Layout, networks: &Networks, args: &NetworkLsArgs) -> Result<()> 
         }
         return Ok(());
     }
-    if args.format == Format::Json {
-        return Ok(output::json(&all)?);
-    }
     let mut rows = Vec::new();
     for network in &all {
-        let subnets: Vec<_> = network
-            .subnets
-            .iter()
-            .map(|r| r.subnet.to_string())
-            .collect();
-        rows.push([
-            network.name.clone(),
-            network.driver.clone(),
-            subnets.join(", "),
-            if network.internal { "yes" } else { "no" }.to_owned(),
-            members(layout, &network.name)?.len().to_string(),
-            network.bridge.clone().unwrap_or_else(|| "-".into()),
-        ]);
+        let subnets = network.subnets.iter().map(|r| r.subnet.to_string());
+        rows.push(row(json!({
+            "Name": network.name,
+            "Driver": network.driver,
+            "Subnets": subnets.collect::<Vec<_>>().join(", "),
+            "Internal": network.internal,
+            "Containers": members(layout, &network.name)?.len(),
+            "Bridge": network.bridge.as_deref().unwrap_or("-"),
+        })));
     }
-    let head = [
-        "NETWORK",
-        "DRIVER",
-        "SUBNETS",
-        "INTERNAL",
-        "CONTAINERS",
-        "BRIDGE",
-    ];
-    Ok(output::table(head, &rows)?)
+    let json = || Ok(serde_json::to_value(&all)?);
+    LIST.show(&args.format, &rows, json)
 }
+
+/// What `network ls` shows; Docker's names where Docker has them.
+const LIST: List<'_> = List {
+    fields: &[
+        ("Name", "NETWORK"),
+        ("Driver", "DRIVER"),
+        ("Subnets", "SUBNETS"),
+        ("Internal", "INTERNAL"),
+        ("Containers", "CONTAINERS"),
+        ("Bridge", "BRIDGE"),
+    ],
+    columns: &[
+        "Name",
+        "Driver",
+        "Subnets",
+        "Internal",
+        "Containers",
+        "Bridge",
+    ],
+};
 
 async fn create(networks: &Networks, args: NetworkCreateArgs) -> Result<()> {
     plan::needs_root("create a network")?;

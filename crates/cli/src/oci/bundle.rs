@@ -5,7 +5,7 @@ use std::path::{Path, PathBuf};
 use anyhow::{Context as _, Result, bail};
 use chrono::{SecondsFormat, Utc};
 use oci_spec::runtime::{Linux, LinuxNamespaceType, Spec};
-use walnut_sandbox::{BundleState, BundleStatus, Bundles, foreign_device};
+use walnut_sandbox::{BundleState, BundleStatus, Bundles, foreign_device, parse_spec};
 
 const CONFIG: &str = "config.json";
 /// Largest configuration that is read.
@@ -97,7 +97,7 @@ pub(super) fn read(path: &Path) -> Result<Vec<u8>> {
 }
 
 fn parse(config: &[u8]) -> Result<Spec> {
-    Ok(serde_json::from_slice(config)?)
+    Ok(parse_spec(config)?)
 }
 
 /// What another kernel cannot have of this one.

@@ -2,8 +2,10 @@
 //! told of a container's state.
 
 use std::{
+    fmt,
     io::Write,
     os::unix::process::CommandExt,
+    path::PathBuf,
     process::{Command, Stdio},
     time::Duration,
 };
@@ -61,16 +63,30 @@ impl Point {
     }
 }
 
+/// A hook did not do what it is for. crun's exit code for it is not that of its other
+/// failures.
+#[derive(Debug)]
+pub(super) struct Failed {
+    point: Point,
+    number: usize,
+    path: PathBuf,
+}
+
+impl fmt::Display for Failed {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        let (point, path) = (self.point.name(), self.path.display());
+        write!(f, "error running {point} hook #{} ({path})", self.number)
+    }
+}
+
 /// Runs the hooks of a point, one after the other; the first that fails is the last.
 pub(super) async fn run(spec: &Spec, point: Point, state: &BundleState, pid: u32) -> Result<()> {
     let told = told(state, point, pid).to_string();
     for (number, hook) in point.of(spec).iter().enumerate() {
-        call(hook, &told).await.with_context(|| {
-            format!(
-                "error running {} hook #{number} ({})",
-                point.name(),
-                hook.path().display()
-            )
+        call(hook, &told).await.with_context(|| Failed {
+            point,
+            number,
+            path: hook.path().clone(),
         })?;
     }
     Ok(())

@@ -37,7 +37,7 @@ use self::{
 
 /// runc's exit code where it is not the program's.
 const EXIT_FAILURE: u8 = 1;
-/// The same of `exec`.
+/// The same of `exec`, and of hooks.
 const EXIT_EXEC_FAILURE: u8 = 255;
 
 /// Whether the program was called by this name.
@@ -74,7 +74,10 @@ pub(crate) fn main() -> ExitCode {
         Ok(code) => ExitCode::from(code),
         Err(e) => {
             report::report(&oci.global, &e);
-            ExitCode::from(failure)
+            ExitCode::from(match e.is::<hooks::Failed>() {
+                true => EXIT_EXEC_FAILURE,
+                false => failure,
+            })
         }
     }
 }

@@ -47,7 +47,8 @@ pub(super) async fn run(context: &Context, args: &Run) -> Result<u8> {
             let outer = terminal::size().and_then(|(columns, rows)| {
                 Some((columns.try_into().ok()?, rows.try_into().ok()?))
             });
-            let console = Console::open(outer.or(size))?;
+            // What the configuration says holds until the outer terminal changes.
+            let console = Console::open(size.or(outer))?;
             (Streams::Terminal(console.slave), Some(console.master))
         }
         (false, None) => (Streams::Own, None),

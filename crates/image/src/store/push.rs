@@ -1,9 +1,10 @@
 //! Pushing: blobs that the registry lacks, then the manifest.
 
-use std::{fs::File, io::Read};
+use std::{fs::File, io::Read, pin::pin};
 
 use bytes::Bytes;
 use futures::{StreamExt as _, stream};
+use tokio::sync::watch;
 
 use crate::{
     Digest, Error, Event, Progress, PullOptions, Reference,
@@ -65,7 +66,7 @@ pub(crate) async fn push(
             progress.event(Event::LayerExists { digest, total });
             continue;
         }
-        send(layout, &registry, blob).await?;
+        send(layout, &registry, blob, progress).await?;
         progress.event(Event::LayerDone { digest, total });
     }
     let kind = media_type(&bytes);
@@ -74,18 +75,35 @@ pub(crate) async fn push(
     Ok(record.manifest)
 }
 
-async fn send(layout: &Layout, registry: &Registry, blob: &Blob) -> Result<(), Error> {
+async fn send(
+    layout: &Layout,
+    registry: &Registry,
+    blob: &Blob,
+    progress: &dyn Progress,
+) -> Result<(), Error> {
     let path = layout.blob(&blob.digest);
     let file = File::open(&path).at("open", &path)?;
+    // The connection keeps the stream for itself; this is what is heard of it.
+    let (taken, mut news) = watch::channel(0);
     // The registry says whether it is what its digest says.
-    let chunks = stream::try_unfold(file, |mut file| async move {
+    let chunks = stream::try_unfold((file, taken), |(mut file, taken)| async move {
         let mut chunk = vec![0; CHUNK];
         let read = file.read(&mut chunk)?;
         chunk.truncate(read);
-        Ok((read > 0).then(|| (Bytes::from(chunk), file)))
+        taken.send_modify(|done| *done += read as u64);
+        Ok((read > 0).then(|| (Bytes::from(chunk), (file, taken))))
     });
-    registry
-        .put_blob(blob, chunks.boxed())
-        .await
-        .map_err(|f| f.error)
+    let mut sent = pin!(registry.put_blob(blob, chunks.boxed()));
+    loop {
+        tokio::select! {
+            biased;
+            // It ends with the stream.
+            Ok(()) = news.changed() => progress.event(Event::LayerBytes {
+                digest: &blob.digest,
+                done: *news.borrow_and_update(),
+                total: blob.size,
+            }),
+            done = &mut sent => return done.map_err(|f| f.error),
+        }
+    }
 }

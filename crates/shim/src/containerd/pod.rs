@@ -258,6 +258,7 @@ impl Front for Pod {
             run_dir: self.dir.path(),
             node: Some((&self.layout.state, &self.layout.run)),
             own: false,
+            named: true,
             network: &Network::Named,
         }
     }

@@ -325,6 +325,7 @@ impl Front for Bundle {
             run_dir: self.dir.path(),
             node: Some((&self.layout.state, &self.layout.run)),
             own: false,
+            named: false,
             network: &self.network,
         }
     }

@@ -151,10 +151,11 @@ impl<S> Line<S> {
         busy
     }
 
-    /// What takes the place of a stream of output that broke off, once the gate is open.
-    pub(crate) async fn replacement(&self) -> Option<S> {
+    /// What takes the place of a stream of output that broke off, once the gate is open:
+    /// another one, or that there shall be none; nothing, if nobody has said anything.
+    pub(crate) async fn replacement(&self) -> Option<Option<S>> {
         self.gate.opened().await;
-        self.take().flatten()
+        self.take()
     }
 
     /// What takes the place of a stream of input, as soon as it is given. (That a clone's

@@ -94,10 +94,12 @@ pub(crate) async fn feed<S: AsyncRead + Unpin>(
 }
 
 /// From the process to the host, until every holder of the other end has
-/// closed it; then the stream is half-closed. A stream that breaks off, or
-/// none at all, is drained all the same: a process must not be stopped by a
-/// reader that left. In a machine's clone, what the stream has not taken goes to the
-/// one that takes its place.
+/// closed it; then the stream is half-closed. Where there is no stream, it is drained all
+/// the same. A stream that the host closes means that nobody reads any more: then the pipe
+/// is closed, and a process that goes on writing gets SIGPIPE, as it would on the host. (The
+/// host closes none for a reader that may come back. A terminal stays open: it has other
+/// holders.) In a machine's clone, what the stream has not taken goes to the one that takes
+/// its place.
 pub(crate) async fn drain<S: AsyncWrite + Unpin>(
     from: End,
     mut stream: Option<S>,
@@ -126,7 +128,12 @@ pub(crate) async fn drain<S: AsyncWrite + Unpin>(
         while let (Some(to), false) = (stream.as_mut(), bytes.is_empty()) {
             match to.write(bytes).await {
                 Ok(written @ 1..) => bytes = bytes.get(written..).unwrap_or_default(),
-                _ => stream = line.replacement().await,
+                _ => match line.replacement().await {
+                    Some(next) => stream = next,
+                    // SAFETY: asks for a property of a live descriptor.
+                    None if unsafe { libc::isatty(from.as_raw_fd()) } == 1 => stream = None,
+                    None => return,
+                },
             }
         }
     }
@@ -204,16 +211,31 @@ mod tests {
     }
 
     #[tokio::test]
-    async fn a_reader_that_left_does_not_stop_the_process() {
+    async fn a_reader_that_left_is_seen_by_the_process() {
         let (read, write) = pipe2(OFlag::O_CLOEXEC).unwrap();
         let (host, guest) = UnixStream::pair().unwrap();
         drop(host);
         let drainer = tokio::spawn(drain(end(read).unwrap(), Some(guest), line()));
-        tokio::task::spawn_blocking(move || File::from(write).write_all(&blob(1 << 20)))
-            .await
-            .unwrap()
-            .unwrap();
+        let written =
+            tokio::task::spawn_blocking(move || File::from(write).write_all(&blob(1 << 20)));
+        let error = written.await.unwrap().unwrap_err();
+        assert_eq!(error.kind(), io::ErrorKind::BrokenPipe);
         drainer.await.unwrap();
+    }
+
+    #[tokio::test]
+    async fn without_a_reader_a_process_goes_on() {
+        let pty = nix::pty::openpty(None, None).unwrap();
+        let (host, guest) = UnixStream::pair().unwrap();
+        drop(host);
+        let (read, write) = pipe2(OFlag::O_CLOEXEC).unwrap();
+        for (from, to, stream) in [(read, write, None), (pty.master, pty.slave, Some(guest))] {
+            let drainer = tokio::spawn(drain(end(from).unwrap(), stream, line()));
+            let written =
+                tokio::task::spawn_blocking(move || File::from(to).write_all(&blob(1 << 20)));
+            written.await.unwrap().unwrap();
+            drainer.await.unwrap();
+        }
     }
 
     #[tokio::test]

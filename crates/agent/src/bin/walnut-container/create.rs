@@ -21,7 +21,7 @@ use crate::link::Done;
 use crate::program::{self, Program};
 use crate::stdio::{self, Own};
 use crate::user::{self, Names};
-use crate::{devices, files, spec, storage};
+use crate::{devices, files, mounted, spec, storage};
 
 /// Name of the socket on which libcontainer delivers a terminal's master.
 const CONSOLE: &str = "console.sock";
@@ -42,9 +42,11 @@ pub(crate) fn create(payload: &[u8]) -> Result<Done, Failure> {
     if let (Some(process), Some(root)) = (spec.process_mut(), root) {
         user::resolve(process, || Names::below(&root))?;
     }
+    let program = Program::new(paths.id(), &bundle, spec::take_start_hooks(&mut spec));
+    mounted::prepare(&mut spec)?;
     spec::save(&spec, &bundle)?;
     spec::save_seccomp(&spec, &paths.seccomp())?;
-    let done = build(&request, &spec, &paths)?;
+    let done = build(&request, &spec, &paths, program)?;
     mounted.keep();
     Ok(done)
 }
@@ -53,6 +55,7 @@ fn build(
     request: &CreateContainerRequest,
     spec: &Spec,
     paths: &ContainerPaths,
+    program: Program,
 ) -> Result<Done, Failure> {
     devices::confine(spec, paths)?;
     let (uid, gid, terminal) = spec.process().as_ref().map_or((0, 0, false), |p| {
@@ -65,7 +68,7 @@ fn build(
     let state_root = Path::new(ContainerPaths::STATE_ROOT);
     fs::create_dir_all(state_root).map_err(|e| Failure::internal(state_root.display(), e))?;
     let mut builder = ContainerBuilder::new(paths.id().to_owned(), SyscallType::default())
-        .with_executor(Program)
+        .with_executor(program)
         .with_root_path(state_root)
         .map_err(|e| Failure::internal("state folder", chain(&e)))?;
     let mut ends = Ends::default();
@@ -85,6 +88,7 @@ fn build(
         .build()
         .map_err(|e| explain(paths.id(), &chain(&e)))?;
     let pid = pid_of(&container)?;
+    devices::link_core(spec, pid);
     if let Some(listener) = console {
         ends.stdin = Some(receive_master(&listener)?);
         ends.terminal = true;

@@ -7,8 +7,9 @@
 use std::fs::{self, File};
 use std::io;
 use std::os::fd::{AsRawFd, FromRawFd, OwnedFd, RawFd};
+use std::os::unix::fs::symlink;
 
-use libcontainer::oci_spec::runtime::{LinuxDeviceCgroup, LinuxDeviceType, Spec};
+use libcontainer::oci_spec::runtime::{LinuxDeviceCgroup, LinuxDeviceType, Mount, Spec};
 use walnut_agent::names::ContainerPaths;
 
 use crate::failure::Failure;
@@ -199,6 +200,19 @@ pub(crate) fn confine(spec: &Spec, paths: &ContainerPaths) -> Result<(), Failure
     let directory = File::open(&cgroup).map_err(|e| Failure::internal(what(), e))?;
     let program = load(&assemble(&rules)).map_err(|e| Failure::internal(what(), e))?;
     attach(&directory, &program).map_err(|e| Failure::internal(what(), e))
+}
+
+/// `/dev/core`, which runc and crun make and libcontainer calls otherwise. `pid` is the
+/// container's first process, whose root it has by now, and which executes nothing yet.
+pub(crate) fn link_core(spec: &Spec, pid: u32) {
+    let mounts = spec.mounts().iter().flatten();
+    let made = |m: &Mount| m.destination() == "/dev" && m.typ().as_deref() == Some("tmpfs");
+    if !mounts.into_iter().any(made) {
+        return;
+    }
+    // The tmpfs is new: no link of the image's is in this path.
+    // It is no more than a name: a /dev that has it, or takes none, is well without.
+    let _ = symlink("/proc/kcore", format!("/proc/{pid}/root/dev/core"));
 }
 
 #[repr(C)]

@@ -250,8 +250,8 @@ fn spawn(child: &Child<'_>) -> Result<u32, Failure> {
 /// Runs in the child; returns only on failure.
 fn execute(child: &Child<'_>) -> Failure {
     let args = child.process.args().as_deref().unwrap_or_default();
-    let path = program::path_of(child.process.env().as_ref()).to_owned();
-    let errno = program::run(args, &path);
+    let path = program::path_of(child.process.env().as_ref());
+    let errno = program::run(args, path);
     let name = args.first().map_or("", String::as_str);
     Failure::invalid(program::complaint(name, errno))
 }

@@ -15,6 +15,7 @@ mod failure;
 mod files;
 mod init;
 mod link;
+mod mounted;
 mod program;
 mod spec;
 mod stdio;
@@ -31,6 +32,9 @@ use walnut_agent::wire::Verb;
 fn main() -> ExitCode {
     if let Some(program) = init::is_meant() {
         return init::main(program);
+    }
+    if let Some(wanted) = mounted::is_meant() {
+        return mounted::main(&wanted);
     }
     let mut link = match Link::from_stdin() {
         Ok(link) => link,

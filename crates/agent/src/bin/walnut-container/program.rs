@@ -7,14 +7,16 @@ use std::fs;
 use std::os::unix::ffi::OsStrExt;
 use std::path::{Path, PathBuf};
 
-use libcontainer::oci_spec::runtime::Spec;
+use libcontainer::container::{ContainerStatus, State};
+use libcontainer::hooks::{HookError, run_hooks};
+use libcontainer::oci_spec::runtime::{Hook, Spec};
 use libcontainer::workload::{Executor, ExecutorError, ExecutorValidationError};
 use nix::errno::Errno;
 use nix::fcntl::AtFlags;
+use nix::sys::signal::{SigHandler, Signal, signal};
 use nix::unistd::{AccessFlags, execv, faccessat};
 
-/// What a process without PATH gets, as Docker has it.
-const DEFAULT_PATH: &str = "/usr/local/sbin:/usr/local/bin:/usr/sbin:/usr/bin:/sbin:/bin";
+use crate::failure::chain;
 
 /// Every message about a program that cannot run starts with this; the text is
 /// runc's, which front ends match to tell exit codes 126 and 127 apart.
@@ -40,22 +42,24 @@ pub(crate) fn marked(text: &str) -> Option<&str> {
     text.find(MARK).and_then(|at| text.get(at..))
 }
 
-/// PATH in an OCI environment.
-pub(crate) fn path_of(env: Option<&Vec<String>>) -> &str {
+/// PATH in an OCI environment: the last, which is the one that the process gets.
+pub(crate) fn path_of(env: Option<&Vec<String>>) -> Option<&str> {
     env.into_iter()
         .flatten()
-        .find_map(|e| e.strip_prefix("PATH="))
-        .unwrap_or(DEFAULT_PATH)
+        .filter_map(|e| e.strip_prefix("PATH="))
+        .next_back()
 }
 
-/// Finds the program `name` for this process as execvp would, but says why not.
-pub(crate) fn resolve(name: &str, path: &str) -> Result<PathBuf, Errno> {
+/// Finds the program `name` for this process as execvp would, but says why not. Without a
+/// PATH there is none to find: runc and crun have no default.
+pub(crate) fn resolve(name: &str, path: Option<&str>) -> Result<PathBuf, Errno> {
     if name.is_empty() {
         return Err(Errno::ENOENT);
     }
     if name.contains('/') {
         return check(Path::new(name)).map(|()| PathBuf::from(name));
     }
+    let path = path.ok_or(Errno::ENOENT)?;
     let mut worst = Errno::ENOENT;
     for dir in path.split(':') {
         let candidate = Path::new(if dir.is_empty() { "." } else { dir }).join(name);
@@ -82,15 +86,8 @@ fn check(path: &Path) -> Result<(), Errno> {
     )
 }
 
-/// Replaces this process. Returns only on failure.
-pub(crate) fn run(args: &[String], path: &str) -> Errno {
-    let Some(name) = args.first() else {
-        return Errno::EINVAL;
-    };
-    let file = match resolve(name, path) {
-        Ok(file) => file,
-        Err(e) => return e,
-    };
+/// Replaces this process by the program in `file`. Returns only on failure.
+fn replace(file: &Path, args: &[String]) -> Errno {
     let Ok(file) = CString::new(file.as_os_str().as_bytes()) else {
         return Errno::EINVAL;
     };
@@ -98,8 +95,21 @@ pub(crate) fn run(args: &[String], path: &str) -> Errno {
     let Ok(args) = args else {
         return Errno::EINVAL;
     };
+    // Rust's programs ignore it, and what is ignored is inherited: whoever writes to a pipe
+    // that nobody reads would not end.
+    // SAFETY: the default action runs no code of this process.
+    let _ = unsafe { signal(Signal::SIGPIPE, SigHandler::SigDfl) };
     match execv(&file, &args) {
         Ok(never) => match never {},
+        Err(e) => e,
+    }
+}
+
+/// Finds the program and replaces this process by it. Returns only on failure.
+pub(crate) fn run(args: &[String], path: Option<&str>) -> Errno {
+    let name = args.first().map_or("", String::as_str);
+    match resolve(name, path) {
+        Ok(file) => replace(&file, args),
         Err(e) => e,
     }
 }
@@ -108,7 +118,41 @@ pub(crate) fn run(args: &[String], path: &str) -> Errno {
 /// container counts as created, so a program that is not there fails the
 /// create, with the text above.
 #[derive(Debug, Clone)]
-pub(crate) struct Program;
+pub(crate) struct Program {
+    /// `startContainer` hooks. Here and not in libcontainer, where one that fails is silent.
+    hooks: Vec<Hook>,
+    /// What they are told.
+    state: State,
+}
+
+impl Program {
+    pub(crate) fn new(id: &str, bundle: &Path, hooks: Vec<Hook>) -> Self {
+        let state = State::new(id, ContainerStatus::Created, None, bundle.to_owned());
+        Self { hooks, state }
+    }
+
+    /// In the container, before the program and with its environment.
+    fn run_hooks(&self) -> Result<(), String> {
+        let env = env::vars().collect();
+        let state = State {
+            pid: i32::try_from(std::process::id()).ok(),
+            ..self.state.clone()
+        };
+        for hook in &self.hooks {
+            let one = vec![hook.clone()];
+            run_hooks(Some(&one), Some(&state), None, None, Some(&env)).map_err(|e| {
+                let path = hook.path().display();
+                match e {
+                    HookError::NonZeroExitCode(code) => {
+                        format!("error executing hook `{path}` (exit code: {code})")
+                    }
+                    other => format!("error executing hook `{path}`: {}", chain(&other)),
+                }
+            })?;
+        }
+        Ok(())
+    }
+}
 
 impl Executor for Program {
     fn exec(&self, spec: &Spec) -> Result<(), ExecutorError> {
@@ -116,14 +160,28 @@ impl Executor for Program {
         let args = process
             .and_then(|p| p.args().as_ref())
             .ok_or(ExecutorError::InvalidArg)?;
-        let path = path_of(process.and_then(|p| p.env().as_ref())).to_owned();
-        let errno = run(args, &path);
-        // Nobody listens any more; the exit code is what is left to say, and
-        // it is a shell's.
-        std::process::exit(match errno {
-            Errno::ENOENT => 127,
-            _ => 126,
-        })
+        if let Err(text) = self.run_hooks() {
+            eprintln!("{text}");
+            std::process::exit(1);
+        }
+        let path = path_of(process.and_then(|p| p.env().as_ref()));
+        let name = args.first().map_or("", String::as_str);
+        let (file, errno) = match resolve(name, path) {
+            Ok(file) => (file.clone(), replace(&file, args)),
+            Err(e) => (name.into(), e),
+        };
+        // Nobody listens any more: what is left are the container's own standard error and
+        // the exit code, both as crun has them.
+        let hint = match errno {
+            Errno::ENOENT => " (missing dynamic library?)",
+            _ => "",
+        };
+        eprintln!(
+            "exec container process{hint} `{}`: {}",
+            file.display(),
+            errno.desc()
+        );
+        std::process::exit(1)
     }
 
     fn validate(&self, spec: &Spec) -> Result<(), ExecutorValidationError> {
@@ -171,12 +229,12 @@ mod tests {
         fs::write(&file, "#!/bin/sh\n").unwrap();
         let path = format!("/nonexistent:{}", dir.path().display());
         fs::set_permissions(&file, fs::Permissions::from_mode(0o644)).unwrap();
-        assert_eq!(resolve("tool", &path), Err(Errno::EACCES));
+        assert_eq!(resolve("tool", Some(&path)), Err(Errno::EACCES));
         fs::set_permissions(&file, fs::Permissions::from_mode(0o700)).unwrap();
-        assert_eq!(resolve("tool", &path), Ok(file));
-        assert_eq!(resolve("other", &path), Err(Errno::ENOENT));
-        assert_eq!(resolve("", &path), Err(Errno::ENOENT));
-        assert_eq!(resolve("/", &path), Err(Errno::EISDIR));
+        assert_eq!(resolve("tool", Some(&path)), Ok(file));
+        assert_eq!(resolve("other", Some(&path)), Err(Errno::ENOENT));
+        assert_eq!(resolve("", Some(&path)), Err(Errno::ENOENT));
+        assert_eq!(resolve("/", Some(&path)), Err(Errno::EISDIR));
     }
 
     #[test]
@@ -196,8 +254,11 @@ mod tests {
     }
 
     #[test]
-    fn path_has_a_default() {
-        assert_eq!(path_of(None), DEFAULT_PATH);
-        assert_eq!(path_of(Some(&vec!["A=b".into(), "PATH=/x".into()])), "/x");
+    fn the_last_path_counts_and_there_is_no_default() {
+        let env = ["PATH=/x", "A=b", "PATH=/y"].map(String::from).to_vec();
+        assert_eq!(path_of(Some(&env)), Some("/y"));
+        assert_eq!(path_of(None), None);
+        assert_eq!(resolve("sh", None), Err(Errno::ENOENT));
+        assert_eq!(resolve("/bin/sh", None), Ok("/bin/sh".into()));
     }
 }

@@ -9,7 +9,8 @@ use std::fs;
 use std::path::{Path, PathBuf};
 
 use libcontainer::oci_spec::runtime::{
-    Hooks, LinuxNamespaceType, LinuxResources, LinuxSeccomp, Process, Spec,
+    Hook, Hooks, LinuxNamespaceType, LinuxResources, LinuxSeccomp, LinuxSeccompAction, Process,
+    Spec,
 };
 use libcontainer::seccomp::is_notify;
 use walnut_agent::names::{ContainerPaths, sysctl_path};
@@ -90,8 +91,8 @@ fn adapt_linux(spec: &mut Spec, paths: &ContainerPaths) -> Result<(), Failure> {
     } else {
         return Err(Failure::invalid("spec: linux.namespaces is missing"));
     }
-    if let Some(seccomp) = linux.seccomp() {
-        check_seccomp(seccomp)?;
+    if let Some(seccomp) = linux.seccomp_mut() {
+        adapt_seccomp(seccomp)?;
     }
     if let Some(resources) = linux.resources_mut() {
         adapt_resources(resources);
@@ -109,7 +110,19 @@ pub(crate) fn adapt_resources(resources: &mut LinuxResources) {
     resources.set_rdma(None);
 }
 
-fn check_seccomp(seccomp: &LinuxSeccomp) -> Result<(), Failure> {
+/// A call that somebody is to be asked about fails where nobody listens, with ENOSYS: so
+/// the kernel has it, and crun. A listener would be the host's, and it is refused.
+fn adapt_seccomp(seccomp: &mut LinuxSeccomp) -> Result<(), Failure> {
+    if seccomp.listener_path().is_none() {
+        let mut rules = seccomp.syscalls().clone();
+        for rule in rules.iter_mut().flatten() {
+            if rule.action() == LinuxSeccompAction::ScmpActNotify {
+                rule.set_action(LinuxSeccompAction::ScmpActErrno);
+                rule.set_errno_ret(Some(nix::errno::Errno::ENOSYS as u32));
+            }
+        }
+        seccomp.set_syscalls(rules);
+    }
     if is_notify(seccomp) {
         return Err(Failure::invalid(
             "spec: linux.seccomp: SCMP_ACT_NOTIFY needs a listener, and the guest has none",
@@ -148,6 +161,14 @@ fn adapt_hooks(spec: &mut Spec) {
         hooks.set_start_container(Some(start));
         hooks
     }));
+}
+
+/// Takes out the hooks that run when the container is started.
+pub(crate) fn take_start_hooks(spec: &mut Spec) -> Vec<Hook> {
+    let hooks = spec.hooks().as_ref();
+    let hooks = hooks.and_then(|h| h.start_container().clone());
+    spec.set_hooks(None);
+    hooks.unwrap_or_default()
 }
 
 /// Leaves the seccomp profile where execs find it.
@@ -229,6 +250,22 @@ mod tests {
             spec.root().as_ref().unwrap().path(),
             Path::new("/run/walnut/c1/rootfs")
         );
+    }
+
+    #[test]
+    fn a_call_nobody_listens_for_fails() {
+        let mut spec = host_spec();
+        spec["linux"]["seccomp"] = json!({
+            "defaultAction": "SCMP_ACT_ALLOW",
+            "syscalls": [{"names": ["mkdir"], "action": "SCMP_ACT_NOTIFY"}],
+        });
+        let adapted_spec = adapted(&spec).unwrap();
+        let seccomp = adapted_spec.linux().as_ref().unwrap().seccomp();
+        let rules = seccomp.as_ref().unwrap().syscalls().as_ref().unwrap();
+        assert_eq!(rules[0].action(), LinuxSeccompAction::ScmpActErrno);
+        assert_eq!(rules[0].errno_ret(), Some(38));
+        spec["linux"]["seccomp"]["listenerPath"] = json!("/run/listener");
+        assert!(adapted(&spec).is_err());
     }
 
     #[test]
