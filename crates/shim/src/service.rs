@@ -664,7 +664,7 @@ impl TaskService {
             // Whoever asked for the sandbox ends it (`ShutdownSandbox`).
             return Ok(Empty::default());
         }
-        self.front.shutdown(req.now, self.count());
+        self.front.shutdown(&req.id, req.now, self.count());
         Ok(Empty::default())
     }
 
@@ -673,7 +673,7 @@ impl TaskService {
         let _one = self.creating.lock().await;
         let count = self.count();
         if count.all == 0 && !self.announced.load(Ordering::Acquire) {
-            self.front.shutdown(false, count);
+            self.front.shutdown(self.front.place().id, false, count);
         }
     }
 
