@@ -32,7 +32,9 @@ mod routing;
 mod tap;
 mod watch;
 
-use std::{fs::File, net::IpAddr, os::fd::OwnedFd, path::PathBuf, sync::Arc};
+use std::{
+    collections::BTreeMap, fs::File, net::IpAddr, os::fd::OwnedFd, path::PathBuf, sync::Arc,
+};
 
 use serde::{Deserialize, Serialize};
 use tracing::debug;

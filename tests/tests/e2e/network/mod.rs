@@ -3,6 +3,7 @@
 mod limits;
 mod node;
 mod shared;
+mod weather;
 
 use std::fs;
 
