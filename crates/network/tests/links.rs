@@ -190,11 +190,13 @@ async fn a_guest_hears_of_all_that_a_link_has() {
         mac,
         mtu,
         up,
+        noarp,
         addresses,
         routes,
         neighbours,
     } = only(&pod.at(), 1).await.interface;
     assert_eq!((name.as_str(), mac, mtu, up), ("eth0", MAC, 1300, true));
+    assert!(!noarp);
     let ip = |text: &str| text.parse::<IpAddr>().unwrap();
     let address = |text, prefix, peer: Option<&str>, broadcast: Option<&str>| Address {
         ip: ip(text),
