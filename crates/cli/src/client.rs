@@ -14,6 +14,7 @@ use containerd_shim_protos::{
     shim_async::TaskClient,
 };
 use serde_json::json;
+use tokio::{sync::oneshot, time::sleep};
 use ttrpc::{
     Code,
     asynchronous::{Client, transport::Socket},
@@ -22,12 +23,14 @@ use ttrpc::{
 use walnut_protocol::{supervisor::AttachRequest, supervisor_ttrpc::SupervisorClient};
 use walnut_sandbox::{
     ANNOTATION_RECLAIM, CheckpointOptions, Error, GuestMemoryResponse, Layout, Lock,
-    METRICS_GUEST_MEMORY, Record,
+    METRICS_GUEST_MEMORY, Record, joined,
 };
 
 /// Longest a request may take that does not wait for a process; the boot of a
 /// machine is the longest.
 const DEADLINE: Duration = Duration::from_secs(180);
+/// How often it is looked whether a machine goes on without its container.
+const LOOK: Duration = Duration::from_millis(50);
 /// Longest it may take to write a machine's memory to a disk, and to digest it.
 const SAVING: Duration = Duration::from_secs(1800);
 
@@ -254,11 +257,30 @@ pub(crate) fn soon() -> Context {
     context::with_duration(DEADLINE)
 }
 
-/// Returns when a container's supervisor is gone, and all of it.
+/// Returns when a container's supervisor is gone, and all of it; or when it has ended, and
+/// its machine goes on for others.
 pub(crate) async fn gone(layout: &Layout, id: &str) -> anyhow::Result<()> {
-    let lock = layout.container(id).join("lock");
-    tokio::task::spawn_blocking(move || Lock::wait_free(&lock)).await??;
-    Ok(())
+    let dir = layout.container(id);
+    let lock = dir.join("lock");
+    let (tell, told) = oneshot::channel();
+    // Of its own: nobody waits for it where the machine goes on.
+    let wait = move || drop(tell.send(Lock::wait_free(&lock)));
+    std::thread::Builder::new()
+        .name("gone".into())
+        .spawn(wait)
+        .context("start a thread")?;
+    let outlived = async {
+        loop {
+            sleep(LOOK).await;
+            if Record::load(&dir).is_ok_and(|r| r.outlived) && !joined(layout, id)?.is_empty() {
+                return anyhow::Ok(());
+            }
+        }
+    };
+    tokio::select! {
+        free = told => Ok(free??),
+        outlived = outlived => outlived,
+    }
 }
 
 /// A supervisor's answer as an error of ours, with the code it came with.

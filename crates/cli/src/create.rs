@@ -1,5 +1,6 @@
 //! A new container on disk, and the supervisor that takes it over.
 
+mod join;
 mod names;
 
 use std::{
@@ -27,6 +28,7 @@ use walnut_sandbox::{
     Terms, Wanted, networks::Networks, now_ns,
 };
 
+pub(crate) use join::{Host, check_outlived};
 pub(crate) use names::{check_free, check_name, find_live};
 
 use self::names::random_name;
@@ -90,15 +92,17 @@ impl NewContainer {
         args: &ContainerArgs,
         image: &Image,
         mut attachments: Option<Attachments>,
+        host: Option<Host>,
     ) -> Result<Self> {
         let lease = image.lease().context("use the image")?;
         let id = new_id()?;
         let empty = Config::default();
         let config = image.config.config().as_ref().unwrap_or(&empty);
         let dir = layout.container(&id);
-        let hostname = match &args.hostname {
-            Some(name) => name.clone(),
-            None => id[..12].to_owned(),
+        let hostname = match (&args.hostname, &host) {
+            (_, Some(host)) => host.hostname.clone(),
+            (Some(name), None) => name.clone(),
+            (None, None) => id[..12].to_owned(),
         };
         if let Some(attachments) = &mut attachments {
             attachments.names.hostname.clone_from(&hostname);
@@ -114,6 +118,7 @@ impl NewContainer {
         let (spec, volumes) = spec::build(args, config, &own)?;
         terms.volumes.clone_from(&volumes);
         terms.rootfs = Some(image.rootfs.clone());
+        terms.joins = host.map(|host| host.id);
         let image = ImageRef {
             name: args.image.clone(),
             id: image.id.to_string(),
@@ -198,6 +203,7 @@ impl NewContainer {
             restarts: 0,
             stopped: false,
             health: None,
+            outlived: false,
             id,
         };
         check_name(&record.name)?;
@@ -257,6 +263,7 @@ impl NewContainer {
             (record.started_at, record.finished_at) = (None, None);
             (record.exit_code, record.error, record.oom_killed) = (None, None, false);
             (record.stopped, record.restarts, record.health) = (false, 0, None);
+            record.outlived = false;
         })?;
         Ok(Self {
             record,
@@ -285,6 +292,9 @@ impl NewContainer {
 
     /// Starts the supervisor, with the Task API's socket listening already.
     pub(crate) fn supervise(mut self) -> Result<Supervised> {
+        if let Some(host) = self.record.terms.joins.clone() {
+            return self.join(&host);
+        }
         let assets = Assets::find()?;
         let cpus = processors(&self.record.terms)?;
         let run_dir = self.layout.sandbox(&self.record.id);
@@ -370,6 +380,22 @@ impl NewContainer {
         Ok(Supervised {
             record: self.record.clone(),
             shim: Some(shim),
+            holder: Some(holder),
+        })
+    }
+}
+
+impl NewContainer {
+    /// Hands it to the supervisor of another one's machine.
+    fn join(mut self, host: &str) -> Result<Supervised> {
+        let (Some(lock), Some(image)) = (&self.lock, &self.lease) else {
+            bail!("start {}: it is supervised already", self.record.name);
+        };
+        let holder = join::join(&self.layout, &self.record, host, lock, image)?;
+        self.lock = None;
+        Ok(Supervised {
+            record: self.record.clone(),
+            shim: None,
             holder: Some(holder),
         })
     }

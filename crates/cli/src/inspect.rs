@@ -246,7 +246,9 @@ fn host_config(record: &Record, spec: &Value, attachments: Option<&Attachments>)
     };
     let network = attachments
         .and_then(|a| a.links.first())
-        .map(|l| l.network());
+        .map(|l| l.network().to_owned());
+    let joins = terms.joins.as_ref().map(|id| format!("container:{id}"));
+    let network = joins.or(network);
     let quota = number(&resources["cpu"]["quota"]);
     json!({
         "AutoRemove": record.auto_remove,
@@ -258,7 +260,7 @@ fn host_config(record: &Record, spec: &Value, attachments: Option<&Attachments>)
         "PidsLimit": resources["pids"]["limit"],
         "ReadonlyRootfs": spec["root"]["readonly"],
         "Privileged": false,
-        "NetworkMode": network.unwrap_or("none"),
+        "NetworkMode": network.unwrap_or_else(|| "none".into()),
         "PortBindings": ports(attachments),
         "LogConfig": {
             "Type": if terms.log.kept { "json-file" } else { "none" },

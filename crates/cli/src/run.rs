@@ -22,7 +22,7 @@ use walnut_sandbox::{
 use crate::{
     args::{ContainerArgs, CreateArgs, PullWhen, RunArgs},
     client::{self, Supervisor, fault, soon},
-    create::{NewContainer, Supervised},
+    create::{Host, NewContainer, Supervised},
     detach::DetachKeys,
     io::Fifos,
     network, pull, saved,
@@ -93,9 +93,13 @@ async fn image(store: &Store, args: &ContainerArgs) -> Result<Image> {
 async fn make(layout: &Layout, args: &ContainerArgs, image: &Image) -> Result<NewContainer> {
     match &image.checkpoint {
         None => {
+            if let Some(name) = args.net.joins()? {
+                let host = Host::of(layout, args, name)?;
+                return NewContainer::create(layout, args, image, None, Some(host));
+            }
             let settings = Settings::load()?;
             let attachments = network::plan(layout, &args.net, &settings).await?;
-            NewContainer::create(layout, args, image, attachments)
+            NewContainer::create(layout, args, image, attachments, None)
         }
         Some(dir) => {
             let saved = Checkpoint::load(dir)?;

@@ -47,6 +47,12 @@ pub(crate) fn check(args: &ContainerArgs, saved: &Checkpoint) -> Result<()> {
     if let Some((option, why)) = args.refused.given() {
         bail!("{option}: {why}");
     }
+    if args.net.joins()?.is_some() {
+        bail!(
+            "{} is a checkpoint, of a machine of its own: leave --network container: out",
+            args.image
+        );
+    }
     if let Some(option) = args.net.needs_network() {
         bail!(
             "{} is a checkpoint, of a container that was on no network: leave {option} out",

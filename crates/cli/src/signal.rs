@@ -11,7 +11,7 @@ use walnut_sandbox::{Error, Journal, Layout, Lock, NamedVolumes, Record, Status,
 use crate::{
     args::Containers,
     client::{Supervisor, gone},
-    create::find_live,
+    create::{check_outlived, find_live},
     start, values,
 };
 
@@ -232,6 +232,7 @@ pub(crate) async fn remove_ended(layout: &Layout, record: &Record, volumes: bool
     // Its supervisor may be at its last steps.
     gone(layout, &record.id).await?;
     let Some(lock) = Lock::try_take(&lock)? else {
+        check_outlived(layout, record)?;
         bail!("container {} is being looked at; try again", record.name);
     };
     remove(layout, &record.id, &lock)?;

@@ -8,7 +8,7 @@ use walnut_sandbox::{Error, Layout, Record, RestartPolicy, Status, find, list};
 use crate::{
     args::KeysArgs,
     client,
-    create::NewContainer,
+    create::{NewContainer, check_outlived},
     detach::DetachKeys,
     run::{self, Front, Source},
     signal::each,
@@ -124,6 +124,7 @@ fn check(record: &Record) -> Result<()> {
 async fn again(layout: &Layout, store: &Store, record: &Record, front: Front) -> Result<u8> {
     // Its last supervisor may be at its last steps.
     client::gone(layout, &record.id).await?;
+    check_outlived(layout, record)?;
     let made = NewContainer::again(layout, store, record)?;
     let Some(rootfs) = made.record.terms.rootfs.clone() else {
         bail!("start {}: it has no image", record.name);

@@ -78,6 +78,12 @@ pub(crate) async fn update(args: UpdateArgs) -> Result<u8> {
                     record.name
                 );
             }
+            if record.terms.joins.is_some() && policy != RestartPolicy::No {
+                bail!(
+                    "update {}: the machine that it has joined may be gone when it ends; it cannot be started again by itself",
+                    record.name
+                );
+            }
             Record::change(&layout.container(&record.id), |r| r.terms.restart = policy)?;
         }
         Journal::new(&layout.state).container(&record, "update", &[]);

@@ -170,7 +170,11 @@ async fn running(layout: &Layout) -> Result<Vec<Running>> {
         .iter()
         .map(|r| (r.id.clone(), r.name.clone()))
         .collect();
-    let own = records.iter().filter(|r| r.status != Status::Exited);
+    // One that has joined another is supervised with it.
+    let own = records
+        .iter()
+        .filter(|r| r.status != Status::Exited || r.outlived)
+        .filter(|r| r.terms.joins.is_none());
     let mut sockets: Vec<_> = own
         .map(|r| (layout.task_socket(&r.id), r.id.clone()))
         .collect();

@@ -31,6 +31,16 @@ pub enum Error {
         /// What it is.
         kind: String,
     },
+    /// Frames of such a link cannot be had.
+    #[error(
+        "connect the link {0} to a machine: it is an ipvlan in mode l3s, whose packets the host's own stack takes before anybody else sees them; use mode l3 or l2"
+    )]
+    L3s(String),
+    /// A guest knows its links by their addresses.
+    #[error(
+        "connect the links {0} and {1} to a machine: they have one Ethernet address, as ipvlans of one parent do; give the pod one of them, or use macvlan"
+    )]
+    SameMac(String, String),
     /// A plugin of CNI's is not there.
     #[error(
         "look for the network plugin {name}: it is not in {}; install the package containernetworking-plugins, or say in the settings where it is ([network] plugins), or use --network none",

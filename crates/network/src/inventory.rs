@@ -10,7 +10,10 @@ use rtnetlink::{
         address::{
             AddressAttribute, AddressFlags, AddressHeaderFlags, AddressMessage, AddressScope,
         },
-        link::{InfoKind, LinkAttribute, LinkFlags, LinkInfo, LinkLayerType, LinkMessage},
+        link::{
+            InfoData, InfoIpVlan, InfoKind, IpVlanMode, LinkAttribute, LinkFlags, LinkInfo,
+            LinkLayerType, LinkMessage,
+        },
         neighbour::{NeighbourAddress, NeighbourAttribute, NeighbourMessage, NeighbourState},
     },
 };
@@ -83,9 +86,10 @@ fn interface(message: &LinkMessage) -> Result<Option<Interface>> {
     }
     let mut interface = Interface {
         up: flags.contains(LinkFlags::Up),
+        noarp: flags.contains(LinkFlags::Noarp),
         ..Interface::default()
     };
-    let (mut mac, mut tap) = (None, false);
+    let (mut mac, mut tap, mut l3s) = (None, false, false);
     for attribute in &message.attributes {
         match attribute {
             LinkAttribute::IfName(name) => interface.name.clone_from(name),
@@ -93,12 +97,16 @@ fn interface(message: &LinkMessage) -> Result<Option<Interface>> {
             LinkAttribute::Address(address) => mac = Mac::try_from(address.as_slice()).ok(),
             LinkAttribute::LinkInfo(info) => {
                 tap = info.contains(&LinkInfo::Kind(InfoKind::Tun));
+                l3s = info.iter().any(is_l3s);
             }
             _ => {}
         }
     }
     if tap && tap::is_ours(&interface.name) {
         return Ok(None);
+    }
+    if l3s && interface.up {
+        return Err(Error::L3s(interface.name));
     }
     let kind = message.header.link_layer_type;
     match mac {
@@ -113,6 +121,15 @@ fn interface(message: &LinkMessage) -> Result<Option<Interface>> {
         }
     }
     Ok(Some(interface))
+}
+
+/// An `ipvlan` whose packets pass the host's firewall as the host's own do: they never are
+/// the link's frames.
+fn is_l3s(info: &LinkInfo) -> bool {
+    let LinkInfo::Data(InfoData::IpVlan(all)) = info else {
+        return false;
+    };
+    all.contains(&InfoIpVlan::Mode(IpVlanMode::L3S))
 }
 
 fn address(message: &AddressMessage) -> Option<Address> {

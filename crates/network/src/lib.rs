@@ -32,7 +32,9 @@ mod routing;
 mod tap;
 mod watch;
 
-use std::{fs::File, net::IpAddr, os::fd::OwnedFd, path::PathBuf, sync::Arc};
+use std::{
+    collections::BTreeMap, fs::File, net::IpAddr, os::fd::OwnedFd, path::PathBuf, sync::Arc,
+};
 
 use serde::{Deserialize, Serialize};
 use tracing::debug;
@@ -99,6 +101,10 @@ pub struct Interface {
     pub mtu: u32,
     /// It is up. One that is not has no routes.
     pub up: bool,
+    /// Nobody is asked for Ethernet addresses on it: packets find their way by their IP
+    /// addresses, as `ipvlan` in its L3 mode has it.
+    #[serde(default)]
+    pub noarp: bool,
     /// Addresses, but for those of link scope, which a kernel makes by itself.
     pub addresses: Vec<Address>,
     /// Routes over it alone, but for those that come with an address, in the order in which
@@ -274,6 +280,7 @@ async fn connect_all(queues: u16, egress: Vec<Rules>) -> Result<Connected> {
     if let Some((_, e)) = found.refused.pop() {
         return Err(e);
     }
+    apart(&found.links)?;
     let mut links = Vec::with_capacity(found.links.len());
     let mut done = Vec::with_capacity(found.links.len());
     for (index, interface) in found.links {
@@ -307,6 +314,17 @@ async fn connect_all(queues: u16, egress: Vec<Rules>) -> Result<Connected> {
         events,
         held,
     })
+}
+
+/// Refuses links that a guest could not tell apart.
+fn apart(links: &BTreeMap<u32, Interface>) -> Result<()> {
+    let mut seen: BTreeMap<Mac, &str> = BTreeMap::new();
+    for interface in links.values().filter(|it| it.up) {
+        if let Some(other) = seen.insert(interface.mac, &interface.name) {
+            return Err(Error::SameMac(other.to_owned(), interface.name.clone()));
+        }
+    }
+    Ok(())
 }
 
 /// The calling thread's namespace's loopback, if it can be had.

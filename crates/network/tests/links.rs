@@ -190,11 +190,13 @@ async fn a_guest_hears_of_all_that_a_link_has() {
         mac,
         mtu,
         up,
+        noarp,
         addresses,
         routes,
         neighbours,
     } = only(&pod.at(), 1).await.interface;
     assert_eq!((name.as_str(), mac, mtu, up), ("eth0", MAC, 1300, true));
+    assert!(!noarp);
     let ip = |text: &str| text.parse::<IpAddr>().unwrap();
     let address = |text, prefix, peer: Option<&str>, broadcast: Option<&str>| Address {
         ip: ip(text),
@@ -528,4 +530,116 @@ async fn routes_of_no_single_link_and_rules_are_told() {
         }
     };
     tokio::time::timeout(WITHIN, gone).await.unwrap();
+}
+
+/// A pod with a link of this kind upon a node's link `wire`, which leads to another host,
+/// 10.0.0.1.
+fn pod_upon(kind: &str) -> (Net, Net, Net) {
+    let (pod, node, other) = (Net::new(), Net::new(), Net::new());
+    node.ip("link add wire address 02:00:00:00:00:aa type veth peer name far");
+    node.ip(&format!("link set far netns {}", other.0.id()));
+    node.ip(&format!("link add pod0 link wire type {kind}"));
+    node.ip(&format!("link set pod0 netns {} name eth0", pod.0.id()));
+    node.ip("link set wire up");
+    node.ip("address add 10.0.0.254/24 dev wire");
+    other.ip("address add 10.0.0.1/24 dev far");
+    other.ip("link set far up");
+    pod.ip("address add 10.0.0.2/24 dev eth0");
+    pod.ip("link set eth0 up");
+    (pod, node, other)
+}
+
+#[tokio::test]
+async fn links_upon_others_are_taken_over_as_well() {
+    for kind in [
+        "macvlan mode bridge",
+        "macvlan mode vepa",
+        "macvtap mode bridge",
+    ] {
+        let (pod, _node, _other) = pod_upon(kind);
+        let mut link = only(&pod.at(), 1).await;
+        let mac = link.interface.mac;
+        assert_ne!(mac, [2, 0, 0, 0, 0, 0xaa], "{kind}");
+        assert!(!link.interface.noarp, "{kind}");
+        let mut tap = Tap::new(link.taps.remove(0));
+        tap.send(&question(mac));
+        let answer = tap.receive(is_answer);
+        assert_eq!(answer[..6], mac, "{kind}");
+    }
+}
+
+/// A kernel's module may not be there: then whoever asks is told so, and the rest is for the
+/// lab.
+fn has_ipvlan() -> bool {
+    let node = Net::new();
+    node.ip("link add wire type veth peer name far");
+    let net = format!("--net={}", node.path().display());
+    let words = [
+        "ip", "link", "add", "pod0", "link", "wire", "type", "ipvlan",
+    ];
+    let done = Command::new("nsenter")
+        .arg(net)
+        .args(words)
+        .output()
+        .unwrap();
+    if !done.status.success() {
+        eprintln!("skipped: this kernel makes no ipvlan; the lab's does");
+    }
+    done.status.success()
+}
+
+/// A datagram from 10.0.0.2 to 10.0.0.1, port 7.
+fn datagram(mac: Mac) -> Vec<u8> {
+    let mut ip = vec![
+        0x45, 0, 0, 29, 0, 0, 0x40, 0, 64, 17, 0, 0, 10, 0, 0, 2, 10, 0, 0, 1,
+    ];
+    let sum: u32 = ip
+        .chunks(2)
+        .map(|pair| u32::from(pair[0]) << 8 | u32::from(pair[1]))
+        .sum();
+    let sum = !u16::try_from((sum & 0xffff) + (sum >> 16)).unwrap();
+    ip[10..12].copy_from_slice(&sum.to_be_bytes());
+    // Without a checksum of its own.
+    ip.extend([0, 7, 0, 7, 0, 9, 0, 0, b'x']);
+    [&mac[..], &mac, &[8, 0], &ip].concat()
+}
+
+#[tokio::test]
+async fn ipvlan_is_taken_over_in_its_modes_or_refused() {
+    if !has_ipvlan() {
+        return;
+    }
+    // As any other link, with its parent's address.
+    let (pod, _node, _other) = pod_upon("ipvlan mode l2");
+    let mut link = only(&pod.at(), 1).await;
+    let parent = [2, 0, 0, 0, 0, 0xaa];
+    assert_eq!((link.interface.mac, link.interface.noarp), (parent, false));
+    let mut tap = Tap::new(link.taps.remove(0));
+    tap.send(&question(parent));
+    tap.receive(is_answer);
+
+    // Nobody answers for Ethernet addresses, and nobody has to.
+    let (pod, _node, other) = pod_upon("ipvlan mode l3");
+    other.ip("neighbour add 10.0.0.2 lladdr 02:00:00:00:00:aa dev far");
+    let mut link = only(&pod.at(), 1).await;
+    assert_eq!((link.interface.mac, link.interface.noarp), (parent, true));
+    let mut tap = Tap::new(link.taps.remove(0));
+    tap.send(&datagram(parent));
+    // The node routes it. Port 7 is nobody's.
+    let refusal =
+        tap.receive(|frame| frame.get(12..14) == Some(&[8, 0]) && frame.get(23) == Some(&1));
+    assert_eq!(refusal[34..36], [3, 3], "port unreachable");
+
+    let (pod, _node, _other) = pod_upon("ipvlan mode l3s");
+    let error = connect(&pod.at(), 1, Vec::new()).await.unwrap_err();
+    assert!(error.to_string().contains("use mode l3 or l2"), "{error}");
+
+    // Two of one parent are one to a guest.
+    let (pod, node, _other) = pod_upon("ipvlan mode l2");
+    node.ip("link add pod1 link wire type ipvlan mode l2");
+    node.ip(&format!("link set pod1 netns {} name eth1", pod.0.id()));
+    pod.ip("link set eth1 up");
+    let error = connect(&pod.at(), 1, Vec::new()).await.unwrap_err();
+    assert!(error.to_string().contains("use macvlan"), "{error}");
+    assert!(!pod.ip("link").contains("walnut"));
 }

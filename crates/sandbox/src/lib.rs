@@ -83,10 +83,11 @@ pub use log::{LineReader, LogLine, LogReader};
 pub use network::Network;
 pub use pod_request::PodRequest;
 pub use pool::{
-    Given, Handover, Member, Place, Pool, PoolSize, Pools, Post, Visit, Visitor, host_memory, leave,
+    Given, Handover, Joining, Member, Place, Pool, PoolSize, Pools, Post, Visit, Visitor,
+    host_memory, join, leave,
 };
 pub use process::{ExitInfo, ProcessState};
-pub use record::{ImageRef, Record, Status, find, list, now_ns, reconcile, remove};
+pub use record::{ImageRef, Record, Status, find, joined, list, now_ns, reconcile, remove};
 pub use sandbox::{
     ContainerRequest, ContainerState, ExecRequest, NameFiles, RootfsMount, Sandbox, SandboxConfig,
 };

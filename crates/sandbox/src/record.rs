@@ -131,6 +131,9 @@ pub struct Record {
     /// How it is, if that is looked after.
     #[serde(default)]
     pub health: Option<Health>,
+    /// It has ended, and its machine goes on for containers that have joined it.
+    #[serde(default)]
+    pub outlived: bool,
 }
 
 impl Record {
@@ -204,6 +207,16 @@ pub fn find(layout: &Layout, name: &str) -> Result<Record> {
             }
         ))),
     }
+}
+
+/// Names of the containers that are in the machine of the container `id`.
+pub fn joined(layout: &Layout, id: &str) -> Result<Vec<String>> {
+    let there = |r: &Record| r.status != Status::Exited && !r.at_rest();
+    let records = list(layout)?;
+    let joined = records
+        .into_iter()
+        .filter(|r| there(r) && r.terms.joins.as_deref() == Some(id));
+    Ok(joined.map(|r| r.name).collect())
 }
 
 /// Removes an ended container's directory, with what of its networks a killed supervisor
@@ -284,6 +297,11 @@ fn reconcile_one(layout: &Layout, id: &str, lock: &Lock) -> Result<()> {
         return remove_dir(&dir);
     }
     if record.status == Status::Exited || record.at_rest() {
+        if record.outlived {
+            // So is the machine by now.
+            record.outlived = false;
+            record.store(&dir)?;
+        }
         return Ok(());
     }
     record.status = Status::Exited;
@@ -373,6 +391,7 @@ mod tests {
             restarts: 0,
             stopped: false,
             health: None,
+            outlived: false,
         }
     }
 

@@ -4,7 +4,7 @@
 use std::time::{Duration, Instant};
 
 use tracing::debug;
-use walnut_machine::{Disk, Driver, Machine, MachineSpec, Nic, Programs, Share};
+use walnut_machine::{Disk, Driver, Machine, MachineSpec, Nic, Programs, Restore, Share};
 use walnut_protocol::agent_ttrpc::AgentClient;
 
 use crate::{
@@ -18,6 +18,10 @@ use crate::{
 /// Longest a clone may take until its agent answers: it has booted already, so one that
 /// takes longer does not work.
 const CLONE_DEADLINE: Duration = Duration::from_secs(20);
+
+/// Containers that a machine can take in later, of a driver whose machines have all their
+/// disks from the start.
+const JOINS: u32 = 1;
 
 /// A machine that is up.
 pub(crate) struct Started {
@@ -142,6 +146,14 @@ pub(crate) async fn start(
         ..template::machine(&config.run_dir, &config.assets, span)
     };
     let shape = Shape::of(driver.as_ref(), &spec)?;
+    if !driver.plugs() && !parts.disks.is_empty() {
+        // For a container that joins it. A clone has as many.
+        spec.spare_disks = JOINS;
+        let room = |restore: &dyn Restore| restore.has_room(&parts.onto(&spec));
+        if !driver.as_restore().is_none_or(room) {
+            spec.spare_disks = 0;
+        }
+    }
     spec.disks.clone_from(&parts.disks);
     spec.shares = parts.shares;
     spec.nics = parts.nics;

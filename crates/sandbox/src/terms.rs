@@ -37,6 +37,8 @@ pub struct Terms {
     pub health: Option<HealthCheck>,
     /// It may be started again: a start that fails leaves it.
     pub kept: bool,
+    /// The container, by its ID, whose machine and network it shares.
+    pub joins: Option<String>,
 }
 
 /// A volume of a container's.

@@ -64,6 +64,24 @@ pub(crate) enum Event<'a> {
     Checkpointed { id: &'a str, path: &'a str },
 }
 
+impl Event<'_> {
+    /// The container that it is about.
+    pub(crate) fn container(&self) -> &str {
+        match self {
+            Self::Created(request) => &request.id,
+            Self::Started { id }
+            | Self::ExecAdded { id, .. }
+            | Self::ExecStarted { id, .. }
+            | Self::Exited { id, .. }
+            | Self::Deleted { id, .. }
+            | Self::Paused { id }
+            | Self::Resumed { id }
+            | Self::OutOfMemory { id }
+            | Self::Checkpointed { id, .. } => id,
+        }
+    }
+}
+
 /// Streams as a client names them.
 #[derive(Debug, Clone, Default, Serialize, Deserialize)]
 #[serde(deny_unknown_fields)]
@@ -136,7 +154,8 @@ pub(crate) trait Front: Debug + Send + Sync + 'static {
     fn abandoned(&self, _: Count) {}
 
     /// Is asked to end.
-    fn shutdown(&self, now: bool, count: Count);
+    /// `id` is the container that the caller speaks of.
+    fn shutdown(&self, id: &str, now: bool, count: Count);
 
     /// A container that has been saved is not to go on.
     async fn stop_saved(&self, sandbox: &Arc<Sandbox>, id: &str) -> Result<()>;

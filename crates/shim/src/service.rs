@@ -666,7 +666,7 @@ impl TaskService {
             // Whoever asked for the sandbox ends it (`ShutdownSandbox`).
             return Ok(Empty::default());
         }
-        self.front.shutdown(req.now, self.count());
+        self.front.shutdown(&req.id, req.now, self.count());
         Ok(Empty::default())
     }
 
@@ -675,7 +675,7 @@ impl TaskService {
         let _one = self.creating.lock().await;
         let count = self.count();
         if count.all == 0 && !self.announced.load(Ordering::Acquire) {
-            self.front.shutdown(false, count);
+            self.front.shutdown(self.front.place().id, false, count);
         }
     }
 

@@ -5,6 +5,7 @@ use std::{
     str::FromStr,
 };
 
+use anyhow::{Result, bail};
 use clap::{Args, Subcommand};
 use walnut_sandbox::{HostEntry, PublishedPort, Transport, networks::IpNet};
 
@@ -19,7 +20,7 @@ const GATEWAY: &str = "host-gateway";
 #[derive(Debug, Default, Args)]
 #[command(next_help_heading = "Network")]
 pub(crate) struct NetworkArgs {
-    /// Network to be on, or "none"; several, for a link to each [default: bridge, or the one in
+    /// Network to be on, or "none", or "container:NAME" for that one's machine and network; several, for a link to each [default: bridge, or the one in
     /// the settings]
     #[arg(long, value_name = "NAME")]
     pub(crate) network: Vec<String>,
@@ -52,6 +53,21 @@ pub(crate) struct NetworkArgs {
 }
 
 impl NetworkArgs {
+    /// The container whose machine and network it is to share.
+    pub(crate) fn joins(&self) -> Result<Option<&str>> {
+        let mut joins = self
+            .network
+            .iter()
+            .filter_map(|word| word.strip_prefix("container:"));
+        match (joins.next(), self.network.len()) {
+            (Some(""), _) => bail!("--network container: name the container: container:NAME"),
+            (Some(name), 2..) => {
+                bail!("--network container:{name}: it excludes every other network")
+            }
+            (name, _) => Ok(name),
+        }
+    }
+
     /// The first option that says something of a network that there is.
     pub(crate) fn needs_network(&self) -> Option<&'static str> {
         let given = [
@@ -140,7 +156,7 @@ pub(crate) struct PublishArg(pub(crate) Vec<PublishedPort>);
 impl FromStr for PublishArg {
     type Err = String;
 
-    fn from_str(text: &str) -> Result<Self, String> {
+    fn from_str(text: &str) -> std::result::Result<Self, String> {
         let usage = || {
             "write it as HOST:CONTAINER, IP:HOST:CONTAINER or with /udp behind, as 8080:80; without HOST (80, IP::80) it is any free port".to_owned()
         };
@@ -178,14 +194,14 @@ impl FromStr for PublishArg {
     }
 }
 
-fn address(text: &str) -> Result<IpAddr, String> {
+fn address(text: &str) -> std::result::Result<IpAddr, String> {
     let bare = text.strip_prefix('[').and_then(|t| t.strip_suffix(']'));
     bare.unwrap_or(text)
         .parse()
         .map_err(|_| format!("{text:?} is not an IP address"))
 }
 
-fn range(text: &str) -> Result<(u16, u16), String> {
+fn range(text: &str) -> std::result::Result<(u16, u16), String> {
     let port = |text: &str| {
         let port = text.parse::<u16>().ok().filter(|port| *port > 0);
         port.ok_or_else(|| format!("{text:?} is not a port, from 1 to 65535"))
@@ -209,7 +225,7 @@ pub(crate) struct MacArg(pub(crate) String);
 impl FromStr for MacArg {
     type Err = String;
 
-    fn from_str(text: &str) -> Result<Self, String> {
+    fn from_str(text: &str) -> std::result::Result<Self, String> {
         let parts: Vec<_> = text.split(':').collect();
         let byte = |part: &&str| match part.len() {
             2 => u8::from_str_radix(part, 16).ok(),
@@ -233,7 +249,7 @@ pub(crate) struct AddHostArg(pub(crate) HostEntry);
 impl FromStr for AddHostArg {
     type Err = String;
 
-    fn from_str(text: &str) -> Result<Self, String> {
+    fn from_str(text: &str) -> std::result::Result<Self, String> {
         let (name, ip) = text.split_once(':').ok_or("write it as NAME:IP")?;
         if name.is_empty() || name.contains(|c: char| c.is_whitespace() || c.is_control()) {
             return Err(format!("{name:?} is not a host's name"));

@@ -70,9 +70,6 @@ fn chosen<'a>(args: &'a NetworkArgs, settings: &'a Settings) -> Result<Vec<&'a s
             "host" => bail!(
                 "--network host: the container has a kernel of its own, and none of the host's network in it; publish its ports with -p, and reach the host as host-gateway (--add-host NAME:host-gateway)"
             ),
-            word if word.starts_with("container:") => bail!(
-                "--network {word}: a container has a machine of its own, with links of its own; put both on one network (walnut network create), where they reach each other"
-            ),
             word => word,
         };
         if names.contains(&name) {
@@ -161,7 +158,6 @@ mod tests {
         assert_eq!(got(&["bridge"], &settings).unwrap(), "bridge");
         for (networks, why) in [
             (&["host"][..], "a kernel of its own"),
-            (&["container:web"], "put both on one network"),
             (&["a", "none"], "excludes"),
             (&["a", "a"], "twice"),
         ] {

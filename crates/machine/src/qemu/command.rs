@@ -185,10 +185,11 @@ fn kernel_cmdline(accel: Accel, spec: &MachineSpec, tsc_khz: Option<u64>) -> Str
     let tsc = tsc_khz.map(|khz| format!("tsc_early_khz={khz}"));
     words.extend(tsc.as_deref());
     // QEMU announces transports that have a device. Those of a machine that others are to
-    // begin from may have one later.
+    // begin from, which has no disk of its own, may have one later.
+    let begun_from = spec.spare_disks > 0 && spec.disks.is_empty();
     let mut empty = slots(spec);
     let mut announced = Vec::new();
-    while spec.spare_disks > 0 && empty.0 < SLOTS {
+    while begun_from && empty.0 < SLOTS {
         let slot = empty.next();
         let (at, line) = (registers(slot), FIRST_LINE + slot);
         announced.push(format!(
@@ -202,7 +203,7 @@ fn kernel_cmdline(accel: Accel, spec: &MachineSpec, tsc_khz: Option<u64>) -> Str
         // does without for a boot, but the PIT counts 27 ms at most: an idle guest wakes 36
         // times a second for nothing. A machine that others are to begin from takes the
         // time once. (More vCPUs would wake each other through the PIT.)
-        if spec.vcpus == 1 && spec.spare_disks == 0 {
+        if spec.vcpus == 1 && !begun_from {
             words.push("nolapic_timer");
         }
         // Patching lock prefixes out of the kernel takes 75 ms emulated, and

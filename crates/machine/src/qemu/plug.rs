@@ -106,7 +106,7 @@ impl SpareDisks for QemuMachine {
         let spare = command::spare(&shared.spec);
         if n >= spare {
             return Err(Error::Other(format!(
-                "{WHAT}: the machine has no spare disk left of {spare}"
+                "{WHAT}: the machine has no spare disk left of {spare}; QEMU's have what they began with, walnut-vmm's (--driver vmm) get others"
             )));
         }
         let qmp = shared.monitor("qom-set")?;

@@ -68,6 +68,7 @@ mod tests {
             mac: [2; 6],
             mtu: 1500,
             up: true,
+            noarp: false,
             addresses: vec![address(2, false), address(3, false), address(4, true)],
             routes: vec![route(1), route(2)],
             neighbours: Vec::new(),

@@ -37,6 +37,7 @@ pub(super) fn interface(interface: &Interface) -> AgentInterface {
         routes: routes.collect(),
         neighbours: neighbours.collect(),
         down: !interface.up,
+        noarp: interface.noarp,
         ..Default::default()
     }
 }

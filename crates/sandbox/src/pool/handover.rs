@@ -1,9 +1,12 @@
-//! How a container is handed to a member of a pool: one message over the member's socket,
-//! with the descriptors that a new supervisor would have inherited, and one answer.
+//! How a container is handed to a member of a pool, or to the supervisor whose machine it is
+//! to join: one message over a socket, with the descriptors that a new supervisor would
+//! have inherited, and one answer.
 //!
 //! The message is one line of JSON. A member answers with the line `ok`, and has the
 //! container from then on; with anything else, or nothing, it does not, and whoever asked
-//! kills a member that is silent: two must never have one container.
+//! kills a member that is silent: two must never have one container. A supervisor that is
+//! silent has containers of its own, and is left alone: one that it takes later has a lease
+//! that is broken by then, and goes.
 
 use std::{
     fs,
@@ -38,6 +41,8 @@ const MESSAGE_MAX: usize = 16 << 10;
 const ANSWER_MAX: u64 = 4 << 10;
 /// Descriptors of a container: socket, lock, lease, log, and its image's lease.
 const FDS: usize = 5;
+/// Those of one that joins: lock, lease, and its image's lease.
+const JOIN_FDS: usize = 3;
 const OK: &str = "ok";
 /// Longest a member may take to answer, and a visitor to say what it wants.
 const PATIENCE: Duration = Duration::from_secs(10);
@@ -59,6 +64,7 @@ pub struct Handover {
 #[serde(rename_all = "kebab-case", deny_unknown_fields)]
 enum Message {
     Handover(Handover),
+    Join(Handover),
     Retire,
 }
 
@@ -79,11 +85,26 @@ pub struct Given {
     pub image: OwnedFd,
 }
 
-/// What somebody wants of a member.
+/// A container that is to join a machine.
+#[derive(Debug)]
+pub struct Joining {
+    /// The container.
+    pub handover: Handover,
+    /// Its lock, held.
+    pub lock: OwnedFd,
+    /// A pipe, see the supervisor's options.
+    pub lease: OwnedFd,
+    /// Keeps its image from being removed, while it is open.
+    pub image: OwnedFd,
+}
+
+/// What somebody wants of a member, or of a supervisor.
 #[derive(Debug)]
 pub enum Visit {
-    /// To have this container.
+    /// A member: to have this container.
     Given(Box<Given>),
+    /// A supervisor: to have this one as well.
+    Joins(Box<Joining>),
     /// To go.
     Retire,
 }
@@ -172,6 +193,18 @@ async fn read(mut stream: UnixStream) -> io::Result<(Visit, Visitor)> {
     }
     let visit = match serde_json::from_slice(&line)? {
         Message::Retire => Visit::Retire,
+        Message::Join(handover) => {
+            let fds: [OwnedFd; JOIN_FDS] = fds
+                .try_into()
+                .map_err(|_| io::Error::other("it came with other descriptors"))?;
+            let [lock, lease, image] = fds;
+            Visit::Joins(Box::new(Joining {
+                handover,
+                lock,
+                lease,
+                image,
+            }))
+        }
         Message::Handover(handover) => {
             let fds: [OwnedFd; FDS] = fds
                 .try_into()
@@ -209,8 +242,15 @@ fn receive(socket: BorrowedFd<'_>, bytes: &mut [u8]) -> io::Result<(usize, Vec<O
     Ok((message.bytes, fds))
 }
 
-/// Sends a message and reads the answer. Returns the member's PID.
-fn ask(dir: &Path, message: &Message, fds: &[BorrowedFd<'_>]) -> io::Result<u32> {
+/// What becomes of one that does not answer.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+enum Silent {
+    IsKilled,
+    IsLeft,
+}
+
+/// Sends a message and reads the answer. Returns the PID of who gave it.
+fn ask(dir: &Path, message: &Message, fds: &[BorrowedFd<'_>], silent: Silent) -> io::Result<u32> {
     let mut stream = StdStream::connect(socket(dir))?;
     stream.set_read_timeout(Some(PATIENCE))?;
     stream.set_write_timeout(Some(PATIENCE))?;
@@ -237,10 +277,11 @@ fn ask(dir: &Path, message: &Message, fds: &[BorrowedFd<'_>]) -> io::Result<u32>
         (Err(e), _) => {
             // One that hung up has been given another container, or is gone. One that is
             // silent might still take what it was given.
-            if matches!(
+            let late = matches!(
                 e.kind(),
                 io::ErrorKind::WouldBlock | io::ErrorKind::TimedOut
-            ) {
+            );
+            if late && silent == Silent::IsKilled {
                 let _ = kill(nix::unistd::Pid::from_raw(member), Signal::SIGKILL);
             }
             Err(e)
@@ -250,10 +291,25 @@ fn ask(dir: &Path, message: &Message, fds: &[BorrowedFd<'_>]) -> io::Result<u32>
 
 /// Gives a container to the member of `dir`.
 pub(super) fn give(dir: &Path, handover: &Handover, fds: &[BorrowedFd<'_>]) -> io::Result<u32> {
-    ask(dir, &Message::Handover(handover.clone()), fds)
+    let message = Message::Handover(handover.clone());
+    ask(dir, &message, fds, Silent::IsKilled)
+}
+
+/// Has a container join the machine whose supervisor's run directory this is. The
+/// descriptors are the ones of [`Joining`], in its order.
+pub fn join(run_dir: &Path, handover: &Handover, fds: &[BorrowedFd<'_>]) -> Result<()> {
+    let joined = ask(
+        run_dir,
+        &Message::Join(handover.clone()),
+        fds,
+        Silent::IsLeft,
+    );
+    joined
+        .map(drop)
+        .map_err(|e| Error::WrongState(format!("join the machine: {e}")))
 }
 
 /// Tells the member of `dir` to go.
 pub(super) fn retire(dir: &Path) -> io::Result<()> {
-    ask(dir, &Message::Retire, &[]).map(drop)
+    ask(dir, &Message::Retire, &[], Silent::IsKilled).map(drop)
 }

@@ -20,7 +20,7 @@ use std::{
 use serde::{Deserialize, Serialize};
 use tracing::debug;
 
-pub use handover::{Given, Handover, Post, Visit, Visitor};
+pub use handover::{Given, Handover, Joining, Post, Visit, Visitor, join};
 
 use crate::{
     Error, Lock, Result, Wanted, cgroup,

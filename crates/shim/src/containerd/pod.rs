@@ -401,10 +401,10 @@ impl Front for Pod {
     }
 
     fn abandoned(&self, count: Count) {
-        self.shutdown(false, count);
+        self.shutdown("", false, count);
     }
 
-    fn shutdown(&self, _: bool, count: Count) {
+    fn shutdown(&self, _: &str, _: bool, count: Count) {
         if count.all > 0 {
             // Each container's deletion asks for it; others need the sandbox.
             return;

@@ -385,7 +385,7 @@ impl Front for Bundle {
         }
     }
 
-    fn shutdown(&self, now: bool, count: Count) {
+    fn shutdown(&self, _: &str, now: bool, count: Count) {
         if count.alive == 0 || now {
             self.go_on(Phase::Ending(None));
         }

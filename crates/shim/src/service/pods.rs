@@ -77,6 +77,7 @@ impl TaskService {
             true => 0,
             false => self.tasks.ids().len(),
         };
-        self.front.shutdown(true, Count { all, alive: 0 });
+        self.front
+            .shutdown(self.front.place().id, true, Count { all, alive: 0 });
     }
 }

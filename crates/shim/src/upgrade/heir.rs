@@ -75,7 +75,7 @@ pub(crate) async fn take_over(memory: OwnedFd) -> Result<u8> {
             let upgrades = Upgrades::new(connections.clone(), service.clone(), None, came);
             let server = server::start(connections, first, &service, None, upgrades).await?;
             unblock()?;
-            owner::run(owner, server).await?;
+            owner::run(owner, service, server).await?;
             0
         }
         FrontState::Pod(front) => {

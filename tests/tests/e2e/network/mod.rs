@@ -2,6 +2,8 @@
 
 mod limits;
 mod node;
+mod shared;
+mod weather;
 
 use std::fs;
 
@@ -392,7 +394,7 @@ fn what_cannot_be_had_is_refused_in_one_sentence() {
     };
     run(&["--network", "absent"], "walnut network create absent");
     run(&["--network", "host"], "a kernel of its own");
-    run(&["--network", "container:x"], "put both on one network");
+    run(&["--network", "container:absent"], "no such container");
     run(&["--network", "none", "-p", "80:80"], "on no network");
     run(&["--network", "tiny", "--network", "none"], "excludes");
     run(

@@ -275,14 +275,14 @@ fn look(links: &Path, mac: &str) -> io::Result<Option<Link>> {
     Ok(None)
 }
 
-/// `struct ifinfomsg` for a change of `IFF_UP`, if any.
-fn link(index: u32, up: Option<bool>) -> Vec<u8> {
-    let flag = libc::IFF_UP.cast_unsigned();
-    let (flags, change) = match up {
-        Some(true) => (flag, flag),
-        Some(false) => (0, flag),
-        None => (0, 0),
-    };
+/// `struct ifinfomsg` for a change of these flags, each to what it says.
+fn link(index: u32, wanted: &[(libc::c_int, bool)]) -> Vec<u8> {
+    let (mut flags, mut change) = (0, 0);
+    for (flag, on) in wanted {
+        let flag = flag.cast_unsigned();
+        change |= flag;
+        flags |= if *on { flag } else { 0 };
+    }
     [0, index, flags, change]
         .into_iter()
         .flat_map(u32::to_ne_bytes)
@@ -292,8 +292,8 @@ fn link(index: u32, up: Option<bool>) -> Vec<u8> {
 fn rename(kernel: &mut Netlink, index: u32, name: &str) -> Result<(), Refused> {
     let zero_ended: Vec<u8> = name.bytes().chain([0]).collect();
     // It must be down for that.
-    let message =
-        Message::new(RTM_NEWLINK, 0, &link(index, Some(false))).with(IFLA_IFNAME, &zero_ended);
+    let message = Message::new(RTM_NEWLINK, 0, &link(index, &[(libc::IFF_UP, false)]))
+        .with(IFLA_IFNAME, &zero_ended);
     let done = kernel.ask(message);
     done.map_err(|e| Refused::Kernel(format!("call interface {index} {name}"), e))
 }
@@ -304,7 +304,11 @@ fn furnish(kernel: &mut Netlink, index: u32, interface: &Interface) -> Result<()
         let done = kernel.ask(message);
         done.map_err(|e| Refused::Kernel(format!("{name}: {what}"), e))
     };
-    let mut up = Message::new(RTM_NEWLINK, 0, &link(index, Some(!interface.down)));
+    let flags = [
+        (libc::IFF_UP, !interface.down),
+        (libc::IFF_NOARP, interface.noarp),
+    ];
+    let mut up = Message::new(RTM_NEWLINK, 0, &link(index, &flags));
     if interface.mtu > 0 {
         up = up.with(IFLA_MTU, &interface.mtu.to_ne_bytes());
     }
