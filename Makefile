@@ -11,7 +11,7 @@ CLIPPY = $(CARGO) clippy --release --quiet --workspace --features walnut-agent/g
 # Clones of one template that a test compares; `make e2e CLONES=200` takes minutes longer.
 CLONES ?= 40
 
-.PHONY: all deps build demo test unit e2e differential containerd-newer kill pods lab lab-short lint fuzz fuzz-short fmt bench bench-lab footprint install uninstall clean help
+.PHONY: all deps build demo test unit e2e differential containerd-newer kill pods suites lab lab-short lint fuzz fuzz-short fmt bench bench-lab footprint install uninstall clean help
 
 all: build
 
@@ -79,6 +79,9 @@ export WALNUT_KILLS
 kill: build ## Kill each process at each step of a pod's life, WALNUT_KILLS times
 	@tests/image/build.sh
 	@$(TESTS) --test containerd -- --ignored --nocapture hundreds_of_kills
+
+suites: build ## Real programs and what tests them, in a sandbox
+	@tests/suites/run.sh
 
 pods: build ## Twenty pods at once, or WALNUT_PODS
 	@tests/image/build.sh

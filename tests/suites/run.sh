@@ -73,7 +73,7 @@ of_compiler() {
             for i in $(seq 150); do echo "int f$i(int);"; done
             echo "int main(void) { long s = 0;"
             for i in $(seq 150); do echo "s += f$i($i);"; done
-            echo "printf(\"%ld\\n\", s); return s != 2300900; }"
+            echo "printf(\"%ld\", s); return s != 2300900; }"
         } >main.c
         for i in $(seq 150); do
             printf "#include <stdlib.h>\n#include <string.h>\nint f%s(int x) { int s = 0; for (int k = 0; k <= x; k++) s += 4 * k + x %% 2; return s; }\n" "$i" >"f$i.c"
