@@ -12,7 +12,7 @@ use containerd_shim_protos::api::CreateTaskRequest;
 use serde::{Deserialize, Serialize};
 use walnut_protocol::supervisor::AboutResponse;
 use walnut_sandbox::{
-    Error, ExitInfo, Furnished, Network, Result, Sandbox, StdioTargets,
+    Error, ExitInfo, Furnished, Input, Network, Output, Result, Sandbox, StdioTargets,
     machine::takeover::{Giver, NoState},
 };
 
@@ -90,6 +90,20 @@ pub(crate) struct Streams {
     pub(crate) stdin: String,
     pub(crate) stdout: String,
     pub(crate) stderr: String,
+}
+
+impl Streams {
+    /// The files of those that are named.
+    pub(crate) fn targets(&self) -> StdioTargets {
+        let some = |path: &str| (!path.is_empty()).then(|| PathBuf::from(path));
+        StdioTargets {
+            terminal: self.terminal,
+            stdin: some(&self.stdin).map(Input::Path),
+            stdout: some(&self.stdout).map(Output::Path),
+            stderr: some(&self.stderr).map(Output::Path),
+            returns: false,
+        }
+    }
 }
 
 /// How many containers a sandbox has.

@@ -340,14 +340,7 @@ impl Front for Bundle {
         {
             return Ok(first);
         }
-        let some = |path: &str| (!path.is_empty()).then(|| PathBuf::from(path));
-        Ok(StdioTargets {
-            terminal: streams.terminal,
-            stdin: some(&streams.stdin).map(Input::Path),
-            stdout: some(&streams.stdout).map(Output::Path),
-            stderr: some(&streams.stderr).map(Output::Path),
-            returns: false,
-        })
+        Ok(streams.targets())
     }
 
     fn mounting(&self, points: &[PathBuf]) -> Result<()> {

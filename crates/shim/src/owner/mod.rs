@@ -22,8 +22,8 @@ use tracing::error;
 use ttrpc::asynchronous::Server;
 use walnut_protocol::supervisor::AboutResponse;
 use walnut_sandbox::{
-    ContainerLinks, Error, ExitInfo, Furnished, Input, LinksState, Lock, Network, Output, Result,
-    Sandbox, Status, StdioTargets,
+    ContainerLinks, Error, ExitInfo, Furnished, LinksState, Lock, Network, Result, Sandbox, Status,
+    StdioTargets,
     machine::takeover::{Fd, Giver, NoState, Taker},
 };
 
@@ -396,14 +396,7 @@ impl Front for Owner {
     }
 
     async fn streams(&self, _: &str, streams: &Streams) -> Result<StdioTargets> {
-        let some = |path: &str| (!path.is_empty()).then(|| PathBuf::from(path));
-        Ok(StdioTargets {
-            terminal: streams.terminal,
-            stdin: some(&streams.stdin).map(Input::Path),
-            stdout: some(&streams.stdout).map(Output::Path),
-            stderr: some(&streams.stderr).map(Output::Path),
-            returns: false,
-        })
+        Ok(streams.targets())
     }
 
     fn mounting(&self, points: &[PathBuf]) -> Result<()> {
